@@ -1,0 +1,42 @@
+"""What every run has: length, optimiser, averages, mesh; how often to log, evaluate and save."""
+
+import ml_collections
+
+
+def get_common() -> ml_collections.ConfigDict:
+  """The engine's part of a config; each config file adds its method's part and its own values."""
+  config = ml_collections.ConfigDict()
+  config.method = ""  # ism or seqmatch
+  config.backend = ""  # cpu, gpu or tpu: refuse to run on another; "" takes what is there
+  config.seed = 0
+  config.steps = 0
+  config.batch = 64  # global
+  config.log_every = 50
+  config.eval_every = 1000  # 0: only at the end
+  config.save_every = 1000
+  config.keep = 2  # checkpoints
+  config.max_skipped = 10  # non-finite steps in a row before the run stops
+
+  config.optim = ml_collections.ConfigDict()
+  config.optim.lr = 1e-3
+  config.optim.warmup = 100
+  config.optim.final = 0.1  # of lr, at the end of the cosine; 1 is constant
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.99
+  config.optim.weight_decay = 0.0
+  config.optim.clip = 1.0
+
+  # Decays of the named averages, warmed up; `sample` is the one for inference.
+  config.ema = ml_collections.ConfigDict({"sample": 0.999})
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.fsdp = 1  # devices that share one copy of the parameters
+  return config
+
+
+def apply_options(config, arg: str, options: dict) -> None:
+  """Applies `file.py:one,two` in order; raises ValueError with the known names for another one."""
+  for name in filter(None, arg.split(",")):
+    if name not in options:
+      raise ValueError(f"unknown option {name!r} after the ':'; choose from {', '.join(options)}.")
+    options[name](config)

@@ -1,0 +1,215 @@
+"""SiT/DiT with inputs (x, t, d, c, w): the network of both papers' shortcut models.
+
+DiT (arXiv 2212.09748) with adaLN-zero blocks, SiT (arXiv 2401.08740), and two more scalars in the
+conditioning: the step size d and the guidance strength w. Their embeddings begin at zero effect, so
+that a plain flow model is a valid starting point.
+
+Dimensions: b batch, h w image, c channel, l patches, k width, n heads, p patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ism_jax.path import FINEST
+from train_jax.errors import UserError
+from train_jax.layers import Dense, Mlp, sinusoidal, sinusoidal_grid
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+  """Sizes of a DiT. `classes` excludes the null class, which is the label `classes`."""
+
+  side: int
+  channels: int
+  classes: int
+  patch: int
+  width: int
+  depth: int
+  heads: int
+  mlp_ratio: int = 4
+  qk_norm: bool = False
+  dtype: str = "float32"  # of the computation; parameters are float32
+  remat: bool = False  # recompute each block in the backward pass
+  unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
+
+  def __post_init__(self):
+    if self.side % self.patch:
+      raise UserError(
+        f"model.patch={self.patch} does not divide the image side {self.side}; choose a divisor."
+      )
+    if self.width % (4 * self.heads):
+      raise UserError(
+        f"model.width={self.width} must be a multiple of 4 x model.heads={self.heads}; "
+        f"the nearest is {max(1, round(self.width / (4 * self.heads))) * 4 * self.heads}."
+      )
+
+
+_normal = nnx.initializers.normal(0.02)
+_zeros = nnx.initializers.zeros_init()
+_xavier = nnx.initializers.xavier_uniform()
+
+
+class ScalarEmbedding(nnx.Module):
+  """A number, times `scale`, as sinusoids through an MLP -> [b, k]; zero at first if `zero`."""
+
+  def __init__(self, width: int, scale: float, *, zero: bool, rngs, dtype, features: int = 256):
+    self.scale, self.features = scale, features
+    self.inner = Dense(features, width, kernel_init=_normal, rngs=rngs, dtype=dtype)
+    self.outer = Dense(
+      width, width, kernel_init=_zeros if zero else _normal, rngs=rngs, dtype=dtype
+    )
+
+  def __call__(self, value: jax.Array) -> jax.Array:
+    return self.outer(nnx.silu(self.inner(sinusoidal(self.scale * value, self.features))))
+
+
+class Attention(nnx.Module):
+  """Multi-head self-attention over patches; queries and keys RMS-normalised if `qk_norm`."""
+
+  def __init__(self, config: DiTConfig, *, rngs, dtype):
+    width, self.heads = config.width, config.heads
+    head = width // config.heads
+    self.qkv = Dense(width, 3 * width, kernel_init=_xavier, rngs=rngs, dtype=dtype)
+    self.out = Dense(width, width, kernel_init=_xavier, rngs=rngs, dtype=dtype)
+    if config.qk_norm:
+      self.norm_query = nnx.RMSNorm(head, rngs=rngs, dtype=dtype)
+      self.norm_key = nnx.RMSNorm(head, rngs=rngs, dtype=dtype)
+    self.qk_norm = config.qk_norm
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    b, l, k = x.shape
+    q, key, value = jnp.moveaxis(self.qkv(x).reshape(b, l, 3, self.heads, -1), 2, 0)
+    if self.qk_norm:
+      q, key = self.norm_query(q), self.norm_key(key)
+    return self.out(jax.nn.dot_product_attention(q, key, value).reshape(b, l, k))
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+  """x [b, l, k] -> x (1 + scale) + shift, with shift and scale [b, k]."""
+  return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def make_norm(width: int, rngs, dtype) -> nnx.LayerNorm:
+  """A LayerNorm without parameters: adaLN supplies scale and shift."""
+  return nnx.LayerNorm(
+    width, use_scale=False, use_bias=False, epsilon=1e-6, rngs=rngs, dtype=dtype
+  )
+
+
+class Block(nnx.Module):
+  """adaLN-zero transformer block (DiT, figure 3)."""
+
+  def __init__(self, config: DiTConfig, *, rngs):
+    k, dtype = config.width, jnp.dtype(config.dtype)
+    self.norm1 = make_norm(k, rngs, dtype)
+    self.norm2 = make_norm(k, rngs, dtype)
+    self.attention = Attention(config, rngs=rngs, dtype=dtype)
+    self.mlp = Mlp(
+      k, config.mlp_ratio * k, k, nnx.gelu, kernel_init=_xavier, rngs=rngs, dtype=dtype
+    )
+    self.modulation = Dense(k, 6 * k, kernel_init=_zeros, rngs=rngs, dtype=dtype)
+
+  def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(c), 6, axis=-1)
+    x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
+    return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class DiT(nnx.Module):
+  """s(x, t, d, c, w). The blocks are stacked along a leading axis and scanned over."""
+
+  def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+    k, dtype = config.width, jnp.dtype(config.dtype)
+    self.config = config
+    patch_size = config.patch**2 * config.channels
+    self.embed_patch = Dense(patch_size, k, kernel_init=_xavier, rngs=rngs, dtype=dtype)
+    # t in [0, 1) on a thousand's scale, as in DiT; d as its level 0..8; w in steps of a quarter.
+    self.embed_time = ScalarEmbedding(k, 1000.0, zero=False, rngs=rngs, dtype=dtype)
+    self.embed_step = ScalarEmbedding(k, 1.0, zero=True, rngs=rngs, dtype=dtype)
+    self.embed_guidance = ScalarEmbedding(k, 4.0, zero=True, rngs=rngs, dtype=dtype)
+    self.embed_class = nnx.Embed(
+      config.classes + 1, k, embedding_init=_normal, rngs=rngs, dtype=dtype
+    )
+
+    @nnx.split_rngs(splits=config.depth)
+    @nnx.vmap
+    def stack(rngs):
+      return Block(config, rngs=rngs)
+
+    self.blocks = stack(rngs)
+    self.norm = make_norm(k, rngs, dtype)
+    self.modulation = Dense(k, 2 * k, kernel_init=_zeros, rngs=rngs, dtype=dtype)
+    self.out = Dense(k, patch_size, kernel_init=_zeros, rngs=rngs, dtype=dtype)
+
+  def __call__(self, x, t, d, label, w) -> jax.Array:
+    """The step direction at x.
+
+    Args:
+      x: [b, h, w, c] float32.
+      t: [b] time in [0, 1).
+      d: [b] step size: 0 for the instantaneous velocity, else a power of two from 1/64 to 1.
+      label: [b] int32, `classes` for the null class.
+      w: [b] guidance strength, 0 for none.
+
+    Returns:
+      [b, h, w, c] float32.
+    """
+    config = self.config
+    level = jnp.where(d > 0, jnp.log2(jnp.maximum(d, 1 / FINEST) * FINEST) + 1, 0.0)
+    c = self.embed_time(t) + self.embed_step(level) + self.embed_guidance(w)
+    c = nnx.silu(c + self.embed_class(label))  # [b, k]
+
+    grid, p = config.side // config.patch, config.patch
+    b = x.shape[0]
+    x = x.reshape(b, grid, p, grid, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, grid**2, -1)
+    position = sinusoidal_grid(grid, grid, config.width)
+    x = self.embed_patch(x) + position.astype(config.dtype)  # [b, l, k]
+
+    graphdef, stacked = nnx.split(self.blocks)
+
+    def body(x, block):
+      return nnx.merge(graphdef, block)(x, c), None
+
+    body = jax.checkpoint(body) if config.remat else body
+    x, _ = jax.lax.scan(body, x, stacked, unroll=config.depth if config.unroll else 1)
+
+    shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
+    x = self.out(modulate(self.norm(x), shift, scale)).astype(jnp.float32)  # [b, l, p p c]
+    x = x.reshape(b, grid, grid, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, config.side, config.side, -1)
+
+
+def make_network(config: DiTConfig) -> tuple[Callable, Callable]:
+  """Returns (init, apply): `init(key) -> params` and `apply(params, x, t, d, label, w)`.
+
+  `params` is a nested dict of arrays; the module is only the recipe between them.
+  """
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))))
+
+  def init(key: jax.Array) -> dict:
+    return nnx.to_pure_dict(nnx.state(DiT(config, rngs=nnx.Rngs(key))))
+
+  def apply(params, x, t, d, label, w) -> jax.Array:
+    return nnx.merge(graphdef, nnx.State(params))(x, t, d, label, w)
+
+  return init, apply
+
+
+# (width, depth, heads) of the published sizes; `/2` is the patch.
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+def with_size(config: DiTConfig, name: str) -> DiTConfig:
+  """`config` at a published size, such as 'XL/2' (DiT, table 1)."""
+  size, _, patch = name.partition("/")
+  if size not in SIZES or not patch.isdigit():
+    known = ", ".join(f"{s}/2" for s in SIZES)
+    raise UserError(f"unknown model size {name!r}; the published ones are {known}.")
+  width, depth, heads = SIZES[size]
+  return replace(config, width=width, depth=depth, heads=heads, patch=int(patch))

@@ -1,0 +1,178 @@
+"""A network -> samples -> numbers and pictures.
+
+Every number is given per NFE and guidance strength w, w = 0 always among them: Fréchet distance
+(fd), class accuracy (accuracy), and k-nearest-neighbour precision and recall.
+
+Dimensions: n samples, h w image, c channel, f features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from ism_jax import fid
+from ism_jax.features import FeatureExtractor
+from ism_jax.path import NFES
+from ism_jax.sample import to_uint8
+from train_jax.errors import UserError
+from train_jax.metrics import progress_bar
+
+matplotlib.use("Agg")
+
+COLUMNS = 16  # of a grid, at most
+
+
+@dataclass(frozen=True)
+class Reference:
+  """The data's side of a comparison: features [n, f] of real images and their moments."""
+
+  extract: FeatureExtractor
+  features: np.ndarray
+  moments: fid.Moments
+
+  @classmethod
+  def of(cls, extract: FeatureExtractor, images: np.ndarray) -> Reference:
+    """Features of real images [n, h, w, c] in [-1, 1]."""
+    features = extract.features(images)
+    return cls(extract, features, fid.update(fid.no_moments(features.shape[1]), features))
+
+
+def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) -> None:
+  """Raises UserError unless the network was trained for these steps and strengths."""
+  for steps in nfe:
+    if steps not in NFES:
+      raise UserError(f"nfe={steps} was not trained; choose from {', '.join(map(str, NFES))}.")
+  for w in guidance:
+    if not 0 <= w <= w_max:
+      raise UserError(f"guidance={w:g} is outside the trained range 0 to {w_max:g}; choose within.")
+
+
+def balanced_labels(n: int, classes: int) -> np.ndarray:
+  """Class i mod `classes` for sample i: int32 [n]."""
+  return (np.arange(n) % classes).astype(np.int32)
+
+
+def compare(reference: Reference, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+  """The metrics of samples [n, h, w, c] in [-1, 1] that were asked to be of class `labels` [n]."""
+  extract = reference.extract
+  features = extract.features(images)
+  precision, recall = fid.precision_recall(reference.features, features, k=3)
+  real, fake = reference.moments, fid.update(fid.no_moments(features.shape[1]), features)
+  return {
+    "fd": fid.frechet_distance(real.mean, real.covariance, fake.mean, fake.covariance),
+    "accuracy": float(np.mean(extract.labels(images) == labels)),
+    "precision": precision,
+    "recall": recall,
+  }
+
+
+def measure(
+  sample: Callable,
+  params,
+  reference: Reference,
+  classes: int,
+  settings: Sequence[tuple[int, float, int]],
+  seed: int,
+) -> Iterator[tuple[str, float]]:
+  """Yields ("fd/nfe1_w0.5", value) and so on, for each (nfe, w, n samples) of `settings`."""
+  for nfe, w, n in settings:
+    labels = balanced_labels(n, classes)
+    images = np.clip(sample(params, seed, labels, w, nfe), -1, 1)
+    for name, value in compare(reference, images, labels).items():
+      yield f"{name}/nfe{nfe}_w{w:g}", value
+
+
+def grid(
+  images: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str = ""
+) -> np.ndarray:
+  """Draws images [rows, columns, h, w, c] uint8 with their names -> uint8 [height, width, 3]."""
+  high, wide = images.shape[:2]
+  figure, axes = plt.subplots(
+    high, wide, figsize=(0.62 * wide + 1.1, 0.62 * high + 0.6), squeeze=False, dpi=100
+  )
+  for i, j in np.ndindex(high, wide):
+    axis = axes[i, j]
+    image = images[i, j]
+    axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    if i == 0:
+      axis.set_title(columns[j], fontsize=8)
+    if j == 0:
+      axis.set_ylabel(rows[i], fontsize=8, rotation=0, ha="right", va="center")
+  if title:
+    figure.suptitle(title, fontsize=9)
+  figure.tight_layout(pad=0.3, h_pad=0.15, w_pad=0.15)
+  figure.canvas.draw()
+  pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+  plt.close(figure)
+  return pixels
+
+
+def row_name(nfe: int, w: float) -> str:
+  """How a row of a grid is labelled."""
+  return f"{nfe} step{'s' * (nfe > 1)}, w={w:g}"
+
+
+def sample_grid(
+  sample: Callable, params, names: Sequence[str], nfes, guidance, labels, seed: int
+) -> np.ndarray:
+  """One row for each NFE and w, one column for each label -> picture uint8 [height, width, 3]."""
+  rows = [(nfe, w) for nfe in nfes for w in guidance]
+  images = np.stack([to_uint8(sample(params, seed, labels, w, nfe)) for nfe, w in rows])
+  return grid(images, [row_name(*row) for row in rows], [names[i][:10] for i in labels])
+
+
+def write_samples(
+  sample: Callable,
+  params,
+  names: Sequence[str],
+  settings: Sequence[tuple[int, float]],
+  labels: np.ndarray,
+  seed: int,
+  out: Path,
+) -> None:
+  """Writes `out/samples.npz` and the labelled `out/grid.png`; prints images/s.
+
+  The .npz has the ADM layout: `arr_0` uint8 [n, h, w, c], beside it what each image was asked to be
+  (`labels`, `nfe`, `guidance`) and the `seed`.
+
+  Args:
+    settings: (nfe, w) pairs.
+    labels: int32, the class of each image of one setting.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  # One batch with one step pays for the compilation, so that the speeds below are the sampler's
+  # own.
+  sample(params, seed, labels[:1], 0.0, 1)
+  groups = []
+  for nfe, w in settings:
+    bar = progress_bar(len(labels), 0, unit="img", desc=f"nfe={nfe} w={w:g}")
+    groups.append(to_uint8(sample(params, seed, labels, w, nfe, progress=bar.update)))
+    bar.close()
+    print(f"nfe={nfe:<4} w={w:<5g} {len(labels) / bar.format_dict['elapsed']:10.1f} images/s")
+  np.savez_compressed(
+    out / "samples.npz",
+    arr_0=np.concatenate(groups),
+    labels=np.tile(labels, len(settings)),
+    nfe=np.repeat([nfe for nfe, _ in settings], len(labels)),
+    guidance=np.repeat([w for _, w in settings], len(labels)),
+    seed=np.int64(seed),
+  )
+  # Columns: as many of each class as fit, class by class.
+  shown = np.argsort(labels[:COLUMNS], kind="stable")
+  picture = grid(
+    np.stack([group[shown] for group in groups]),
+    [row_name(*setting) for setting in settings],
+    [names[label][:10] for label in labels[shown]],
+    title=f"seed {seed}",
+  )
+  Image.fromarray(picture).save(out / "grid.png")
+  print(f"grid:    {out / 'grid.png'}\nsamples: {out / 'samples.npz'}")

@@ -1,0 +1,160 @@
+"""The paper's algorithm box: a batch -> the loss of its velocity, guidance and consistency rows.
+
+    L = weight_v L_velocity + weight_g L_guidance + weight_c L_consistency
+
+(arXiv 2510.21250, algorithm 1). Flow matching and the original shortcut objective (arXiv
+2410.12557) are the same function with other shares, weights and `baked_guidance`.
+
+Dimensions: b batch, g group, h w image, c channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ism_jax import path, wavelet
+from ism_jax.targets import Rows, consistency_rows, guidance_rows, velocity_rows
+from train_jax.errors import UserError
+
+ROLES = ("velocity", "guidance", "consistency")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+  """Which terms there are and how the batch is spent on them.
+
+  Attributes:
+    shares: rows of each role (velocity, guidance, consistency) in every group of sum(shares) rows.
+    weights: weight of each role's mean distance in the loss.
+    classes: number of classes; the label `classes` is null.
+    class_dropout: probability that a velocity row loses its class.
+    w_max, w_step: guidance strengths are w_step, 2 w_step, ..., w_max; w_max = 0 has w = 0 only.
+    zero_w: probability that a consistency row has w = 0.
+    interval_start: guidance acts for t >= interval_start.
+    baked_guidance: the original shortcut model's fixed guidance; 0 for iSM.
+    levels, level_decay, norm: the wavelet distance, see `wavelet.level_weights`; norm is l2 or
+      charbonnier.
+  """
+
+  shares: tuple[int, int, int]
+  weights: tuple[float, float, float]
+  classes: int
+  class_dropout: float
+  w_max: float
+  w_step: float
+  zero_w: float
+  interval_start: float
+  baked_guidance: float
+  levels: int
+  level_decay: float
+  norm: str
+
+  def __post_init__(self):
+    if self.norm not in ("l2", "charbonnier"):
+      raise UserError(f"wavelet.norm={self.norm!r} is unknown; choose 'l2' or 'charbonnier'.")
+    if self.shares[0] < 1 or min(self.shares) < 0:
+      raise UserError(
+        f"loss.shares={self.shares} must be three counts (velocity, guidance, consistency), "
+        "the first at least 1."
+      )
+    if self.shares[1] and not self.w_max:
+      raise UserError("loss.shares has guidance rows but guidance.w_max=0; set one of them.")
+
+
+def split_rows(shares: tuple[int, ...], *arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
+  """Deals rows to roles: of every sum(shares) neighbours, the first shares[0] to role 0, and so on.
+
+  Dealing inside small groups of neighbours keeps each device's rows on that device.
+  """
+  group, start, roles = sum(shares), 0, []
+  for share in shares:
+    taken = slice(start, start + share)
+    roles.append(
+      tuple(a.reshape(-1, group, *a.shape[1:])[:, taken].reshape(-1, *a.shape[1:]) for a in arrays)
+    )
+    start += share
+  return roles
+
+
+def merge_rows(shares: tuple[int, ...], roles: list[jax.Array]) -> jax.Array:
+  """The inverse of `split_rows` for one array."""
+  grouped = [a.reshape(-1, n, *a.shape[1:]) for n, a in zip(shares, roles, strict=True)]
+  merged = jnp.concatenate(grouped, axis=1)
+  return merged.reshape(-1, *merged.shape[2:])
+
+
+def distance(config: LossConfig, error: jax.Array) -> jax.Array:
+  """Wavelet distance per element of error [b, h, w, c] -> [b]."""
+  weights = wavelet.level_weights(config.levels, config.level_decay)
+  per_row = wavelet.l2_distance if config.norm == "l2" else wavelet.charbonnier_distance
+  return per_row(error, weights)
+
+
+def make_rows(
+  config: LossConfig, apply: Callable, params, target_params, x0, x1, label, key
+) -> dict[str, Rows]:
+  """The rows of each role that has a share; x0, x1 [b, h, w, c] and label [b] are dealt to them."""
+  dealt = dict(zip(ROLES, split_rows(config.shares, x0, x1, label), strict=True))
+  keys = jax.random.split(key, 6)
+  null, rows = config.classes, {}
+
+  x0, x1, label = dealt["velocity"]
+  n = len(label)
+  dropped = jax.random.bernoulli(keys[0], config.class_dropout, (n,))
+  t = path.sample_times(keys[1], n)
+  rows["velocity"] = velocity_rows(x0, x1, t, jnp.where(dropped, null, label))
+
+  if config.shares[1]:
+    x0, x1, label = dealt["guidance"]
+    n = len(label)
+    t = path.sample_times(keys[2], n)
+    w = path.sample_guidance(keys[3], n, config.w_max, config.w_step, zero=0.0)
+    start = config.interval_start
+    rows["guidance"] = guidance_rows(apply, params, x0, x1, t, label, w, start=start, null=null)
+
+  if config.shares[2]:
+    x0, x1, label = dealt["consistency"]
+    n = len(label)
+    t, step = path.sample_steps(keys[4], n)
+    w = jnp.zeros(n)
+    if config.w_max:
+      w = path.sample_guidance(keys[5], n, config.w_max, config.w_step, config.zero_w)
+    rows["consistency"] = consistency_rows(
+      apply, target_params, x0, x1, t, step, label, w, config.baked_guidance, null
+    )
+  return rows
+
+
+def loss(
+  config: LossConfig, apply: Callable, params, target_params, x0, x1, label, key
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The objective of one batch.
+
+  All rows that need a gradient go through one call of the network.
+
+  Args:
+    apply: the network, see `dit.make_network`.
+    params: differentiated; they also make the guidance targets.
+    target_params: the fast EMA, which makes the consistency targets.
+    x0, x1: [b, h, w, c] noise and images, paired; b divisible by sum(shares).
+    label: [b] int32.
+    key: for t, d, w and the dropped classes.
+
+  Returns:
+    The scalar loss and each role's mean distance.
+  """
+  rows = make_rows(config, apply, params, target_params, x0, x1, label, key)
+  shares = tuple(s for s in config.shares if s)
+  merged = Rows(*(merge_rows(shares, list(parts)) for parts in zip(*rows.values(), strict=True)))
+  output = apply(params, merged.x, merged.t, merged.d, merged.label, merged.w)
+  per_row = distance(config, output - merged.target)
+
+  means = {
+    role: jnp.mean(part) for role, (part,) in zip(rows, split_rows(shares, per_row), strict=True)
+  }
+  weights = dict(zip(ROLES, config.weights, strict=True))
+  return sum(weights[role] * mean for role, mean in means.items()), means

@@ -1,0 +1,190 @@
+"""Scaling optimal transport, sOT (arXiv 2510.21250, section 4): which noise goes with which image.
+
+K batches are pooled, one optimal transport plan between their images and as many noise samples is
+solved on the squared Euclidean cost, and the pairs are dealt back to the K batches. Images and
+labels stay where they are; the noise moves, as int32 indices into `path.draw_noise`.
+
+The plan must be a pairing: taking each row's best column uses only a part of the noise, whose
+marginal is then no longer Gaussian. So the Sinkhorn plan (ott-jax) is rounded to a permutation.
+
+A pairing that is blind to the labels writes the class into the noise, and a model trained on it is
+wrong on fresh noise ("the curse of conditions", arXiv 2503.10636). So by default pairs are made
+within each class: a noise sample keeps the class of the row that it was drawn for.
+
+Dimensions: n pool, g groups (classes), m rows of a group, h w image, c channel, k = h w c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ott.geometry import geometry
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import sinkhorn
+from scipy.optimize import linear_sum_assignment
+
+from ism_jax.path import draw_noise
+from train_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairingConfig:
+  """How pools are paired.
+
+  Attributes:
+    pool: K, batches in a pool; 0 leaves the pairing random.
+    condition: 'class' pairs within each class; 'none' ignores classes (the paper); 'weight' ignores
+      them but makes a pair of unequal classes dearer.
+    weight: that price, in units of the pool's mean cost.
+    solver: 'sinkhorn', rounded; or 'exact', SciPy's assignment on the costs reduced by Sinkhorn's
+    duals.
+  """
+
+  pool: int
+  condition: str = "class"
+  weight: float = 1.0
+  solver: str = "sinkhorn"
+
+  def __post_init__(self):
+    choices = {"condition": ("class", "none", "weight"), "solver": ("sinkhorn", "exact")}
+    for field, allowed in choices.items():
+      value = getattr(self, field)
+      if value not in allowed:
+        raise UserError(
+          f"pairing.{field}={value!r} is unknown; choose one of {', '.join(allowed)}."
+        )
+    if self.pool < 0:
+      raise UserError(f"pairing.pool={self.pool} must be at least 0 (0 is random pairing).")
+
+
+def squared_distances(x: jax.Array, z: jax.Array) -> jax.Array:
+  """|x_i - z_j|^2 for x [m, k] and z [m, k] -> [m, m]."""
+  return jnp.sum(x**2, -1)[:, None] + jnp.sum(z**2, -1)[None] - 2 * x @ z.T
+
+
+def duals(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Entropic potentials (f, g), each [m], of the plan between the valid rows and columns of cost.
+
+  epsilon is 0.05 std(cost): at 0.05 mean(cost) the plan is almost independent.
+  """
+  count = jnp.maximum(jnp.sum(valid), 1)
+  both = valid[:, None] & valid[None]
+  mean = jnp.sum(jnp.where(both, cost, 0)) / count**2
+  std = jnp.sqrt(jnp.sum(jnp.where(both, (cost - mean) ** 2, 0)) / count**2)
+  geom = geometry.Geometry(cost_matrix=cost, epsilon=jnp.maximum(0.05 * std, 1e-6))
+  weight = valid / count
+  out = sinkhorn.Sinkhorn()(linear_problem.LinearProblem(geom, a=weight, b=weight))
+  return jnp.where(valid, out.f, 0.0), jnp.where(valid, out.g, 0.0)
+
+
+def round_to_permutation(score: jax.Array, valid: jax.Array) -> jax.Array:
+  """A permutation that follows the largest scores [m, m], in parallel.
+
+  Until none is free: each free row proposes to its best free column, each column takes its best
+  proposer. Every round settles at least the best pair left, so at most m are needed; a few dozen
+  are usual.
+
+  Returns:
+    int32 [m], the column of each row; rows that are not valid keep their own.
+  """
+  m = len(valid)
+  rows = jnp.arange(m)
+
+  def propose(carry):
+    column, free_row, free_column = carry
+    open_score = jnp.where(free_row[:, None] & free_column[None], score, -jnp.inf)
+    best = jnp.argmax(open_score, axis=1)  # each row's column
+    value = jnp.where(free_row, open_score[rows, best], -jnp.inf)
+    highest = jnp.full(m, -jnp.inf).at[best].max(value)
+    # Equal scores: the lowest row wins, so that a column never takes two.
+    proposer = jnp.full(m, m).at[best].min(jnp.where(free_row & (value == highest[best]), rows, m))
+    wins = free_row & (proposer[best] == rows)
+    column = jnp.where(wins, best, column)
+    taken = jnp.zeros(m, bool).at[best].max(wins)
+    return column, free_row & ~wins, free_column & ~taken
+
+  column, _, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), propose, (rows, valid, valid))
+  return column.astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames="config")
+def _solve(config: PairingConfig, rng, pixels, noise, label, table):
+  """Pairs every group of `table` [g, m] (rows of the pool, -1 where a group has fewer).
+
+  Returns the column of each row [g, m] and the reduced costs [g, m, m].
+  """
+  n = len(noise)
+  x = pixels.reshape(n, -1)  # [n, k]
+  z = draw_noise(rng, noise, pixels.shape[1:]).reshape(n, -1)
+
+  def group(rows):
+    valid = rows >= 0
+    cost = squared_distances(x[rows], z[rows])
+    if config.condition == "weight":
+      unequal = label[rows][:, None] != label[rows][None]
+      cost = cost + config.weight * jnp.mean(cost) * unequal
+    f, g = duals(cost, valid)
+    reduced = cost - f[:, None] - g[None]
+    if config.solver == "exact":
+      return jnp.arange(len(rows)), reduced
+    return round_to_permutation(-reduced, valid), jnp.zeros(())
+
+  return jax.lax.map(group, table)
+
+
+def _groups(label: np.ndarray, classes: int) -> np.ndarray:
+  """Rows of each class -> int32 [classes, m], filled up with -1.
+
+  m is rounded up to a power of two, so that pools of about the same make-up share a compilation.
+  """
+  order = np.argsort(label, kind="stable").astype(np.int32)
+  size = np.bincount(label, minlength=classes)
+  m = 2 ** int(size.max() - 1).bit_length()
+  members = np.split(order, np.cumsum(size)[:-1])
+  return np.stack([np.pad(rows, (0, m - len(rows)), constant_values=-1) for rows in members])
+
+
+def pair(
+  config: PairingConfig,
+  rng: jax.Array,
+  pixels: np.ndarray,
+  label: np.ndarray,
+  noise: np.ndarray,
+  classes: int,
+) -> np.ndarray:
+  """Re-deals the noise of one pool.
+
+  Args:
+    rng: key of `path.draw_noise`.
+    pixels: float32 [n, h, w, c].
+    label: int32 [n], below `classes`.
+    noise: int32 [n], the noise index that each row was drawn with.
+
+  Returns:
+    int32 [n], a permutation of `noise`.
+  """
+  blind = config.condition != "class"
+  table = np.arange(len(label), dtype=np.int32)[None] if blind else _groups(label, classes)
+  column, reduced = jax.device_get(_solve(config, rng, pixels, noise, label, table))
+  paired = noise.copy()
+  for i, rows in enumerate(table):
+    size = int(np.sum(rows >= 0))
+    mine = column[i, :size]
+    if config.solver == "exact":
+      _, mine = linear_sum_assignment(reduced[i, :size, :size])
+    paired[rows[:size]] = noise[rows[mine]]
+  return paired
+
+
+def relative_cost(x0: jax.Array, x1: jax.Array) -> jax.Array:
+  """Mean |x1_i - x0_i|^2 over the mean for random pairs: 1 without pairing, lower is straighter.
+
+  The denominator pairs each image with its neighbours' noise: every pair (i, j) of the batch.
+  """
+  flat0, flat1 = x0.reshape(len(x0), -1), x1.reshape(len(x1), -1)
+  paired = jnp.mean(jnp.sum((flat1 - flat0) ** 2, -1))
+  return paired / jnp.mean(squared_distances(flat1, flat0))

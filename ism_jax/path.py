@@ -1,0 +1,73 @@
+"""The time convention, stated once, and the samplers of t, d and w (arXiv 2510.21250).
+
+t = 0 is noise and t = 1 is data, on the straight line between a noise sample x0 and an image x1:
+
+    x_t = (1 - t) x0 + t x1,      v = dx_t/dt = x1 - x0.
+
+One network s(x_t, t, d, c, w) is trained for steps of any size d (0 is the instantaneous velocity):
+
+    x_{t+d} = x_t + d s(x_t, t, d, c, w).
+
+Step sizes are powers of two, 1/128 to 1, and a step of size d starts at a multiple of d. A step of
+the finest size is an Euler step of the instantaneous field: the network sees it as d = 0.
+
+Dimensions: b batch, h w image, c channel.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+FINEST = 128  # steps of the finest grid
+NFES = tuple(2**k for k in range(FINEST.bit_length()))  # 1, 2, 4, ..., 128
+
+
+def interpolate(x0: jax.Array, x1: jax.Array, t: jax.Array) -> jax.Array:
+  """x_t for noise x0 and images x1 [b, h, w, c] at times t [b]."""
+  t = t[:, None, None, None]
+  return (1 - t) * x0 + t * x1
+
+
+def velocity(x0: jax.Array, x1: jax.Array) -> jax.Array:
+  """v = x1 - x0 [b, h, w, c], the same at every t."""
+  return x1 - x0
+
+
+def seen_step(d: jax.Array) -> jax.Array:
+  """The step size as the network is told it: 0 for the finest step, d otherwise."""
+  return jnp.where(d <= 1 / FINEST, 0.0, d)
+
+
+def draw_noise(rng: jax.Array, index: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+  """x0 [b, h, w, c]: row i is a standard normal that depends on `rng` and `index[i]` only.
+
+  Named by number, a noise sample can be drawn again wherever it is needed: in the pairing, on
+  another host, after a restart. Only int32 indices ever move.
+  """
+  return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(rng, i), shape))(index)
+
+
+def sample_times(key: jax.Array, n: int) -> jax.Array:
+  """t [n], uniform on the finest grid {0, 1/128, ..., 127/128}: where a sampler asks for v."""
+  return jax.random.randint(key, (n,), 0, FINEST) / FINEST
+
+
+def sample_steps(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+  """(t, 2d), both [n], for the consistency rows.
+
+  2d is uniform on {1/64, 1/32, ..., 1} and t on the multiples of 2d below 1 (Frans et al.,
+  arXiv 2410.12557, section 3.2).
+  """
+  key_step, key_time = jax.random.split(key)
+  log = jax.random.randint(key_step, (n,), 0, FINEST.bit_length() - 1)  # 2d = 2^-log
+  starts = 2**log
+  t = jnp.floor(jax.random.uniform(key_time, (n,)) * starts) / starts
+  return t, 1 / starts
+
+
+def sample_guidance(key: jax.Array, n: int, w_max: float, w_step: float, zero: float) -> jax.Array:
+  """w [n]: 0 with probability `zero`, else uniform on {w_step, 2 w_step, ..., w_max}."""
+  key_zero, key_value = jax.random.split(key)
+  value = w_step * jax.random.randint(key_value, (n,), 1, round(w_max / w_step) + 1)
+  return jnp.where(jax.random.uniform(key_zero, (n,)) < zero, 0.0, value)

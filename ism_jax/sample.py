@@ -1,0 +1,65 @@
+"""One-, few- and many-step sampling from the same network (arXiv 2510.21250, section 2).
+
+Guidance is an input: each step is one forward pass, whatever w.
+
+Dimensions: b batch, h w image, c channel, n samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax.path import draw_noise, seen_step
+
+
+def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Array:
+  """x0 [b, h, w, c] noise -> images, in `nfe` equal steps x <- x + d s(x, t, d, c, w).
+
+  `nfe` may be traced (one compilation serves every number of steps); w and label are [b].
+  """
+  d = 1.0 / nfe
+
+  def step(i, x):
+    t, seen = (jnp.full(x.shape[:1], value, jnp.float32) for value in (i * d, seen_step(d)))
+    return x + d * apply(params, x, t, seen, label, w)
+
+  return jax.lax.fori_loop(0, nfe, step, x0)
+
+
+def make_sampler(apply: Callable, shape: tuple[int, int, int], sharding=None) -> Callable:
+  """Returns `sample(params, seed, labels, w, nfe, batch, progress)` for images of `shape`.
+
+  Image i depends on (seed, i, label, w, nfe) only: not on the batch size nor on how many are asked
+  for, and the same i starts from the same noise at every nfe and w.
+  """
+
+  def chunk(params, seed, index, label, w, nfe):
+    x0 = draw_noise(jax.random.key(seed), index, shape)
+    return integrate(apply, params, x0, label, w, nfe)
+
+  chunk = jax.jit(chunk, out_shardings=sharding)
+
+  def sample(params, seed: int, labels, w, nfe: int, batch: int = 256, progress=None) -> np.ndarray:
+    """labels [n] int, w a number or [n] -> float32 images [n, h, w, c], in [-1, 1] by training."""
+    labels = np.asarray(labels, np.int32)
+    w = np.broadcast_to(np.asarray(w, np.float32), labels.shape)
+    images = []
+    for start in range(0, len(labels), batch):
+      index = np.arange(start, start + batch, dtype=np.int32)
+      rows = np.minimum(index, len(labels) - 1)  # the last batch is filled up
+      out = chunk(params, seed, index, labels[rows], w[rows], nfe)
+      images.append(np.asarray(out)[: len(labels) - start])
+      if progress is not None:
+        progress(len(images[-1]))
+    return np.concatenate(images)
+
+  return sample
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+  """[-1, 1] -> uint8, rounded to nearest (not truncated) after clipping."""
+  return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)

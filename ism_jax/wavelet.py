@@ -1,0 +1,110 @@
+"""The multi-level wavelet loss (arXiv 2510.21250, section 4): a hand-written Haar pyramid.
+
+The orthonormal Haar transform of each 2x2 block (a b; c d) is
+
+    low = (a + b + c + d) / 2,    horizontal = (a - b + c - d) / 2,
+    vertical = (a + b - c - d) / 2,    diagonal = (a - b - c + d) / 2,
+
+and it recurses on `low`. Level 1 is the finest. The transform preserves the squared norm
+(Parseval), so a plain L2 over all bands is the pixel MSE and changes nothing: what makes a wavelet
+loss is the weight of each level, or a norm that is not L2. Any fixed positive weighting of an L2
+keeps the minimiser, the conditional mean; the Charbonnier norm moves it.
+
+Dimensions: b batch, h w image, c channel, L levels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from train_jax.errors import UserError
+
+
+def check_levels(height: int, width: int, levels: int) -> None:
+  """Raises UserError unless both sides are divisible by 2^levels."""
+  if levels < 0 or height % 2**levels or width % 2**levels:
+    fit = 0
+    while height % 2 ** (fit + 1) == 0 and width % 2 ** (fit + 1) == 0:
+      fit += 1
+    raise UserError(
+      f"wavelet.levels={levels} does not fit images of {height}x{width}: both sides must be "
+      f"divisible by 2^levels; choose a number from 0 to {fit}."
+    )
+
+
+def _blocks(x: jax.Array) -> tuple[jax.Array, ...]:
+  """[b, h, w, c] -> the four corners a, b, c, d of its 2x2 blocks, each [b, h/2, w/2, c]."""
+  return x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2]
+
+
+def analyse(x: jax.Array, levels: int) -> tuple[jax.Array, list[jax.Array]]:
+  """Haar pyramid of x [b, h, w, c].
+
+  Returns:
+    The low band [b, h/2^L, w/2^L, c], and the detail bands, finest first: level l holds horizontal,
+    vertical and diagonal as [3, b, h/2^l, w/2^l, c]. `synthesise` is the exact inverse.
+  """
+  check_levels(x.shape[1], x.shape[2], levels)
+  details = []
+  for _ in range(levels):
+    a, b, c, d = _blocks(x)
+    details.append(jnp.stack([a - b + c - d, a + b - c - d, a - b - c + d]) / 2)
+    x = (a + b + c + d) / 2
+  return x, details
+
+
+def synthesise(low: jax.Array, details: list[jax.Array]) -> jax.Array:
+  """The image [b, h, w, c] of a pyramid: the inverse of `analyse`."""
+  for horizontal, vertical, diagonal in reversed(details):
+    a = low + horizontal + vertical + diagonal
+    b = low - horizontal + vertical - diagonal
+    c = low + horizontal - vertical - diagonal
+    d = low - horizontal - vertical + diagonal
+    top = jnp.stack([a, b], axis=3)  # [b, h/2, w/2, 2, c]
+    bottom = jnp.stack([c, d], axis=3)
+    n, h, w, _, channels = top.shape
+    low = jnp.stack([top, bottom], axis=2).reshape(n, 2 * h, 2 * w, channels) / 2
+  return low
+
+
+def level_weights(levels: int, decay: float) -> list[float]:
+  """Weight of a squared orthonormal coefficient at levels 1..L and, last, in the low band.
+
+  `decay^(l - 1)`, normalised so that white noise costs what it costs under the MSE. decay = 1 is
+  the MSE; 0.5 stresses high frequencies mildly; 4 is a mean per band with equal bands.
+  """
+  raw = [decay**level for level in range(levels + 1)]
+  share = [3 / 4 ** (level + 1) for level in range(levels)] + [1 / 4**levels]  # of the coefficients
+  mean = sum(w * s for w, s in zip(raw, share, strict=True))
+  return [w / mean for w in raw]
+
+
+def l2_distance(error: jax.Array, weights: list[float]) -> jax.Array:
+  """Weighted squared norm of error [b, h, w, c] per element -> [b].
+
+  By Parseval the details of level l have the energy E_{l-1} - E_l, where E_l is the energy of the
+  low band after l levels. So the detail bands are never formed: sum_l w_l (E_{l-1} - E_l) + w_low
+  E_L needs the low bands alone, a third of one pass over the image.
+  """
+  check_levels(error.shape[1], error.shape[2], len(weights) - 1)
+  size = error[0].size
+  total, low, previous = 0.0, error, 0.0
+  for level, weight in enumerate(weights):
+    if level:
+      a, b, c, d = _blocks(low)
+      low = (a + b + c + d) / 2
+    total += (weight - previous) * jnp.sum(low**2, axis=(1, 2, 3))
+    previous = weight
+  return total / size
+
+
+def charbonnier_distance(error: jax.Array, weights: list[float], eps: float = 1e-3) -> jax.Array:
+  """Weighted smooth L1: w_l (sqrt(z^2 + eps^2) - eps) over coefficients z, per element -> [b]."""
+  low, details = analyse(error, len(weights) - 1)
+  bands = [jnp.moveaxis(band, 0, -1) for band in details] + [low[..., None]]  # [b, h, w, c, 3 | 1]
+  smooth = [
+    weight * jnp.sum(jnp.sqrt(band**2 + eps**2) - eps, axis=(1, 2, 3, 4))
+    for band, weight in zip(bands, weights, strict=True)
+  ]
+  return sum(smooth) / error[0].size

@@ -1,0 +1,120 @@
+"""Trains, samples and evaluates.
+
+    python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
+    python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
+    python main.py --mode=evaluate --workdir=runs/ism_digits
+
+Sampling and evaluation need no config: they read the one that is saved with the checkpoint.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from train_jax import config as config_lib
+from train_jax import loop, mesh, optim
+from train_jax.checkpoint import Checkpoints
+from train_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
+flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
+flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+flags.DEFINE_list("nfe", None, "sample, evaluate: numbers of steps.")
+flags.DEFINE_list("guidance", None, "sample, evaluate: guidance strengths w.")
+flags.DEFINE_integer(
+  "num", 64, "sample: images for each number of steps and strength.", lower_bound=1
+)
+flags.DEFINE_list("labels", None, "sample: classes by number, in turn; default: all.")
+flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", lower_bound=0)
+flags.DEFINE_string("out", None, "sample: directory of the results; default: WORKDIR/generated.")
+
+
+def method_module(config):
+  """The package that `config.method` names, as its `method` module."""
+  names = {"ism": "ism_jax.method"}
+  if config.method not in names:
+    raise UserError(f"config.method={config.method!r} is unknown; choose from {', '.join(names)}.")
+  return importlib.import_module(names[config.method])
+
+
+def train(workdir: Path) -> None:
+  config = FLAGS.config
+  if config is None:
+    raise UserError("--config=configs/NAME.py is missing, such as --config=configs/ism_digits.py.")
+  config_lib.check_backend(config.backend)
+  saved = Checkpoints(workdir).newest_meta()
+  if saved:
+    config_lib.check_same(config.to_dict(), saved["config"], workdir)
+  devices = mesh.make_mesh(config.mesh.fsdp)
+  mesh.check_batch(config.batch, devices)
+  method, facts = method_module(config).make_method(config, devices)
+  if saved:
+    config_lib.check_same(facts, saved["facts"], workdir)
+
+  hyper = config.optim
+  rate = optim.schedule(hyper.lr, hyper.warmup, config.steps, hyper.final)
+  tx = optim.adamw(rate, hyper.b1, hyper.b2, hyper.weight_decay)
+  names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
+  settings = loop.LoopConfig(clip=hyper.clip, **{name: config[name] for name in names})
+  record = {"config": config.to_dict(), "facts": facts}
+  complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record)
+  if complete:
+    pictures = sorted((workdir / "samples").glob("*.png"))
+    print(f"samples:     {pictures[-1] if pictures else workdir / 'samples'}")
+    print(f"metrics:     {workdir / 'metrics.jsonl'} (or: tensorboard --logdir={workdir})")
+    print(f"checkpoint:  {workdir / 'checkpoints' / str(config.steps)}")
+
+
+def use_checkpoint(workdir: Path) -> None:
+  """Samples or evaluates the newest good checkpoint: its own config, its `sample` average."""
+  checkpoints = Checkpoints(workdir)
+  saved = checkpoints.require_meta()
+  config, facts = ConfigDict(saved["config"]), saved["facts"]
+  config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
+  module = method_module(config)
+
+  def load():
+    init, _ = module.make_network(config, facts)
+    return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)))
+
+  out = Path(FLAGS.out) if FLAGS.out else workdir / "generated"
+  {"sample": module.sample_mode, "evaluate": module.evaluate_mode}[FLAGS.mode](
+    config, facts, load, FLAGS, out
+  )
+  checkpoints.close()
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument {argv[1]!r}; every option is written --name=value.")
+  if not FLAGS.workdir:
+    raise UserError("--workdir=DIR is missing: the directory of the run.")
+  # Compiled programs are kept between runs: a restart then takes seconds.
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
+  logging.use_absl_handler()
+  (train if FLAGS.mode == "train" else use_checkpoint)(Path(FLAGS.workdir))
+
+
+def run(argv: list[str]) -> int:
+  """Exit code: 0 done, 2 the user's mistake (one sentence, no traceback), 1 a run that diverged."""
+  try:
+    args = config_lib.parse_flags(argv)
+    main(args)
+  except UserError as err:
+    print(f"error: {err}", file=sys.stderr)
+    return 2
+  except loop.DivergedError as err:
+    print(f"stopped: {err}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(run(sys.argv))

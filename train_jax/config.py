@@ -1,0 +1,100 @@
+"""Reading configs: overrides, the backend they ask for, and what two of them differ in."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from train_jax.errors import UserError
+
+# Changing these does not change what is learned, so a run may go on with other values.
+FREE = ("backend", "log_every", "eval_every", "save_every", "keep", "max_skipped", "mesh.", "eval.")
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+  """Nested dict -> {"a.b": value}."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses absl flags, config overrides included; returns the arguments left over.
+
+  Raises:
+    UserError: for whatever is wrong with them, in one sentence.
+  """
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as err:
+    lines = [line for line in str(err).splitlines() if line.strip()]
+    raise UserError(lines[-1].removeprefix("ValueError: ")) from err
+  except OSError as err:
+    asked = next((a for a in argv if a.startswith("--config=")), "--config")
+    known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "common"))
+    raise UserError(f"{asked} cannot be read; the configs here are {known}.") from err
+  except (AttributeError, KeyError) as err:
+    config = flags.FLAGS["config"].value
+    if config is None:
+      raise UserError("--config.KEY=VALUE needs --config=configs/NAME.py before it.") from err
+    known = flatten(config.to_dict())
+    given = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
+    unknown = next((key for key in given if key not in known), given[-1])
+    raise UserError(explain_unknown_key(unknown, config.to_dict())) from err
+
+
+def explain_unknown_key(key: str, config: dict) -> str:
+  """One sentence for an override of a key that is not there, with the nearest one that is."""
+  known = list(flatten(config))
+  near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+  by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+  guess = (by_leaf or near or [known[0]])[0]
+  return f"the config has no key {key!r}; did you mean --config.{guess}?"
+
+
+def check_same(config: dict, saved: dict, workdir) -> None:
+  """Raises UserError, saying what differs, if `config` must not go on from a run of `saved`."""
+  new, old = flatten(config), flatten(saved)
+  differ = [
+    f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+    for key in sorted({*new, *old})
+    if new.get(key) != old.get(key) and not key.startswith(FREE)
+  ]
+  if differ:
+    raise UserError(
+      f"--workdir={workdir} holds a run of another config ({'; '.join(differ[:5])}"
+      f"{f'; and {len(differ) - 5} more' if len(differ) > 5 else ''}); "
+      "choose another --workdir, or set these to go on."
+    )
+
+
+def check_backend(wanted: str) -> None:
+  """Prints the backend; raises UserError if the config asks for another: never silently the CPU."""
+  try:
+    found = jax.default_backend()
+  except RuntimeError as err:
+    raise UserError(f"JAX cannot start a backend: {err}") from err
+  kinds = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+  processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  print(f"backend: {found}, {jax.device_count()} device(s) ({kinds}){processes}", flush=True)
+  if wanted and wanted != found:
+    raise UserError(
+      f"backend={wanted!r} was asked for but JAX found {found!r}; install its wheels "
+      f"(ACCELERATOR=... ./launch.sh install) or pass --config.backend={found}."
+    )
+
+
+def numbers(name: str, values: list[str] | None, kind: type) -> tuple:
+  """A comma-separated flag as numbers, () if it was not given; UserError for what is no number."""
+  try:
+    return tuple(kind(value) for value in values or ())
+  except ValueError as err:
+    what = "whole numbers" if kind is int else "numbers"
+    raise UserError(f"--{name}={','.join(values)} must be {what} separated by commas.") from err

@@ -1,0 +1,55 @@
+"""Layers that networks share, in Flax NNX.
+
+Dimensions: b batch, l length, k features, n heads, f head features.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Dense(nnx.Linear):
+  """A linear layer that flattens all leading dimensions into one.
+
+  [b, l, k] @ [k, m] as a plain matrix product: on CPU its backward pass is twice as fast as that of
+  the batched one, elsewhere it is the same.
+  """
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    flat = super().__call__(x.reshape(-1, x.shape[-1]))
+    return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+
+class Mlp(nnx.Module):
+  """Two dense layers with an activation between them."""
+
+  def __init__(self, width: int, hidden: int, out: int, activation, *, rngs, dtype, **kwargs):
+    self.inner = Dense(width, hidden, rngs=rngs, dtype=dtype, **kwargs)
+    self.outer = Dense(hidden, out, rngs=rngs, dtype=dtype, **kwargs)
+    self.activation = activation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.outer(self.activation(self.inner(x)))
+
+
+def sinusoidal(x: jax.Array, features: int, longest: float = 10_000.0) -> jax.Array:
+  """cos and sin of x [b] at `features / 2` frequencies from 1 down to 1 / longest -> [b, features].
+
+  (Vaswani et al., arXiv 1706.03762, section 3.5.)
+  """
+  half = features // 2
+  frequency = jnp.exp(-jnp.log(longest) * jnp.arange(half) / half)
+  angle = x[:, None] * frequency
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def sinusoidal_grid(height: int, width: int, features: int) -> jax.Array:
+  """Fixed position embedding of a 2-d grid, rows then columns -> [height * width, features].
+
+  (MAE, arXiv 2111.06377, and DiT.)
+  """
+  rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+  halves = [sinusoidal(axis.reshape(-1), features // 2) for axis in (columns, rows)]
+  return jnp.concatenate(halves, axis=-1)

@@ -1,0 +1,36 @@
+"""Schedule and optimiser. Clipping lives in the step, which needs the gradient's norm anyway."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+
+def schedule(lr: float, warmup: int, steps: int, final: float) -> optax.Schedule:
+  """Linear warm-up over `warmup` steps, then a cosine from `lr` to `final * lr` at `steps`.
+
+  `final = 1` is a constant rate after the warm-up.
+  """
+  return optax.warmup_cosine_decay_schedule(
+    init_value=lr / max(warmup, 1),
+    peak_value=lr,
+    warmup_steps=warmup,
+    decay_steps=max(steps, warmup + 1),
+    end_value=final * lr,
+  )
+
+
+def _is_kernel(path, _) -> bool:
+  return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+
+
+def adamw(rate: optax.Schedule, b1: float, b2: float, weight_decay: float):
+  """AdamW (Loshchilov & Hutter, arXiv 1711.05101); only matrices (`kernel` leaves) decay.
+
+  By name, because stacked layers give biases a second axis.
+  """
+
+  def mask(params):
+    return jax.tree_util.tree_map_with_path(_is_kernel, params)
+
+  return optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)

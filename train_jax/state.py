@@ -1,0 +1,59 @@
+"""The whole of a training run between two steps, as one pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+  """Everything that a step reads and writes; what is not here cannot influence training.
+
+  Attributes:
+    step: int32, number of steps taken, skipped ones included.
+    skipped: int32, how many of the latest steps, in a row, were not applied (non-finite).
+    params: the network's parameters, float32.
+    opt_state: the optimiser's moments.
+    ema: one exponential moving average of `params` for each named decay.
+    extra: the method's own side-car (a replay buffer, say); `()` where there is none.
+    rng: uint32 [2], the run's key. Step i draws from `fold_in(rng, i)` and nothing else.
+  """
+
+  step: jax.Array
+  skipped: jax.Array
+  params: PyTree
+  opt_state: PyTree
+  ema: dict[str, PyTree]
+  extra: PyTree
+  rng: jax.Array
+
+
+def create(method, tx, decays: dict[str, float], seed: int) -> Callable[[], TrainState]:
+  """Returns the function that makes the state of step 0; call it under jit, with shardings.
+
+  One jit for the whole state makes every buffer its own (donation needs that) and lays out the
+  optimiser's moments and the EMAs as the parameters are, from the first byte.
+  """
+
+  def init() -> TrainState:
+    key = jax.random.key(seed)
+    params, extra = method.init(jax.random.fold_in(key, 0))
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      skipped=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=tx.init(params),
+      ema={name: jax.tree.map(jnp.copy, params) for name in decays},
+      extra=extra,
+      rng=jax.random.key_data(jax.random.fold_in(key, 1)),
+    )
+
+  return init

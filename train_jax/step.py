@@ -1,0 +1,98 @@
+"""The seam between what is learned (a Method) and how it is run, and the one train step.
+
+    (TrainState, Batch) -> (TrainState, Metrics)
+
+A pure function: jitted once, its state donated, sharded by whatever mesh its arguments lie on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from train_jax import ema as ema_lib
+from train_jax.state import TrainState
+
+PyTree = Any
+Batch = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+class Method(NamedTuple):
+  """Everything that the loop needs to know about a method: functions over pytrees, no objects.
+
+  Attributes:
+    init: key -> (params, extra); `extra` is the method's side-car in the state, or `()`.
+    loss: (params, ema, batch, key) -> (scalar, metrics); differentiated in `params`.
+    augment: (state, batch, key) -> (extra, batch); runs inside the step, before the loss, where the
+      current parameters are at hand: rollouts into a replay buffer. It passes no gradient.
+    stream: (seed, position) -> iterator of this process's batches (numpy), beginning with batch
+      number `position`. The same arguments always give the same batches.
+    evaluate: (params, step, final) -> iterator of (name, number or image); `params` are the
+      inference EMA's, an image is uint8 [h, w, 3], `final` asks for the full protocol.
+  """
+
+  init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+  loss: Callable[[PyTree, dict, Batch, jax.Array], tuple[jax.Array, Metrics]]
+  augment: Callable[[TrainState, Batch, jax.Array], tuple[PyTree, Batch]]
+  stream: Callable[[int, int], Iterator[Batch]]
+  evaluate: Callable[[PyTree, int, bool], Iterator[tuple[str, Any]]]
+
+
+def no_augment(state: TrainState, batch: Batch, key: jax.Array) -> tuple[PyTree, Batch]:
+  """`Method.augment` of a method that learns from its data as they come."""
+  del key
+  return state.extra, batch
+
+
+def make_train_step(
+  method: Method,
+  tx: optax.GradientTransformation,
+  decays: dict[str, float],
+  clip: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the step: augment, gradient, clip to global norm `clip`, update, average.
+
+  A step whose loss or gradient is not finite changes no parameter, moment, average or side-car; it
+  still counts, so that the next one draws other numbers, and `skipped` says how many came in a row.
+  """
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    key_augment, key_loss = jax.random.split(key)
+
+    extra, batch = method.augment(state, batch, key_augment)
+    grad_fn = jax.value_and_grad(method.loss, has_aux=True)
+    (loss, metrics), grads = grad_fn(state.params, state.ema, batch, key_loss)
+
+    grad_norm = optax.tree.norm(grads)
+    scale = jnp.minimum(1.0, clip / jnp.maximum(grad_norm, 1e-12))
+    updates, opt_state = tx.update(
+      jax.tree.map(lambda g: g * scale, grads), state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = ema_lib.update(state.ema, params, decays, state.step)
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    keep = (state.params, state.opt_state, state.ema, state.extra)
+    params, opt_state, ema, extra = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema, extra), keep
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    new_state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      skipped=skipped,
+      params=params,
+      opt_state=opt_state,
+      ema=ema,
+      extra=extra,
+    )
+    return new_state, {"loss": loss, **metrics, "grad_norm": grad_norm, "skipped": skipped}
+
+  return train_step
