@@ -39,7 +39,7 @@ class FeatureExtractor(Protocol):
     """Features [n, f] float64 of images [n, h, w, c]."""
 
   def labels(self, images: ArrayLike) -> np.ndarray | None:
-    """Predicted classes [n] int of images [n, h, w, c]; None if this extractor does not classify."""
+    """Predicted classes [n] int of images [n, h, w, c]; None if it does not classify."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ class ClassifierFeatures:
     _, h, w, c = images.shape
     if c != channels or min(h, w) < self.side:
       raise UserError(
-        f"Images of {h}x{w}x{c} do not fit this classifier, which takes {channels} channels and sides of at "
-        f"least {self.side}; evaluate at the size of the images it was fitted to."
+        f"Images of {h}x{w}x{c} do not fit this classifier, which takes {channels} channels and "
+        f"sides of at least {self.side}; evaluate at the size of the images it was fitted to."
       )
     return _shrink(images, self.side)
 
@@ -146,12 +146,19 @@ def _check_images(images: ArrayLike) -> np.ndarray:
     )
   if images.dtype.kind in "iub":
     raise UserError(
-      f"images are {images.dtype}, and must be floats in [-1, 1]; divide 8-bit ones by 127.5 and subtract 1."
+      f"images are {images.dtype}, and must be floats in [-1, 1]; divide 8-bit ones by 127.5 and "
+      "subtract 1."
     )
   low, high = float(images.min()), float(images.max())
-  if not (low >= -1.001 and high <= 1.001):  # also refuses NaN
+  if np.isnan(low):  # then so is high
     raise UserError(
-      f"images range from {low:.4g} to {high:.4g}, and must be in [-1, 1]; clip samples to it, rescale data."
+      "images have NaN pixels, and must be numbers in [-1, 1]; if a model drew them, it has "
+      "diverged: go back to an earlier checkpoint."
+    )
+  if low < -1.001 or high > 1.001:
+    raise UserError(
+      f"images range from {low:.4g} to {high:.4g}, and must be in [-1, 1]; clip samples, rescale "
+      "data."
     )
   return images
 
@@ -161,13 +168,14 @@ def _check_labels(labels: ArrayLike, n: int) -> np.ndarray:
   labels = np.asarray(labels)
   if labels.shape != (n,) or labels.dtype.kind not in "iu":
     raise UserError(
-      f"labels are {labels.dtype} of shape {labels.shape}, and must be one int for each of the {n} images; "
-      "pass class ids."
+      f"labels are {labels.dtype} of shape {labels.shape}, and must be one int for each of the {n} "
+      "images; pass class ids."
     )
   classes, counts = np.unique(labels, return_counts=True)
   if len(classes) < 2 or counts.min() < 2:
     raise UserError(
-      f"labels hold {len(classes)} classes, the smallest of {counts.min()} images, and a classifier needs at "
-      "least 2 classes of at least 2 images; add images or leave out the small classes."
+      f"labels hold {len(classes)} classes, the smallest of {counts.min()} images, and a "
+      "classifier needs at least 2 classes of at least 2 images; add images or leave out the small "
+      "classes."
     )
   return labels

@@ -73,8 +73,8 @@ def merge(a: Moments, b: Moments) -> Moments:
   """
   if a.mean.shape != b.mean.shape:
     raise UserError(
-      f"Moments of {a.mean.size} and of {b.mean.size} features cannot be merged: both must come from "
-      "the same feature extractor; use one extractor for all samples."
+      f"Moments of {a.mean.size} and of {b.mean.size} features cannot be merged: both must come "
+      "from the same feature extractor; use one extractor for all samples."
     )
   count = a.count + b.count
   if not count:
@@ -106,8 +106,8 @@ def frechet_distance(mu1: ArrayLike, cov1: ArrayLike, mu2: ArrayLike, cov2: Arra
   mu1, mu2 = _mean("mu1", mu1), _mean("mu2", mu2)
   if mu1.shape != mu2.shape:
     raise UserError(
-      f"mu1 has {mu1.size} features and mu2 {mu2.size}: both must come from the same feature extractor; "
-      "recompute one of them."
+      f"mu1 has {mu1.size} features and mu2 {mu2.size}: both must come from the same feature "
+      "extractor; recompute one of them."
     )
   cov1, cov2 = _covariance("cov1", cov1, mu1.size), _covariance("cov2", cov2, mu1.size)
   product = _factor("cov1", cov1).T @ _factor("cov2", cov2)  # [rank 1, rank 2]
@@ -126,8 +126,8 @@ def _factor(name: str, cov: np.ndarray) -> np.ndarray:
   largest = np.abs(values).max()
   if values[0] < -1e-3 * largest:
     raise UserError(
-      f"{name} has the eigenvalue {values[0]:.3g} (the largest is {values[-1]:.3g}): a covariance has none "
-      "below zero; pass the covariance of the features, not another matrix."
+      f"{name} has the eigenvalue {values[0]:.3g} (the largest is {values[-1]:.3g}): a covariance "
+      "has none below zero; pass the covariance of the features, not another matrix."
     )
   kept = values > largest * len(values) * np.finfo(np.float64).eps
   return vectors[:, kept] * np.sqrt(values[kept])
@@ -156,8 +156,8 @@ def precision_recall(
   real, fake = _matrix("real", real), _matrix("fake", fake)
   if real.shape[1] != fake.shape[1]:
     raise UserError(
-      f"real has {real.shape[1]} features and fake {fake.shape[1]}: both must come from the same feature "
-      "extractor; recompute one of them."
+      f"real has {real.shape[1]} features and fake {fake.shape[1]}: both must come from the same "
+      "feature extractor; recompute one of them."
     )
   if k < 1 or block < 1:
     raise UserError(f"k={k} and block={block} must both be at least 1; choose k=3, block=512.")
@@ -169,11 +169,8 @@ def precision_recall(
       )
   centre = real.mean(axis=0)  # a common offset would cost |a|^2 + |b|^2 - 2ab its digits
   real, fake = real - centre, fake - centre
-  # The rounding of the distances must not decide ties: a copy of a sample lies in the sample's
-  # ball, even if its radius is zero.
-  slack = 1e-12 * max(np.sum(x**2, axis=1).max() for x in (real, fake))
-  precision = _on_manifold(fake, real, _radii(real, k, block) + slack, block)
-  recall = _on_manifold(real, fake, _radii(fake, k, block) + slack, block)
+  precision = _on_manifold(fake, real, _radii(real, k, block), block)
+  recall = _on_manifold(real, fake, _radii(fake, k, block), block)
   return precision, recall
 
 
@@ -190,14 +187,16 @@ def _distances(x: np.ndarray, y: np.ndarray, block: int) -> Iterator[tuple[int, 
 
 
 def _radii(x: np.ndarray, k: int, block: int) -> np.ndarray:
-  """Squared distance [n] of each row of x [n, f] to its k-th nearest other row."""
+  """Squared distance [n] of each row of x [n, f] to its k-th nearest other row, rounded up."""
   radii = np.empty(len(x))
   for i, d in _distances(x, x, block):
     rows = np.arange(len(d))
     d[rows, i + rows] = np.inf  # not its own neighbour
     d.partition(k - 1, axis=1)
     radii[i : i + len(d)] = d[:, k - 1]
-  return radii
+  # Rounding must not decide ties: a copy of a sample lies in its ball, even one of radius zero. The
+  # allowance is the sample's own, or one outlier would widen every ball.
+  return radii + 1e-12 * (radii + np.sum(x**2, axis=1))
 
 
 def _on_manifold(x: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
@@ -229,10 +228,9 @@ def inception_score(logits: ArrayLike, splits: int = 10) -> tuple[float, float]:
       f"splits={splits} does not fit {n} samples: it must be from 1 to the number of samples; "
       "give fewer splits or more samples."
     )
-  log_p = log_softmax(logits, axis=1)
   scores = []
   for i in range(splits):
-    part = log_p[i * n // splits : (i + 1) * n // splits]
+    part = log_softmax(logits[i * n // splits : (i + 1) * n // splits], axis=1)
     # In logarithms, so that a class nobody predicts gives 0 and not 0 * inf.
     log_marginal = logsumexp(part, axis=0) - np.log(len(part))
     scores.append(np.exp(np.mean(np.sum(np.exp(part) * (part - log_marginal), axis=1))))
@@ -244,8 +242,8 @@ def _finite(name: str, x: np.ndarray) -> np.ndarray:
   bad = x.size - np.count_nonzero(np.isfinite(x))
   if bad:
     raise UserError(
-      f"{name} has {bad} of {x.size} values NaN or infinite, and statistics need finite ones; look at the "
-      "samples first, the model may have diverged."
+      f"{name} has {bad} of {x.size} values NaN or infinite, and statistics need finite ones; "
+      "look at the samples first, the model may have diverged."
     )
   return x
 
@@ -265,7 +263,9 @@ def _mean(name: str, x: ArrayLike) -> np.ndarray:
   """x as finite float64 [f], f >= 1."""
   x = np.asarray(x, np.float64)
   if x.ndim != 1 or not x.size:
-    raise UserError(f"{name} has shape {x.shape}, and must be a vector; pass the mean over samples.")
+    raise UserError(
+      f"{name} has shape {x.shape}, and must be a vector; pass the mean over samples."
+    )
   return _finite(name, x)
 
 

@@ -56,10 +56,14 @@ class LossConfig:
   def __post_init__(self):
     if self.norm not in ("l2", "charbonnier"):
       raise UserError(f"wavelet.norm={self.norm!r} is unknown; choose 'l2' or 'charbonnier'.")
-    if self.shares[0] < 1 or min(self.shares) < 0:
+    if len(self.shares) != 3 or self.shares[0] < 1 or min(self.shares) < 0:
       raise UserError(
         f"loss.shares={self.shares} must be three counts (velocity, guidance, consistency), "
         "the first at least 1."
+      )
+    if len(self.weights) != 3:
+      raise UserError(
+        f"loss.weights={self.weights} must be three numbers (velocity, guidance, consistency)."
       )
     if self.shares[1] and not self.w_max:
       raise UserError("loss.shares has guidance rows but guidance.w_max=0; set one of them.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from pathlib import Path
 
 import jax
@@ -41,13 +42,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "common"))
     raise UserError(f"{asked} cannot be read; the configs here are {known}.") from err
   except (AttributeError, KeyError) as err:
-    config = flags.FLAGS["config"].value
-    if config is None:
-      raise UserError("--config.KEY=VALUE needs --config=configs/NAME.py before it.") from err
-    known = flatten(config.to_dict())
+    file = next((a for a in argv if a.startswith("--config=")), None)
+    if file is None:
+      raise UserError("--config.KEY=VALUE needs --config=configs/NAME.py beside it.") from err
+    sys.argv = [argv[0], file]  # config_flags looks for overrides here
+    flags.FLAGS(sys.argv)
+    config = flags.FLAGS.config.to_dict()
     given = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
-    unknown = next((key for key in given if key not in known), given[-1])
-    raise UserError(explain_unknown_key(unknown, config.to_dict())) from err
+    unknown = next((key for key in given if key not in flatten(config)), given[-1])
+    raise UserError(explain_unknown_key(unknown, config)) from err
 
 
 def explain_unknown_key(key: str, config: dict) -> str:
