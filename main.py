@@ -43,10 +43,8 @@ def method_module(config):
   return importlib.import_module(names[config.method])
 
 
-def train(workdir: Path) -> None:
-  config = FLAGS.config
-  if config is None:
-    raise UserError("--config=configs/NAME.py is missing, such as --config=configs/ism_digits.py.")
+def train(config: ConfigDict, workdir: Path) -> bool:
+  """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
@@ -64,11 +62,11 @@ def train(workdir: Path) -> None:
   settings = loop.LoopConfig(clip=hyper.clip, **{name: config[name] for name in names})
   record = {"config": config.to_dict(), "facts": facts}
   complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record)
-  if complete:
-    pictures = sorted((workdir / "samples").glob("*.png"))
-    print(f"samples:     {pictures[-1] if pictures else workdir / 'samples'}")
+  if complete and jax.process_index() == 0:
+    print(f"samples:     {max((workdir / 'samples').glob('*.png'), default=None)}")
     print(f"metrics:     {workdir / 'metrics.jsonl'} (or: tensorboard --logdir={workdir})")
     print(f"checkpoint:  {workdir / 'checkpoints' / str(config.steps)}")
+  return complete
 
 
 def use_checkpoint(workdir: Path) -> None:
@@ -99,7 +97,12 @@ def main(argv: list[str]) -> None:
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
   logging.use_absl_handler()
-  (train if FLAGS.mode == "train" else use_checkpoint)(Path(FLAGS.workdir))
+  workdir = Path(FLAGS.workdir)
+  if FLAGS.mode != "train":
+    return use_checkpoint(workdir)
+  if FLAGS.config is None:
+    raise UserError("--config=configs/NAME.py is missing, such as --config=configs/ism_digits.py.")
+  train(FLAGS.config, workdir)
 
 
 def run(argv: list[str]) -> int:

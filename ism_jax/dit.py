@@ -39,6 +39,9 @@ class DiTConfig:
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
 
   def __post_init__(self):
+    for name in ("patch", "width", "depth", "heads", "mlp_ratio"):
+      if getattr(self, name) < 1:
+        raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
     if self.side % self.patch:
       raise UserError(
         f"model.patch={self.patch} does not divide the image side {self.side}; choose a divisor."

@@ -31,8 +31,9 @@ COLUMNS = 16  # of a grid, at most
 
 @dataclass(frozen=True)
 class Reference:
-  """The data's side of a comparison: features [n, f] of real images and their moments."""
+  """The data's side of a comparison: real images, their features [n, f] and these' moments."""
 
+  images: np.ndarray
   extract: FeatureExtractor
   features: np.ndarray
   moments: fid.Moments
@@ -41,11 +42,13 @@ class Reference:
   def of(cls, extract: FeatureExtractor, images: np.ndarray) -> Reference:
     """Features of real images [n, h, w, c] in [-1, 1]."""
     features = extract.features(images)
-    return cls(extract, features, fid.update(fid.no_moments(features.shape[1]), features))
+    return cls(images, extract, features, fid.update(fid.no_moments(features.shape[1]), features))
 
 
 def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) -> None:
   """Raises UserError unless the network was trained for these steps and strengths."""
+  if not nfe:
+    raise UserError(f"nfe has no value; choose from {', '.join(map(str, NFES))}.")
   for steps in nfe:
     if steps not in NFES:
       raise UserError(f"nfe={steps} was not trained; choose from {', '.join(map(str, NFES))}.")
@@ -80,13 +83,20 @@ def measure(
   classes: int,
   settings: Sequence[tuple[int, float, int]],
   seed: int,
-) -> Iterator[tuple[str, float]]:
-  """Yields ("fd/nfe1_w0.5", value) and so on, for each (nfe, w, n samples) of `settings`."""
+) -> Iterator[tuple[str, float | np.ndarray]]:
+  """Yields ("fd/nfe1_w0.5", value) and so on, for each (nfe, w, n samples) of `settings`.
+
+  Last comes ("spectrum", picture) of the samples at the lowest w.
+  """
+  lowest, unguided = min(w for _, w, _ in settings), {}
   for nfe, w, n in settings:
     labels = balanced_labels(n, classes)
     images = np.clip(sample(params, seed, labels, w, nfe), -1, 1)
+    if w == lowest:
+      unguided[row_name(nfe, w)] = images
     for name, value in compare(reference, images, labels).items():
       yield f"{name}/nfe{nfe}_w{w:g}", value
+  yield "spectrum", spectrum_figure(reference.images, unguided)
 
 
 def grid(
@@ -110,6 +120,41 @@ def grid(
   if title:
     figure.suptitle(title, fontsize=9)
   figure.tight_layout(pad=0.3, h_pad=0.15, w_pad=0.15)
+  return _pixels(figure)
+
+
+def radial_power(images: np.ndarray) -> np.ndarray:
+  """Power spectrum of images [n, h, w, c], averaged over rings -> [1 + min(h, w) // 2].
+
+  Entry k is the mean power at spatial frequencies of k cycles an image, mean removed; by Parseval
+  the powers of all frequencies add up to the variance over pixels.
+  """
+  _, height, width, _ = images.shape
+  spectrum = np.abs(np.fft.fft2(images - images.mean(), axes=(1, 2))) ** 2 / (height * width) ** 2
+  rows, columns = np.fft.fftfreq(height, 1 / height), np.fft.fftfreq(width, 1 / width)
+  ring = np.rint(np.hypot(rows[:, None], columns[None])).astype(int)  # [h, w]
+  power = spectrum.mean(axis=(0, 3))
+  return np.array([power[ring == k].mean() for k in range(1 + min(height, width) // 2)])
+
+
+def spectrum_figure(real: np.ndarray, samples: dict[str, np.ndarray]) -> np.ndarray:
+  """Spectra of samples over that of real images, by ring -> picture uint8 [height, width, 3].
+
+  A line below 1 at the right is missing detail: the frequency bias that the wavelet loss is for.
+  """
+  figure, axis = plt.subplots(figsize=(6, 3.5), dpi=100)
+  reference = radial_power(real)
+  for name, images in samples.items():
+    axis.plot(radial_power(images) / reference, marker="o", label=name)
+  axis.axhline(1, color="black", linewidth=0.8)
+  axis.set(xlabel="cycles an image", ylabel="power of samples / power of data")
+  axis.legend(fontsize=8)
+  figure.tight_layout()
+  return _pixels(figure)
+
+
+def _pixels(figure) -> np.ndarray:
+  """A drawn figure as uint8 [height, width, 3]; closes it."""
   figure.canvas.draw()
   pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
   plt.close(figure)

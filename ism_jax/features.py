@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
+from threadpoolctl import threadpool_limits
 
 from train_jax.errors import UserError
 
@@ -85,7 +86,8 @@ class ClassifierFeatures:
 def fit_classifier(images: ArrayLike, labels: ArrayLike) -> ClassifierFeatures:
   """Evaluator of a small data set: the digits recipe on images averaged down to at most 16x16.
 
-  Deterministic. Seconds for a few thousand images, minutes beyond ten thousand: pass a subset.
+  Deterministic, given the order of the images. It takes seconds for a few thousand images and about
+  a minute for ten thousand; of more, pass a subset.
 
   Args:
     images: real images, float [n, h, w, c] in [-1, 1].
@@ -99,7 +101,9 @@ def fit_classifier(images: ArrayLike, labels: ArrayLike) -> ClassifierFeatures:
   side = min(MAX_SIDE, *images.shape[1:3])
   x = _shrink(images, side)  # [n, s s c]
   gamma = 0.02 * 64 / x.shape[1]  # 0.02 for the 64 pixels of a digit; the kernel sums over pixels
-  mlp = MLPClassifier((128, 64), random_state=0, max_iter=300, alpha=1e-3).fit(x, labels)
+  mlp = MLPClassifier((128, 64), random_state=0, max_iter=300, alpha=1e-3)
+  with threadpool_limits(1):  # on shared cores, threads make such small products 10 times slower
+    mlp.fit(x, labels)
   svc = SVC(gamma=gamma, C=10)
   # Every second image of each class, in random order, is held out once, for `held_out_accuracy`.
   order = np.random.default_rng(0).permutation(len(x))
@@ -111,7 +115,7 @@ def fit_classifier(images: ArrayLike, labels: ArrayLike) -> ClassifierFeatures:
 
 @functools.cache
 def fit_digits() -> ClassifierFeatures:
-  """The evaluator of scikit-learn's digits, 8x8x1; fitted in about a second, once a process."""
+  """The evaluator of scikit-learn's digits, 8x8x1; fitted in a second or two, once a process."""
   digits = load_digits()
   return fit_classifier(digits.images[..., None] / 8 - 1, digits.target)
 

@@ -65,8 +65,17 @@ class LossConfig:
       raise UserError(
         f"loss.weights={self.weights} must be three numbers (velocity, guidance, consistency)."
       )
-    if self.shares[1] and not self.w_max:
-      raise UserError("loss.shares has guidance rows but guidance.w_max=0; set one of them.")
+    if bool(self.shares[1]) != bool(self.w_max):
+      raise UserError(
+        f"loss.shares={self.shares} has {self.shares[1]} guidance rows but guidance.w_max="
+        f"{self.w_max:g}: a strength is learned in guidance rows, so set both or neither to 0."
+      )
+    steps = round(self.w_max / self.w_step) if self.w_step > 0 else -1
+    if steps < 0 or abs(steps * self.w_step - self.w_max) > 1e-6:
+      raise UserError(
+        f"guidance.w_max={self.w_max:g} must be a multiple of guidance.w_step={self.w_step:g}, "
+        "which must be above 0."
+      )
 
 
 def split_rows(shares: tuple[int, ...], *arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
@@ -149,7 +158,9 @@ def loss(
     key: for t, d, w and the dropped classes.
 
   Returns:
-    The scalar loss and each role's mean distance.
+    The scalar loss, each role's mean distance, and `curvature`, E|s - v|^2 / E|v|^2 of the velocity
+    rows (in the loss's distance): 0 where noise and image determine each other along straight
+    lines.
   """
   rows = make_rows(config, apply, params, target_params, x0, x1, label, key)
   shares = tuple(s for s in config.shares if s)
@@ -161,4 +172,6 @@ def loss(
     role: jnp.mean(part) for role, (part,) in zip(rows, split_rows(shares, per_row), strict=True)
   }
   weights = dict(zip(ROLES, config.weights, strict=True))
-  return sum(weights[role] * mean for role, mean in means.items()), means
+  total = sum(weights[role] * mean for role, mean in means.items())
+  velocity = rows["velocity"].target
+  return total, {**means, "curvature": means["velocity"] / jnp.mean(velocity**2)}

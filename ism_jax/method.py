@@ -58,11 +58,12 @@ def make_loss_config(config, classes: int) -> loss.LossConfig:
 
 
 def _check(config, source: data.Source) -> None:
-  height, width, _ = source.shape
-  if config.data.side != height:
-    raise UserError(
-      f"data.side={config.data.side} but the images of {config.data.source} have side {height}."
-    )
+  height, width, channels = source.shape
+  for name, found in (("side", height), ("channels", channels)):
+    if config.data[name] != found:
+      raise UserError(
+        f"data.{name}={config.data[name]} but for the images of {config.data.source} it is {found}."
+      )
   wavelet.check_levels(height, width, config.wavelet.levels)
   group = sum(config.loss.shares)
   if config.batch % group:
@@ -71,6 +72,8 @@ def _check(config, source: data.Source) -> None:
       f"{tuple(config.loss.shares)}; choose a multiple of {group}."
     )
   evaluate.check_settings(config.eval.nfe, config.eval.guidance, config.guidance.w_max)
+  if config.eval.samples < 16:  # a quarter of it in training, and recall needs 4
+    raise UserError(f"eval.samples={config.eval.samples} must be at least 16.")
 
 
 def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
@@ -97,16 +100,25 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     )
     return value, {**metrics, "pair_cost": pairing.relative_cost(x0, x1)}
 
+  pool = max(pair_config.pool, 1)
+
+  def rows_of_pool(seed: int, number: int) -> np.ndarray:
+    index = data.batches(source, config.batch, seed)
+    return np.concatenate([index(number * pool + i) for i in range(pool)])
+
   def noise_of_pool(seed: int, number: int) -> np.ndarray:
-    size = max(pair_config.pool, 1) * config.batch
+    size = pool * config.batch
     noise = np.arange(number * size, (number + 1) * size, dtype=np.int32)
     if not pair_config.pool:
       return noise
-    index = data.batches(source, config.batch, seed)
-    first = number * pair_config.pool
-    rows = np.concatenate([index(first + i) for i in range(pair_config.pool)])
+    rows = rows_of_pool(seed, number)
     labels = source.labels[rows]
     return pairing.pair(pair_config, noise_rng, source.images(rows), labels, noise, classes)
+
+  def leak() -> float:
+    x0 = path.draw_noise(noise_rng, noise_of_pool(config.seed, 0), source.shape)
+    labels = source.labels[rows_of_pool(config.seed, 0)]
+    return pairing.class_leak(np.asarray(x0).reshape(len(x0), -1), labels)
 
   def stream(seed: int, position: int):
     return data.stream(
@@ -116,7 +128,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       seed,
       position,
       functools.partial(noise_of_pool, seed),
-      max(pair_config.pool, 1),
+      pool,
     )
 
   method = Method(
@@ -124,16 +136,21 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     loss=loss_fn,
     augment=no_augment,
     stream=stream,
-    evaluate=make_evaluate(config, source, apply),
+    evaluate=make_evaluate(config, source, apply, leak if pair_config.pool else None),
   )
   return method, facts
 
 
-def make_evaluate(config, source: data.Source, apply):
-  """`Method.evaluate`: a grid, and the metrics at config.eval (a quick part in training)."""
+def make_evaluate(config, source: data.Source, apply, leak=None):
+  """`Method.evaluate`: a grid, and the metrics at config.eval (a quick part in training).
+
+  `leak()` is the class leak of the pairing, measured once at the end.
+  """
   sampler = sample.make_sampler(apply, source.shape)
   reference = functools.cache(lambda: make_reference(source))
-  classes, n, guidance = len(source.names), config.eval.samples, config.eval.guidance
+  classes, n = len(source.names), config.eval.samples
+  guidance = sorted({0.0, *config.eval.guidance})
+  quick = max(4, min(config.eval.nfe))  # the most steps in training
 
   def run(params, step: int, final: bool):
     del step
@@ -141,8 +158,10 @@ def make_evaluate(config, source: data.Source, apply):
       (nfe, w, n // 2 if nfe == path.FINEST else n) for nfe in config.eval.nfe for w in guidance
     ]
     if not final:
-      settings = [(nfe, w, n // 4) for nfe, w, _ in settings if nfe <= 4]
+      settings = [(nfe, w, n // 4) for nfe, w, _ in settings if nfe <= quick]
     yield from evaluate.measure(sampler, params, reference(), classes, settings, config.seed)
+    if final and leak:
+      yield "class_leak", leak()
     labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
     nfes = sorted({nfe for nfe, _, _ in settings})
     yield (
@@ -189,7 +208,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   if flags.nfe:
     config.eval.nfe = sorted({nfe for nfe, _ in settings})
   if flags.guidance:
-    config.eval.guidance = sorted({0.0, *(w for _, w in settings)})
+    config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
   source = make_source(config)
   _, apply = make_network(config, facts)

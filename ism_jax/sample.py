@@ -37,8 +37,8 @@ def make_sampler(apply: Callable, shape: tuple[int, int, int], sharding=None) ->
   for, and the same i starts from the same noise at every nfe and w.
   """
 
-  def chunk(params, seed, index, label, w, nfe):
-    x0 = draw_noise(jax.random.key(seed), index, shape)
+  def chunk(params, rng, index, label, w, nfe):
+    x0 = draw_noise(rng, index, shape)
     return integrate(apply, params, x0, label, w, nfe)
 
   chunk = jax.jit(chunk, out_shardings=sharding)
@@ -47,11 +47,11 @@ def make_sampler(apply: Callable, shape: tuple[int, int, int], sharding=None) ->
     """labels [n] int, w a number or [n] -> float32 images [n, h, w, c], in [-1, 1] by training."""
     labels = np.asarray(labels, np.int32)
     w = np.broadcast_to(np.asarray(w, np.float32), labels.shape)
-    images = []
+    rng, images = jax.random.key(seed), []
     for start in range(0, len(labels), batch):
       index = np.arange(start, start + batch, dtype=np.int32)
       rows = np.minimum(index, len(labels) - 1)  # the last batch is filled up
-      out = chunk(params, seed, index, labels[rows], w[rows], nfe)
+      out = chunk(params, rng, index, labels[rows], w[rows], nfe)
       images.append(np.asarray(out)[: len(labels) - start])
       if progress is not None:
         progress(len(images[-1]))

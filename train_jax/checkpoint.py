@@ -4,7 +4,8 @@ A step directory holds the items
 
     state          the TrainState without its averages
     ema_<name>     one exponential moving average: sampling restores `ema_sample` and nothing else
-    meta           JSON: config, facts about the data, data position, a checksum for every array
+    meta           JSON: config, facts about the data, data position, a checksum for every array and
+                   one for itself
 
 Orbax writes a step to a temporary directory and renames it, so a killed save leaves no step. A
 flipped bit in a stored array would restore silently; the checksums find it.
@@ -13,7 +14,9 @@ flipped bit in a stored array would restore silently; the checksums find it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,12 @@ class DamagedError(Exception):
 
 
 def _checksum(a: jax.Array) -> jax.Array:
-  """uint32: the sum of the array's bits, each word times an odd number of its place, modulo 2^32.
+  """uint32: the sum, modulo 2^32, of a hash of every word and its place.
 
-  One flipped bit changes a word by a power of two, and a power of two times an odd number is not 0:
-  every
-  single flip is found. Integer sums wrap and so do not depend on order, hence not on the layout:
-  the same number for any mesh.
+  The hash (MurmurHash3's finaliser) is a bijection of the word, so damage inside one word always
+  changes the sum; wider damage escapes with probability 2^-32, zeroed blocks of constant arrays
+  included. Integer sums wrap and so do not depend on order, hence not on the layout: the same
+  number for any mesh.
   """
   if a.dtype == jnp.bool_:
     a = a.astype(jnp.uint8)
@@ -47,7 +50,10 @@ def _checksum(a: jax.Array) -> jax.Array:
   place = jnp.zeros(a.shape, jnp.uint32)
   for axis, size in enumerate(a.shape):
     place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
-  return jnp.sum(bits * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
+  h = bits ^ (place * jnp.uint32(0x9E3779B1))
+  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+  return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 _checksums = jax.jit(lambda tree: jax.tree.map(_checksum, tree))
@@ -57,6 +63,11 @@ def checksums(tree: PyTree) -> dict[str, int]:
   """One number for each array of `tree`, by the array's path."""
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
   return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
+
+
+def _meta_checksum(meta: dict) -> int:
+  """Of the JSON text, which a position or a config value that changed on disk does not match."""
+  return zlib.crc32(json.dumps(json.loads(json.dumps(meta)), sort_keys=True).encode())
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -99,6 +110,7 @@ class Checkpoints:
     """Saves in the background; returns once the arrays are copied and may be donated."""
     items = _items(state)
     meta = {**meta, "checksums": {name: checksums(tree) for name, tree in items.items()}}
+    meta["checksum"] = _meta_checksum(meta)
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     step = int(state.step)
     self._open().save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
@@ -112,6 +124,8 @@ class Checkpoints:
       found = self._open().restore(step, args=ocp.args.Composite(**args)) if args else {}
     except Exception as err:  # Orbax and its stores raise many kinds; each means "not readable"
       raise DamagedError(f"it cannot be read ({type(err).__name__}: {str(err)[:200]})") from err
+    if meta.pop("checksum", None) != _meta_checksum(meta):
+      raise DamagedError("the checksum of meta does not match what was saved")
     for name in abstract:
       actual = checksums(found[name])
       wrong = [path for path, value in stored[name].items() if actual.get(path) != value]
@@ -123,6 +137,8 @@ class Checkpoints:
   def require_meta(self) -> dict:
     """`newest_meta`, or a UserError that says what was looked for."""
     meta = self.newest_meta()
+    if meta is None and self.steps():
+      raise self._none_good()
     if meta is None:
       raise UserError(
         f"no checkpoint found: looked for {self.directory}/<step>; train first, or give the "
@@ -140,33 +156,42 @@ class Checkpoints:
     return None
 
   def _newest(
-    self, abstract: dict[str, PyTree], on_damage
-  ) -> tuple[dict[str, PyTree], dict] | None:
+    self, abstract: dict[str, PyTree]
+  ) -> tuple[dict[str, PyTree], dict, list[int]] | None:
+    """Items and meta of the newest good step, and the damaged steps that are newer than it."""
     steps = self.steps()
-    for step in steps:
+    for i, step in enumerate(steps):
       try:
-        return self._restore(step, abstract)
+        return *self._restore(step, abstract), steps[:i]
       except DamagedError as err:
         logging.error("checkpoint %s is damaged and skipped: %s", self.directory / str(step), err)
-        on_damage(step)
     if steps:
-      raise UserError(
-        f"none of the checkpoints {steps} in {self.directory} can be restored; "
-        "restore a backup, or start again in another --workdir."
-      )
+      raise self._none_good()
     return None
+
+  def _none_good(self) -> UserError:
+    return UserError(
+      f"none of the checkpoints {self.steps()} in {self.directory} can be restored; "
+      "restore a backup, or start again in another --workdir."
+    )
 
   def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
     """The newest good step as (state, meta), laid out as `abstract` says; None if none is stored.
 
-    Damaged steps are reported by name and moved to `workdir/damaged`, out of the way of later
-    saves.
+    Damaged steps are reported by name. Those newer than the good one are moved to
+    `workdir/damaged`, out of the way of later saves.
 
     Raises:
-      UserError: steps are stored but none is good.
+      UserError: steps are stored but none is good. They stay where they are, so that the next call
+        does not take the directory for an empty one and start again.
     """
-    found = self._newest(_items(abstract), self._set_aside)
-    return found and (_state(found[0]), found[1])
+    found = self._newest(_items(abstract))
+    if found is None:
+      return None
+    items, meta, damaged = found
+    for step in damaged:
+      self._set_aside(step)
+    return _state(items), meta
 
   def restore_ema(self, name: str, abstract: PyTree) -> tuple[PyTree, int]:
     """One average of the newest good step, and that step's number. Reads nothing else.
@@ -175,8 +200,8 @@ class Checkpoints:
       UserError: nothing is stored here, or nothing good.
     """
     self.require_meta()
-    found = self._newest({f"ema_{name}": abstract}, lambda step: None)
-    return found[0][f"ema_{name}"], found[1]["step"]
+    items, meta, _ = self._newest({f"ema_{name}": abstract})
+    return items[f"ema_{name}"], meta["step"]
 
   def _set_aside(self, step: int) -> None:
     self.close()

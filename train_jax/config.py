@@ -26,6 +26,16 @@ def flatten(config: dict, prefix: str = "") -> dict:
   return flat
 
 
+def _config_file(argv: list[str]) -> str | None:
+  """What `--config=FILE` or `--config FILE` names."""
+  for arg, following in zip(argv, [*argv[1:], None], strict=True):
+    if arg == "--config":
+      return following
+    if arg.startswith("--config="):
+      return arg.removeprefix("--config=")
+  return None
+
+
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses absl flags, config overrides included; returns the arguments left over.
 
@@ -33,19 +43,22 @@ def parse_flags(argv: list[str]) -> list[str]:
     UserError: for whatever is wrong with them, in one sentence.
   """
   try:
-    return flags.FLAGS(argv)
+    left = flags.FLAGS(argv)
+    if flags.FLAGS.config is not None:
+      flags.FLAGS.config.to_dict()  # a file that can't be loaded raises only once it is used
+    return left
   except flags.Error as err:
+    if _config_file(argv) is None and any(arg.startswith("--config.") for arg in argv):
+      raise UserError("--config.KEY=VALUE needs --config=configs/NAME.py beside it.") from err
     lines = [line for line in str(err).splitlines() if line.strip()]
     raise UserError(lines[-1].removeprefix("ValueError: ")) from err
   except OSError as err:
-    asked = next((a for a in argv if a.startswith("--config=")), "--config")
     known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "common"))
-    raise UserError(f"{asked} cannot be read; the configs here are {known}.") from err
+    raise UserError(
+      f"--config={_config_file(argv)} cannot be read; the configs here are {known}."
+    ) from err
   except (AttributeError, KeyError) as err:
-    file = next((a for a in argv if a.startswith("--config=")), None)
-    if file is None:
-      raise UserError("--config.KEY=VALUE needs --config=configs/NAME.py beside it.") from err
-    sys.argv = [argv[0], file]  # config_flags looks for overrides here
+    sys.argv = [argv[0], f"--config={_config_file(argv)}"]  # config_flags looks for overrides here
     flags.FLAGS(sys.argv)
     config = flags.FLAGS.config.to_dict()
     given = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]

@@ -18,6 +18,7 @@ from train_jax import mesh as mesh_lib
 from train_jax import metrics as metrics_lib
 from train_jax import state as state_lib
 from train_jax.checkpoint import Checkpoints
+from train_jax.errors import UserError
 from train_jax.step import Method, make_train_step
 
 
@@ -42,6 +43,11 @@ class LoopConfig:
   clip: float
   max_skipped: int
   seed: int
+
+  def __post_init__(self):
+    for name in ("steps", "log_every", "save_every", "keep", "max_skipped"):
+      if getattr(self, name) < 1:
+        raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
 
 
 class DivergedError(RuntimeError):
@@ -116,8 +122,8 @@ def train(
   found = checkpoints.restore(abstract)
   state, position = (found[0], found[1]["position"]) if found else (init(), 0)
   start = int(state.step)
-  if found:
-    logging.info("resumed at step %d of %d from %s", start, config.steps, checkpoints.directory)
+  if found and chief:
+    print(f"resumed at step {start} of {config.steps} from {checkpoints.directory}", flush=True)
 
   step_fn = jax.jit(
     make_train_step(method, tx, decays, config.clip),
@@ -141,6 +147,7 @@ def train(
 
   bar = metrics_lib.progress_bar(config.steps, start, active=chief, unit="step", desc="training")
   stream = method.stream(config.seed, position)
+  clock = metrics_lib.StepClock(start)
   # Metrics are read two steps late: the device is never waited for, nor run away from.
   pending: collections.deque = collections.deque()
 
@@ -151,9 +158,8 @@ def train(
       bar.update()
       if step % config.log_every == 0 or step == config.steps:
         values = {name: float(value) for name, value in values.items()}
-        values["steps_per_second"] = bar.format_dict["rate"] or 0.0
-        writer.scalars(step, values)
-        shown = {k: v for k, v in values.items() if k not in ("skipped", "steps_per_second")}
+        shown = {k: v for k, v in values.items() if k != "skipped"}
+        writer.scalars(step, {**values, "milliseconds_per_step": clock.lap(step)})
         bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
 
   try:
@@ -164,16 +170,18 @@ def train(
         pending.append((step, values))
         read()
         last = step == config.steps
-        due_save = step % config.save_every == 0 or last or bool(stopped)
+        stop = bool(stopped)  # read once: what is left without a save must not be broken off
+        due_save = step % config.save_every == 0 or last or stop
         due_eval = config.eval_every and step % config.eval_every == 0 and not last
         if due_save or due_eval:
           read(wait_for_all=True)
-        if due_save:
-          save()
-        if stopped:
+          if due_save:
+            save()
+          if due_eval and not stop:
+            evaluate(final=False)
+          clock.restart(step)
+        if stop:
           break
-        if due_eval:
-          evaluate(final=False)
     checkpoints.wait()
     bar.close()
     if stopped and state.step < config.steps:

@@ -59,7 +59,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def check_batch(batch: int, mesh: Mesh) -> None:
   """Raises UserError unless the global batch divides over the devices."""
   n = mesh.size
-  if batch % n:
+  if batch < 1 or batch % n:
     raise UserError(
       f"batch={batch} is not divisible by the {n} devices; "
       f"choose a multiple of {n}, such as {max(n, batch // n * n)}."

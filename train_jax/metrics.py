@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,24 @@ class MetricWriter:
     if self.active:
       self._file.close()
       self._board.close()
+
+
+class StepClock:
+  """Wall time of a training step, with evaluations and saves left out."""
+
+  def __init__(self, step: int):
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    """Begins a lap after `step`."""
+    self._step, self._time = step, time.perf_counter()
+
+  def lap(self, step: int) -> float:
+    """Milliseconds a step since the lap began; begins the next."""
+    now, steps = time.perf_counter(), step - self._step
+    milliseconds = 1e3 * (now - self._time) / max(steps, 1)
+    self._step, self._time = step, now
+    return milliseconds
 
 
 def progress_bar(total: int, initial: int, active: bool = True, **kwargs) -> tqdm:

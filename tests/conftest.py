@@ -1,0 +1,157 @@
+"""Eight fake CPU devices, and a small method that every part of the engine can be tried on."""
+
+import os
+
+# Before JAX starts. Many threads: eight fake devices on two cores wait for each other for ever
+# otherwise.
+os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from train_jax import mesh as mesh_lib
+from train_jax import state as state_lib
+from train_jax.loop import LoopConfig
+from train_jax.step import Method
+
+ROWS, INPUTS, OUTPUTS = 8, 4, 3
+
+
+def predict(params, x):
+  """A linear model: x [b, INPUTS] -> [b, OUTPUTS]."""
+  return x @ params["layer"]["kernel"] + params["layer"]["bias"]
+
+
+def linear_batch(seed: int, position: int) -> dict[str, np.ndarray]:
+  """Batch number `position`, a function of its arguments only."""
+  draw = np.random.default_rng((seed, position))
+  x = draw.normal(size=(ROWS, INPUTS)).astype(np.float32)
+  y = x @ np.arange(INPUTS * OUTPUTS, dtype=np.float32).reshape(INPUTS, OUTPUTS) / 10
+  return {"x": x, "y": y, "poison": np.zeros(ROWS, np.float32)}
+
+
+def linear_stream(seed: int, position: int):
+  while True:
+    yield linear_batch(seed, position)
+    position += 1
+
+
+def linear_loss(params, ema, batch, key):
+  """Least squares, with a little noise and a little of the target average's own prediction."""
+  noise = 0.1 * jax.random.normal(key, batch["y"].shape)
+  goal = batch["y"] + noise + 0.1 * predict(ema["target"], batch["x"])
+  loss = jnp.mean((predict(params, batch["x"]) - goal) ** 2)
+  # Zero, with a gradient of 0; where `poison` is 1 the value is still 0 and the gradient is NaN.
+  gate = 1 - batch["poison"].max()
+  trap = jnp.sqrt(gate * (1 + params["layer"]["bias"][0] ** 2))
+  return loss + trap - jax.lax.stop_gradient(trap), {"noise": noise[0, 0]}
+
+
+def linear_augment(state, batch, key):
+  """A side-car that counts batches and remembers the last draw and the parameters it saw."""
+  seen = {
+    "count": state.extra["count"] + 1,
+    "draw": jax.random.normal(key, (2,)),
+    "kernel": state.params["layer"]["kernel"],
+    "rows": state.extra["rows"].at[state.step % 4].set(batch["x"][0]),
+  }
+  return seen, batch
+
+
+def linear_init(key):
+  kernel = jax.random.normal(key, (INPUTS, OUTPUTS))
+  params = {"layer": {"kernel": kernel, "bias": jnp.full(OUTPUTS, 0.1)}}
+  extra = {
+    "count": jnp.zeros((), jnp.int32),
+    "draw": jnp.zeros(2),
+    "kernel": jnp.zeros_like(kernel),
+    "rows": jnp.zeros((4, INPUTS)),
+  }
+  return params, extra
+
+
+def linear_evaluate(params, step, final):
+  yield "norm/kernel", float(jnp.linalg.norm(params["layer"]["kernel"]))
+  yield "grid", np.full((4, 6, 3), step, np.uint8)
+
+
+@pytest.fixture
+def method() -> Method:
+  """Least squares on a linear model: cheap, with noise, a side-car, a target average, a stream."""
+  return Method(linear_init, linear_loss, linear_augment, linear_stream, linear_evaluate)
+
+
+@pytest.fixture
+def batch():
+  """position -> a batch of `method`."""
+  return lambda position: linear_batch(0, position)
+
+
+@pytest.fixture
+def one_device():
+  """The mesh 1 x 1."""
+  return make_mesh(1, 1)
+
+
+def make_mesh(data: int, fsdp: int) -> jax.sharding.Mesh:
+  """Some of the eight devices as data x fsdp."""
+  kinds = (AxisType.Auto,) * 2
+  devices = jax.devices()[: data * fsdp]
+  return jax.make_mesh((data, fsdp), mesh_lib.AXES, axis_types=kinds, devices=devices)
+
+
+@pytest.fixture
+def make_state():
+  """(method, tx, mesh, seed) -> the state of step 0 on the mesh, with the averages of `DECAYS`."""
+
+  def make(method, tx, mesh, decays, seed=0):
+    init = state_lib.create(method, tx, decays, seed)
+    shardings = mesh_lib.state_sharding(jax.eval_shape(init), mesh)
+    return jax.jit(init, out_shardings=shardings)()
+
+  return make
+
+
+@pytest.fixture
+def settings():
+  """LoopConfig of a short run; keywords replace its values."""
+
+  def make(**kwargs) -> LoopConfig:
+    short = {
+      "steps": 4,
+      "log_every": 1,
+      "eval_every": 0,
+      "save_every": 2,
+      "keep": 2,
+      "clip": 1.0,
+      "max_skipped": 3,
+      "seed": 0,
+    }
+    return LoopConfig(**{**short, **kwargs})
+
+  return make
+
+
+@pytest.fixture
+def differences():
+  """(a, b) -> the paths at which two pytrees differ in any bit, dtype or shape."""
+
+  def compare(a, b) -> list[str]:
+    left, right = jax.tree_util.tree_flatten_with_path(a), jax.tree_util.tree_flatten_with_path(b)
+    if left[1] != right[1]:
+      return [f"{left[1]} != {right[1]}"]
+    wrong = []
+    for (path, x), (_, y) in zip(left[0], right[0], strict=True):
+      x, y = np.asarray(x), np.asarray(y)
+      if (x.dtype, x.shape, x.tobytes()) != (y.dtype, y.shape, y.tobytes()):
+        wrong.append(jax.tree_util.keystr(path))
+    return wrong
+
+  return compare

@@ -1,0 +1,121 @@
+"""The straight path, the grids of t and d, and noise that has a number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from ism_jax import path
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def pair():
+  x0, x1 = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 1)).astype(np.float32)
+  return x0, x1
+
+
+def assert_uniform(values, choices):
+  """values take each of `choices`, nothing else, and about equally often."""
+  found, counts = np.unique(values, return_counts=True)
+  np.testing.assert_array_equal(found, np.sort(choices))
+  assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_the_path_begins_at_noise_and_ends_at_data(pair):
+  x0, x1 = pair
+  np.testing.assert_array_equal(path.interpolate(x0, x1, jnp.zeros(3)), x0)
+  np.testing.assert_array_equal(path.interpolate(x0, x1, jnp.ones(3)), x1)
+
+
+def test_each_row_has_its_own_time(pair):
+  x0, x1 = pair
+  x = path.interpolate(x0, x1, jnp.array([0.0, 0.25, 1.0]))
+  np.testing.assert_allclose(x[1], 0.75 * x0[1] + 0.25 * x1[1], rtol=1e-6)
+  np.testing.assert_array_equal(x[2], x1[2])
+
+
+def test_velocity_is_the_derivative_of_the_path(pair):
+  x0, x1 = pair
+  for t in (0.0, 0.5, 1.0):
+    position = lambda t: path.interpolate(x0, x1, jnp.full(3, t))  # noqa: E731
+    _, derivative = jax.jvp(position, (t,), (1.0,))
+    np.testing.assert_allclose(path.velocity(x0, x1), derivative, atol=1e-6)
+  # One step of size 1 from noise is the image, one of size -1 from the image is the noise.
+  np.testing.assert_allclose(x0 + path.velocity(x0, x1), x1, atol=1e-6)
+
+
+def test_nfes_are_the_powers_of_two_up_to_128():
+  assert path.NFES == (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def test_the_network_sees_the_finest_step_as_zero():
+  d = jnp.array([0.0, 1 / 128, 1 / 64, 1 / 2, 1.0])
+  np.testing.assert_array_equal(path.seen_step(d), [0.0, 0.0, 1 / 64, 1 / 2, 1.0])
+
+
+def test_times_are_uniform_on_the_finest_grid():
+  assert_uniform(np.asarray(path.sample_times(KEY, 20_000)), np.arange(128) / 128)
+
+
+@pytest.fixture(scope="module")
+def steps():
+  return tuple(np.asarray(a, np.float64) for a in path.sample_steps(KEY, 40_000))
+
+
+def test_step_sizes_are_uniform_over_the_levels(steps):
+  _, step = steps
+  assert_uniform(step, [2.0**-k for k in range(7)])
+
+
+def test_a_step_starts_at_a_multiple_of_itself_and_ends_by_one(steps):
+  t, step = steps
+  np.testing.assert_array_equal(t % step, 0)
+  assert t.min() >= 0
+  assert np.all(t + step <= 1)
+
+
+def test_starts_are_uniform_at_each_level(steps):
+  t, step = steps
+  for level in (1, 3, 6):
+    assert_uniform(t[step == 2.0**-level], np.arange(2**level) / 2**level)
+
+
+def test_half_a_step_is_a_size_that_the_network_knows(steps):
+  _, step = steps
+  seen = np.asarray(path.seen_step(jnp.asarray(step / 2, jnp.float32)))
+  assert set(seen) == {0.0, *(2.0**-k for k in range(1, 7))}
+
+
+def test_guidance_strengths_and_the_share_of_zero():
+  w = np.asarray(path.sample_guidance(KEY, 20_000, w_max=3.5, w_step=0.25, zero=0.25))
+  assert abs(np.mean(w == 0) - 0.25) < 0.01
+  assert_uniform(w[w > 0], 0.25 * np.arange(1, 15))
+
+
+@pytest.mark.parametrize(("zero", "expected"), [(0.0, {0.5, 1.0}), (1.0, {0.0})])
+def test_guidance_is_never_or_always_zero(zero, expected):
+  assert set(np.asarray(path.sample_guidance(KEY, 500, 1.0, 0.5, zero)).tolist()) == expected
+
+
+def test_noise_depends_on_its_number_only():
+  index = jnp.array([5, 9, 5, 2**31 - 1], jnp.int32)
+  noise = path.draw_noise(KEY, index, (4, 4, 2))
+  np.testing.assert_array_equal(noise[0], noise[2])
+  assert not np.any(noise[0] == noise[1])
+  order = jnp.array([3, 1, 0, 2])
+  np.testing.assert_array_equal(path.draw_noise(KEY, index[order], (4, 4, 2)), noise[order])
+  np.testing.assert_array_equal(path.draw_noise(KEY, index[1:2], (4, 4, 2)), noise[1:2])
+  assert not np.any(path.draw_noise(jax.random.key(1), index, (4, 4, 2)) == noise)
+
+
+def test_noise_is_standard_normal_and_independent():
+  noise = np.asarray(path.draw_noise(KEY, jnp.arange(4096), (4, 2, 2)), np.float64)
+  assert stats.kstest(noise.ravel(), "norm").pvalue > 0.01
+  flat = noise.reshape(4096, -1)
+  between_pixels = np.corrcoef(flat.T) - np.eye(16)
+  neighbours = np.mean(flat[1:] * flat[:-1])  # consecutive numbers
+  assert np.abs(between_pixels).max() < 0.08
+  assert abs(neighbours) < 0.02
