@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -95,61 +96,61 @@ def result(workdir: Path, steps: int) -> dict | None:
   return {**values, "milliseconds_per_step": float(np.median(times))}
 
 
-def best_guidance(run: dict, nfe: int) -> str:
-  """The strength with the highest class accuracy at this number of steps, the lower FD deciding."""
-  settings = [k.partition("_w")[2] for k in run if k.startswith(f"fd/nfe{nfe}_w")]
-  return max(settings, key=lambda w: (run[f"accuracy/nfe{nfe}_w{w}"], -run[f"fd/nfe{nfe}_w{w}"]))
+def best_guidance(run: dict) -> str:
+  """The strength with the lowest Fréchet distance at one step; 0 is among them."""
+  settings = [k.partition("_w")[2] for k in run if k.startswith("fd/nfe1_w")]
+  return min(settings, key=lambda w: run[f"fd/nfe1_w{w}"])
 
 
-def summary(runs: list[dict]) -> dict:
-  """Mean and standard deviation over seeds of every number of the table."""
+def summary(runs: list[dict]) -> dict[str, tuple[float, float]]:
+  """Mean and standard deviation over seeds of every number of the tables."""
   rows = []
   for run in runs:
-    row = {"ms": run["milliseconds_per_step"]}
-    for nfe in NFES:
-      for name, w in (("w0", "0"), ("best", best_guidance(run, nfe))):
-        row[f"w/{nfe}/{name}"] = float(w)
-        for metric in METRICS:
-          row[f"{metric}/{nfe}/{name}"] = run[f"{metric}/nfe{nfe}_w{w}"]
+    best = best_guidance(run)
+    row = {"ms": run["milliseconds_per_step"], "w": float(best)}
+    for nfe, (name, w), metric in product(NFES, (("w0", "0"), ("best", best)), METRICS):
+      row[f"{metric}/{nfe}/{name}"] = run[f"{metric}/nfe{nfe}_w{w}"]
     rows.append(row)
-  return {k: (float(np.mean(v)), float(np.std(v))) for k in rows[0] for v in [[r[k] for r in rows]]}
+  values = {key: [row[key] for row in rows] for key in rows[0]}
+  return {key: (float(np.mean(v)), float(np.std(v))) for key, v in values.items()}
 
 
-def cell(value: tuple[float, float], digits: int = 2) -> str:
-  return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+def cell(value: tuple[float, float]) -> str:
+  return f"{value[0]:.2f} ± {value[1]:.2f}"
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+  """A markdown table."""
+  lines = [heads, ["---"] * len(heads), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table(summaries: dict[str, dict], n: int) -> str:
-  """Two markdown tables: Fréchet distance at w = 0, and the best strength."""
-  heads = [f"FD, {nfe}" for nfe in NFES]
-  lines = [f"At w = 0, mean ± spread of {n} seeds.", "", "| rung | " + " | ".join(heads)]
-  lines[-1] += " | accuracy, 1 | accuracy, 4 | recall, 1 | ms a step |"
-  lines.append("|---" * (len(heads) + 5) + "|")
+  """Two tables: w = 0, and the strength with the lowest Fréchet distance at one step."""
+  unguided, guided = [], []
   for rung, s in summaries.items():
-    cells = [cell(s[f"fd/{nfe}/w0"]) for nfe in NFES]
-    cells += [cell(s["accuracy/1/w0"], 3), cell(s["accuracy/4/w0"], 3), cell(s["recall/1/w0"])]
-    lines.append(f"| {rung} | " + " | ".join([*cells, f"{s['ms'][0]:.1f}"]) + " |")
-  lines += ["", "At the w of the highest class accuracy.", ""]
-  heads = ["w, 1", "FD, 1", "accuracy, 1", "precision, 1", "recall, 1", "w, 4", "FD, 4"]
-  lines.append("| rung | " + " | ".join([*heads, "accuracy, 4"]) + " |")
-  lines.append("|---" * (len(heads) + 2) + "|")
-  for rung, s in summaries.items():
-    cells = [cell(s["w/1/best"]), cell(s["fd/1/best"]), cell(s["accuracy/1/best"], 3)]
-    cells += [cell(s["precision/1/best"]), cell(s["recall/1/best"])]
-    cells += [cell(s["w/4/best"]), cell(s["fd/4/best"]), cell(s["accuracy/4/best"], 3)]
-    lines.append(f"| {rung} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+    fd = [cell(s[f"fd/{nfe}/w0"]) for nfe in NFES]
+    rest = [cell(s[f"{m}/1/w0"]) for m in METRICS[1:]] + [cell(s["accuracy/4/w0"])]
+    unguided.append([rung, *fd, *rest, f"{s['ms'][0]:.1f}"])
+    one = [cell(s[f"{m}/1/best"]) for m in METRICS]
+    guided.append([rung, cell(s["w"]), *one, cell(s["fd/4/best"]), cell(s["accuracy/4/best"])])
+  one = ["accuracy, 1 step", "precision, 1", "recall, 1"]
+  heads = ["rung", *(f"FD, {nfe}" for nfe in NFES), *one, "accuracy, 4", "ms a step"]
+  text = f"At w = 0; mean ± spread of {n} seeds; columns by number of steps.\n\n"
+  text += markdown(heads, unguided)
+  text += "\n\nAt the w of the lowest FD at one step.\n\n"
+  return text + markdown(["rung", "w", "FD, 1", *one, "FD, 4", "accuracy, 4"], guided)
 
 
 def plot(summaries: dict[str, dict], path: Path) -> None:
-  """Fréchet distance at w = 0 and best class accuracy by rung, a line for each number of steps."""
+  """Fréchet distance and class accuracy at w = 0 by rung, a line for each number of steps."""
   figure, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=120)
   x = np.arange(len(summaries))
   for nfe in NFES:
-    for axis, key in zip(axes, (f"fd/{nfe}/w0", f"accuracy/{nfe}/best"), strict=True):
+    for axis, key in zip(axes, (f"fd/{nfe}/w0", f"accuracy/{nfe}/w0"), strict=True):
       mean, spread = np.array([s[key] for s in summaries.values()]).T
       axis.errorbar(x, mean, spread, marker="o", capsize=2, label=f"{nfe} step{'s' * (nfe > 1)}")
-  for axis, title in zip(axes, ("Fréchet distance, w = 0", "class accuracy, best w"), strict=True):
+  for axis, title in zip(axes, ("Fréchet distance, w = 0", "class accuracy, w = 0"), strict=True):
     axis.set_title(title)
     axis.set_xticks(x, list(summaries), rotation=30, ha="right")
   axes[0].set_yscale("log")

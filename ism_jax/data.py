@@ -17,7 +17,7 @@ from pathlib import Path
 import grain
 import numpy as np
 from absl import logging
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from train_jax.errors import UserError
@@ -68,7 +68,10 @@ def _read(path: Path, side: int, mode: str) -> np.ndarray | None:
   """The centre square of an image file at `side` pixels, or None if it can't be read."""
   try:
     with Image.open(path) as image:
-      image = image.convert(mode)
+      upright = ImageOps.exif_transpose(image)  # as the camera was held
+      if upright.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+      image = upright.convert(mode)
   except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
     return None
   edge = min(image.size)

@@ -173,5 +173,5 @@ def loss(
   }
   weights = dict(zip(ROLES, config.weights, strict=True))
   total = sum(weights[role] * mean for role, mean in means.items())
-  velocity = rows["velocity"].target
-  return total, {**means, "curvature": means["velocity"] / jnp.mean(velocity**2)}
+  straight = jnp.mean(distance(config, rows["velocity"].target))
+  return total, {**means, "curvature": means["velocity"] / straight}

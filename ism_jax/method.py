@@ -64,6 +64,12 @@ def _check(config, source: data.Source) -> None:
       raise UserError(
         f"data.{name}={config.data[name]} but for the images of {config.data.source} it is {found}."
       )
+  counts = np.bincount(source.labels)
+  if len(counts) < 2 or counts.min() < 2:
+    raise UserError(
+      f"the images of {config.data.source} have {len(counts)} classes, the smallest of "
+      f"{counts.min()} images; evaluation needs at least 2 classes of at least 2 images."
+    )
   wavelet.check_levels(height, width, config.wavelet.levels)
   group = sum(config.loss.shares)
   if config.batch % group:

@@ -1,13 +1,22 @@
 """Eight fake CPU devices, and a small method that every part of the engine can be tried on."""
 
 import os
+from pathlib import Path
 
 # Before JAX starts. Many threads: eight fake devices on two cores wait for each other for ever
 # otherwise.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The tests wait for the compiler more than for results: it need not optimise, and is not run twice.
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+  )
+)
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax")
 )
 
 import jax
@@ -48,10 +57,10 @@ def linear_loss(params, ema, batch, key):
   noise = 0.1 * jax.random.normal(key, batch["y"].shape)
   goal = batch["y"] + noise + 0.1 * predict(ema["target"], batch["x"])
   loss = jnp.mean((predict(params, batch["x"]) - goal) ** 2)
-  # Zero, with a gradient of 0; where `poison` is 1 the value is still 0 and the gradient is NaN.
-  gate = 1 - batch["poison"].max()
-  trap = jnp.sqrt(gate * (1 + params["layer"]["bias"][0] ** 2))
-  return loss + trap - jax.lax.stop_gradient(trap), {"noise": noise[0, 0]}
+  # Adds 0 with gradient 0; where a row is poisoned, 0 with gradient NaN.
+  healthy = 1 - batch["poison"].max()
+  trap = 0 * jnp.sqrt(healthy * (1 + params["layer"]["bias"][0] ** 2))
+  return loss + trap, {"noise": noise[0, 0]}
 
 
 def linear_augment(state, batch, key):
@@ -82,34 +91,38 @@ def linear_evaluate(params, step, final):
   yield "grid", np.full((4, 6, 3), step, np.uint8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def method() -> Method:
   """Least squares on a linear model: cheap, with noise, a side-car, a target average, a stream."""
   return Method(linear_init, linear_loss, linear_augment, linear_stream, linear_evaluate)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def batch():
   """position -> a batch of `method`."""
   return lambda position: linear_batch(0, position)
 
 
-@pytest.fixture
-def one_device():
+@pytest.fixture(scope="session")
+def make_mesh():
+  """(data, fsdp) -> a mesh of the first of the eight devices."""
+
+  def make(data: int, fsdp: int) -> jax.sharding.Mesh:
+    kinds, devices = (AxisType.Auto,) * 2, jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), mesh_lib.AXES, axis_types=kinds, devices=devices)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def one_device(make_mesh):
   """The mesh 1 x 1."""
   return make_mesh(1, 1)
 
 
-def make_mesh(data: int, fsdp: int) -> jax.sharding.Mesh:
-  """Some of the eight devices as data x fsdp."""
-  kinds = (AxisType.Auto,) * 2
-  devices = jax.devices()[: data * fsdp]
-  return jax.make_mesh((data, fsdp), mesh_lib.AXES, axis_types=kinds, devices=devices)
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_state():
-  """(method, tx, mesh, seed) -> the state of step 0 on the mesh, with the averages of `DECAYS`."""
+  """(method, tx, mesh, decays, seed) -> the state of step 0 on the mesh."""
 
   def make(method, tx, mesh, decays, seed=0):
     init = state_lib.create(method, tx, decays, seed)
@@ -119,7 +132,19 @@ def make_state():
   return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def perturb():
+  """params -> params with every zero filled, and no two rows of a stack alike."""
+
+  def run(params):
+    leaves, structure = jax.tree.flatten(params)
+    waves = [jnp.sin((i + 1.7) * jnp.arange(a.size)).reshape(a.shape) for i, a in enumerate(leaves)]
+    return jax.tree.unflatten(structure, [a + 0.1 * w for a, w in zip(leaves, waves, strict=True)])
+
+  return run
+
+
+@pytest.fixture(scope="session")
 def settings():
   """LoopConfig of a short run; keywords replace its values."""
 
@@ -139,7 +164,7 @@ def settings():
   return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def differences():
   """(a, b) -> the paths at which two pytrees differ in any bit, dtype or shape."""
 

@@ -128,11 +128,11 @@ def test_frechet_of_equal_gaussians_is_zero_and_never_negative():
   assert fid.frechet_distance([1.0, 2.0], np.zeros((2, 2)), [1.0, 4.0], np.zeros((2, 2))) == 4
 
 
-@pytest.mark.parametrize("n, f", [(20, 100), (10, 200), (2, 50)])
-def test_frechet_is_stable_below_as_many_samples_as_dimensions(n, f):
+@pytest.mark.parametrize("n, m, f", [(20, 20, 100), (10, 300, 200), (300, 10, 200), (2, 2, 50)])
+def test_frechet_is_stable_below_as_many_samples_as_dimensions(n, m, f):
   """SciPy's sqrtm warns here and returns a complex matrix, off by 1e-8 or more."""
-  x, y = np.random.default_rng(0).standard_normal((2, n, f))
-  y = 1.3 * y + 0.1
+  rng = np.random.default_rng(0)
+  x, y = rng.standard_normal((n, f)), 1.3 * rng.standard_normal((m, f)) + 0.1
   assert distance(x, y) == pytest.approx(sample_distance(x, y), rel=1e-12)
 
 
@@ -157,7 +157,8 @@ def naive_precision_recall(real, fake, k):
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_precision_recall_is_the_naive_loop_for_any_block(k, block):
   rng = np.random.default_rng(k)
-  real, fake = rng.standard_normal((60, 3)) + 5, 0.8 * rng.standard_normal((45, 3)) + 6
+  real, fake = rng.standard_normal((60, 3)), 0.8 * rng.standard_normal((45, 3)) + 1
+  real, fake = real + 1e7, fake + 1e7  # squares of 1e14: a naive |a|^2 + |b|^2 - 2ab has no digits
   expected = naive_precision_recall(real, fake, k)
   assert 0.1 < expected[1] < expected[0] < 0.95  # or there is nothing to get wrong
   assert fid.precision_recall(real, fake, k, block) == pytest.approx(expected, abs=1e-12)
@@ -180,10 +181,18 @@ def test_a_copy_is_perfect_and_a_collapsed_copy_has_no_recall(offset):
     assert fid.precision_recall(x, np.tile(x[10], (30, 1)), block=block) == (1, 1 / 50)
 
 
-def test_an_outlier_widens_no_other_ball():
+def test_a_sample_on_the_edge_of_a_ball_lies_in_it_whatever_the_rounding():
+  """Each fake sample is a real one's nearest neighbour, mirrored at it."""
+  real = np.random.default_rng(0).standard_normal((200, 5))
+  gaps = np.linalg.norm(real[:, None] - real, axis=2) + np.diag(np.full(200, np.inf))
+  mirrored = 2 * real - real[gaps.argmin(axis=1)]
+  assert fid.precision_recall(real, mirrored, k=1)[0] == 1
+
+
+def test_outliers_widen_no_other_ball():
   real = np.random.default_rng(0).standard_normal((50, 2))
-  fake = np.concatenate([real + 100, [[1e9, 0]]])
-  assert fid.precision_recall(real, fake)[0] == 0
+  fake = np.concatenate([real + 100, np.tile([[1e9, 0]], (5, 1))])  # their own radius is zero
+  assert fid.precision_recall(real, fake) == (0, 0)
 
 
 def test_precision_recall_holds_blocks_only():

@@ -9,6 +9,9 @@ from scipy import stats
 from ism_jax import path
 
 KEY = jax.random.key(0)
+draw_noise = jax.jit(path.draw_noise, static_argnums=2)
+sample_guidance = jax.jit(path.sample_guidance, static_argnames=("n", "w_max", "w_step"))
+sample_steps = jax.jit(path.sample_steps, static_argnums=1)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_times_are_uniform_on_the_finest_grid():
 
 @pytest.fixture(scope="module")
 def steps():
-  return tuple(np.asarray(a, np.float64) for a in path.sample_steps(KEY, 40_000))
+  return tuple(np.asarray(a, np.float64) for a in sample_steps(KEY, 40_000))
 
 
 def test_step_sizes_are_uniform_over_the_levels(steps):
@@ -90,29 +93,29 @@ def test_half_a_step_is_a_size_that_the_network_knows(steps):
 
 
 def test_guidance_strengths_and_the_share_of_zero():
-  w = np.asarray(path.sample_guidance(KEY, 20_000, w_max=3.5, w_step=0.25, zero=0.25))
+  w = np.asarray(sample_guidance(KEY, 20_000, w_max=3.5, w_step=0.25, zero=0.25))
   assert abs(np.mean(w == 0) - 0.25) < 0.01
   assert_uniform(w[w > 0], 0.25 * np.arange(1, 15))
 
 
 @pytest.mark.parametrize(("zero", "expected"), [(0.0, {0.5, 1.0}), (1.0, {0.0})])
 def test_guidance_is_never_or_always_zero(zero, expected):
-  assert set(np.asarray(path.sample_guidance(KEY, 500, 1.0, 0.5, zero)).tolist()) == expected
+  assert set(np.asarray(sample_guidance(KEY, 500, 1.0, 0.5, zero)).tolist()) == expected
 
 
 def test_noise_depends_on_its_number_only():
   index = jnp.array([5, 9, 5, 2**31 - 1], jnp.int32)
-  noise = path.draw_noise(KEY, index, (4, 4, 2))
+  noise = draw_noise(KEY, index, (4, 4, 2))
   np.testing.assert_array_equal(noise[0], noise[2])
   assert not np.any(noise[0] == noise[1])
   order = jnp.array([3, 1, 0, 2])
-  np.testing.assert_array_equal(path.draw_noise(KEY, index[order], (4, 4, 2)), noise[order])
-  np.testing.assert_array_equal(path.draw_noise(KEY, index[1:2], (4, 4, 2)), noise[1:2])
-  assert not np.any(path.draw_noise(jax.random.key(1), index, (4, 4, 2)) == noise)
+  np.testing.assert_array_equal(draw_noise(KEY, index[order], (4, 4, 2)), noise[order])
+  np.testing.assert_array_equal(draw_noise(KEY, index[1:2], (4, 4, 2)), noise[1:2])
+  assert not np.any(draw_noise(jax.random.key(1), index, (4, 4, 2)) == noise)
 
 
 def test_noise_is_standard_normal_and_independent():
-  noise = np.asarray(path.draw_noise(KEY, jnp.arange(4096), (4, 2, 2)), np.float64)
+  noise = np.asarray(draw_noise(KEY, jnp.arange(4096), (4, 2, 2)), np.float64)
   assert stats.kstest(noise.ravel(), "norm").pvalue > 0.01
   flat = noise.reshape(4096, -1)
   between_pixels = np.corrcoef(flat.T) - np.eye(16)

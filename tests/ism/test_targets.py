@@ -86,9 +86,7 @@ def test_half_steps_are_taken_with_half_the_step_size_and_the_same_w(batch):
   step = np.array([1, 0.5, 1 / 4, 1 / 32, 1 / 64, 1 / 64])
   told = np.array([0.5, 0.25, 1 / 8, 1 / 64, 0, 0])  # the finest step is told as 0
   w = np.arange(B) / 4
-  see_d, _ = consistency(
-    lambda p, x, t, d, *_: 0 * x + d[:, None, None, None], batch, 0.0, step, w
-  )
+  see_d, _ = consistency(lambda p, x, t, d, *_: 0 * x + d[:, None, None, None], batch, 0.0, step, w)
   see_w, _ = consistency(
     lambda p, x, t, d, label, w: 0 * x + w[:, None, None, None], batch, 0.0, step, w
   )

@@ -1,0 +1,236 @@
+"""iSM assembled: every config trains, evaluates and samples, and bad ones say what is wrong."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from configs import ism_digits
+from ism_jax import method as ism
+from train_jax import mesh as mesh_lib
+from train_jax import state as state_lib
+from train_jax.errors import UserError
+from train_jax.step import make_train_step
+
+OBJECTIVES = ("ism", "flow", "shortcut", "shortcut_fast_ema")
+
+
+def get_config(objective="ism", **changes):
+  """The debug config of an objective; `section__key=value` changes a value."""
+  config = ism_digits.get_config("debug" if objective == "ism" else f"{objective},debug")
+  config.batch = 16
+  config.model.depth = 1
+  config.eval.samples = 64
+  for name, value in changes.items():
+    section, _, key = name.partition("__")
+    if key:
+      config[section][key] = value
+    else:
+      config[section] = value
+  return config
+
+
+def build(config):
+  return ism.make_method(config, mesh_lib.make_mesh())
+
+
+@pytest.fixture(scope="module")
+def default():
+  """(method, facts, parameters) of the debug config."""
+  method, facts = build(get_config())
+  params, extra = jax.jit(method.init)(jax.random.key(0))
+  assert extra == ()
+  return method, facts, params
+
+
+@pytest.mark.parametrize("objective", ["ism", "flow", "shortcut"])
+def test_a_train_step_learns(objective):
+  config = get_config(objective)
+  method, _ = build(config)
+  tx, decays = optax.adam(3e-3), dict(config.ema)
+  state = jax.jit(state_lib.create(method, tx, decays, seed=0))()
+  step = jax.jit(make_train_step(method, tx, decays, clip=1.0))
+  first, losses = state.params, []
+  for batch in itertools.islice(method.stream(0, 0), 40):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["velocity"]))
+  assert all(np.isfinite(float(value)) for value in metrics.values())
+  roles = {"ism": {"velocity", "guidance", "consistency"}, "flow": {"velocity"}}
+  present = {"velocity", "guidance", "consistency"} & set(metrics)
+  assert present == roles.get(objective, {"velocity", "consistency"})
+  assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5]) and int(state.skipped) == 0
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params["out"], first["out"])
+  assert all(moved.values())
+  assert set(state.ema) == {"target", "sample"}
+
+
+def test_options_differ_where_they_say():
+  ism_, flow, shortcut, fast = (ism_digits.get_config("" if o == "ism" else o) for o in OBJECTIVES)
+  assert flow.loss.shares == (1, 0, 0) and flow.pairing.pool == 0 and ism_.pairing.pool == 32
+  assert shortcut.guidance.baked > 0 == ism_.guidance.baked
+  assert shortcut.loss.weights == (7 / 8, 0.0, 1 / 8)  # with shares 7:1, one mean over rows
+  assert (shortcut.ema.target, fast.ema.target, ism_.ema.target) == (0.999, 0.95, 0.95)
+  fast.ema.target = shortcut.ema.target
+  assert fast.to_dict() == shortcut.to_dict()
+  with pytest.raises(ValueError, match=r"unknown option 'fast'.*choose from flow, shortcut"):
+    ism_digits.get_config("flow,fast")
+
+
+def test_facts_are_what_sampling_needs(default):
+  _, facts, _ = default
+  assert facts == {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
+  assert json.loads(json.dumps(facts)) == facts
+
+
+@pytest.fixture(scope="module")
+def batches(default):
+  """The first eight batches, in pools of two."""
+  method, _, _ = default
+  return list(itertools.islice(method.stream(0, 0), 8))
+
+
+def test_batches_are_paired_within_class(batches):
+  for first, second in zip(batches[::2], batches[1::2], strict=True):
+    label, noise = (np.concatenate([first[k], second[k]]) for k in ("label", "noise"))
+    start = noise.min()
+    np.testing.assert_array_equal(np.sort(noise), np.arange(start, start + 32))
+    np.testing.assert_array_equal(label[noise - start], label)
+    assert np.any(noise != np.arange(start, start + 32))
+
+
+@pytest.mark.parametrize("position", [2, 3])
+def test_a_paired_stream_can_begin_anywhere(position, default, batches):
+  method, _, _ = default
+  again = itertools.islice(method.stream(0, position), 8 - position)
+  for batch, expected in zip(again, batches[position:], strict=True):
+    for name in ("image", "label", "noise"):
+      np.testing.assert_array_equal(batch[name], expected[name])
+
+
+def test_noise_is_drawn_from_its_number_alone(default, batches):
+  # The same rows in another order are the same pairs: the cost of the pairing does not change.
+  method, _, params = default
+  key, ema = jax.random.key(0), {"target": params}
+  metrics = jax.jit(lambda batch: method.loss(params, ema, batch, key)[1])
+  batch = batches[0]
+  turned = {name: value[::-1] for name, value in batch.items()}
+  cost = float(metrics(batch)["pair_cost"])
+  np.testing.assert_allclose(float(metrics(turned)["pair_cost"]), cost, rtol=1e-5)
+  random = {**batch, "noise": batch["noise"][::-1]}
+  assert float(metrics(random)["pair_cost"]) > cost
+
+
+def test_evaluation_always_has_w_0_and_a_grid(default):
+  # Also where the config asks for guided samples only, and for none of few steps.
+  method, _ = build(get_config(eval__nfe=(8,), eval__guidance=(0.5,)))
+  *_, params = default
+  results = dict(method.evaluate(params, 1, False))
+  assert {"fd/nfe8_w0", "accuracy/nfe8_w0.5", "recall/nfe8_w0", "precision/nfe8_w0"} <= set(results)
+  assert results["grid"].ndim == 3 and results["grid"].dtype == np.uint8
+  numbers = [value for value in results.values() if not np.ndim(value)]
+  assert len(numbers) == 8 and np.all(np.isfinite(numbers))
+
+
+FLAGS = {"nfe": None, "guidance": None, "labels": None, "num": 6, "seed": 0}
+
+
+def test_sample_mode_writes_what_was_asked_for(default, tmp_path):
+  _, facts, params = default
+  flags = SimpleNamespace(**{**FLAGS, "nfe": ["1", "2"], "guidance": ["0.5"], "labels": ["3", "5"]})
+  ism.sample_mode(get_config(), facts, lambda: (params, 2), flags, tmp_path)
+  with np.load(tmp_path / "samples.npz") as saved:
+    np.testing.assert_array_equal(saved["labels"], [3, 5, 3, 5, 3, 5] * 2)
+    np.testing.assert_array_equal(saved["nfe"], [1] * 6 + [2] * 6)
+    assert set(saved["guidance"].tolist()) == {0.5}
+  assert (tmp_path / "grid.png").exists()
+
+
+def test_evaluate_mode_writes_its_numbers(default, tmp_path):
+  _, facts, params = default
+  config = get_config()
+  flags = SimpleNamespace(**{**FLAGS, "nfe": ["1"], "guidance": ["0.5"]})
+  ism.evaluate_mode(config, facts, lambda: (params, 2), flags, tmp_path)
+  record = json.loads((tmp_path / "evaluation.json").read_text())
+  assert record["step"] == 2 and record["seed"] == 0 and record["samples"] == 64
+  assert {"fd/nfe1_w0", "fd/nfe1_w0.5", "accuracy/nfe1_w0"} <= set(record)
+  assert (tmp_path / "grid.png").exists()
+  assert config.eval.nfe == (1, 2)  # the caller's config is left alone
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"nfe": ["3"]}, r"nfe=3 was not trained"),
+    ({"nfe": ["one"]}, r"--nfe=one must be whole numbers separated by commas"),
+    ({"guidance": ["9"]}, r"guidance=9 is outside the trained range 0 to"),
+    ({"labels": ["0", "10"]}, r"label 10 is out of range: the classes are 0 to 9\."),
+    ({"labels": ["-1"]}, r"label -1 is out of range"),
+  ],
+)
+def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, default, tmp_path):
+  _, facts, _ = default
+
+  def load():
+    raise AssertionError("loaded a checkpoint for a request that cannot be met")
+
+  flags = SimpleNamespace(**{**FLAGS, **changes})
+  with pytest.raises(UserError, match=message):
+    ism.sample_mode(get_config(), facts, load, flags, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"batch": 20}, r"batch=20 is not divisible by 8, the sum of loss.shares=.*multiple of 8"),
+    ({"data__side": 32}, r"data.side=32 but for the images of digits it is 8"),
+    ({"data__channels": 3}, r"data.channels=3 but for the images of digits it is 1"),
+    ({"data__source": "imagenet"}, r"data.source='imagenet' is unknown; choose 'digits' or"),
+    ({"model__patch": 3}, r"model.patch=3 does not divide the image side 8"),
+    ({"model__width": 18}, r"model.width=18 must be a multiple of"),
+    ({"model__depth": 0}, r"model.depth=0 must be at least 1"),
+    ({"wavelet__levels": 4}, r"wavelet.levels=4 does not fit images of 8x8.*from 0 to 3"),
+    ({"wavelet__norm": "l1"}, r"wavelet.norm='l1'"),
+    ({"pairing__condition": "labels"}, r"pairing.condition='labels' is unknown"),
+    ({"eval__nfe": (1, 5)}, r"nfe=5 was not trained"),
+    ({"eval__guidance": (0.0, 9.0)}, r"guidance=9 is outside the trained range"),
+    ({"eval__samples": 10}, r"eval.samples=10 must be at least 16"),
+    ({"loss__shares": (4, 0, 4)}, r"0 guidance rows but guidance.w_max"),
+    ({"guidance__w_step": 0.4}, r"must be a multiple of guidance.w_step=0.4"),
+    ({"data__source": "folder", "data__path": "nowhere"}, r"data.path='nowhere' is not a folder"),
+  ],
+)
+def test_bad_configs_are_refused_in_a_sentence(changes, message):
+  with pytest.raises(UserError, match=message):
+    build(get_config(**changes))
+
+
+def save_images(root, counts):
+  rng = np.random.default_rng(0)
+  for name, count in counts.items():
+    (root / name).mkdir()
+    for i in range(count):
+      pixels = rng.integers(0, 256, (9, 12, 3), np.uint8)
+      Image.fromarray(pixels).save(root / name / f"{i}.png")
+
+
+FOLDER = {"data__source": "folder", "data__side": 8, "data__channels": 3}
+
+
+def test_a_folder_of_images_will_do(tmp_path):
+  save_images(tmp_path, {"cats": 5, "dogs": 4})
+  method, facts = build(get_config(**FOLDER, data__path=str(tmp_path)))
+  assert facts == {"names": ["cats", "dogs"], "shape": [8, 8, 3]}
+  batch = next(method.stream(0, 0))
+  assert batch["image"].shape == (16, 8, 8, 3) and set(batch["label"].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("counts", [{"cats": 5}, {"cats": 5, "dogs": 1}])
+def test_images_that_cannot_be_evaluated_are_refused_before_training(counts, tmp_path):
+  save_images(tmp_path, counts)
+  with pytest.raises(UserError, match=r"at least 2 classes of at least 2 images"):
+    build(get_config(**FOLDER, data__path=str(tmp_path)))

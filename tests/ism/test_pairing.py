@@ -1,0 +1,240 @@
+"""Pairings: permutations, near SciPy's optimum, straight, and silent about the class."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from ism_jax import pairing
+from ism_jax.pairing import PairingConfig
+from ism_jax.path import draw_noise
+from train_jax.errors import UserError
+
+N = 1024
+RNG = jax.random.key(3)
+FIRST = 5000  # noise numbers are names, not positions in the pool
+CONFIGS = {
+  f"{condition}/{solver}": PairingConfig(pool=1, condition=condition, solver=solver)
+  for condition in ("class", "none", "weight")
+  for solver in ("sinkhorn", "exact")
+}
+
+
+@pytest.fixture(scope="module")
+def pool():
+  """(pixels, label, noise numbers, cost of every pair) of N digits."""
+  digits = load_digits()
+  rows = np.random.default_rng(0).permutation(len(digits.target))[:N]
+  pixels = (digits.images[rows, :, :, None] / 8 - 1).astype(np.float32)
+  noise = np.arange(FIRST, FIRST + N, dtype=np.int32)
+  x = pixels.reshape(N, -1).astype(np.float64)
+  z = np.asarray(draw_noise(RNG, noise, (8, 8, 1)), np.float64).reshape(N, -1)
+  cost = np.sum(x**2, 1)[:, None] + np.sum(z**2, 1) - 2 * x @ z.T
+  return pixels, digits.target[rows].astype(np.int32), noise, cost
+
+
+@pytest.fixture(scope="module")
+def paired(pool):
+  """config -> the pool's noise numbers, paired; each config is solved once."""
+  known = {}
+
+  def get(name):
+    if name not in known:
+      pixels, label, noise, _ = pool
+      known[name] = pairing.pair(CONFIGS[name], RNG, pixels, label, noise, 10)
+    return known[name]
+
+  return get
+
+
+def cost_of(paired, cost):
+  return np.mean(cost[np.arange(N), paired - FIRST])
+
+
+def optimum(cost, groups):
+  """Mean cost of SciPy's assignment within each group of rows."""
+  total = 0.0
+  for rows in groups:
+    block = cost[np.ix_(rows, rows)]
+    total += block[linear_sum_assignment(block)].sum()
+  return total / N
+
+
+def groups_of(condition, label):
+  return [np.flatnonzero(label == c) for c in range(10)] if condition == "class" else [np.arange(N)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pairing_is_a_permutation(name, pool, paired):
+  _, _, noise, _ = pool
+  result = paired(name)
+  assert result.dtype == np.int32
+  np.testing.assert_array_equal(np.sort(result), noise)
+  assert np.mean(result == noise) < 0.2  # and not the one it was given
+
+
+@pytest.mark.parametrize("condition", ["class", "none"])
+def test_sinkhorn_costs_at_most_two_percent_more_than_the_optimum(condition, pool, paired):
+  _, label, _, cost = pool
+  best = optimum(cost, groups_of(condition, label))
+  assert best * (1 - 1e-6) <= cost_of(paired(f"{condition}/sinkhorn"), cost) < 1.02 * best
+  assert best < 0.9 * cost.mean()
+
+
+@pytest.mark.parametrize("condition", ["class", "none"])
+def test_exact_is_the_optimum(condition, pool, paired):
+  _, label, _, cost = pool
+  best = optimum(cost, groups_of(condition, label))
+  np.testing.assert_allclose(cost_of(paired(f"{condition}/exact"), cost), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "exact"])
+def test_class_wise_pairs_never_cross_classes(solver, pool, paired):
+  _, label, _, _ = pool
+  drawn_for = lambda name: label[paired(name) - FIRST]  # noqa: E731
+  np.testing.assert_array_equal(drawn_for(f"class/{solver}"), label)
+  assert np.mean(drawn_for(f"none/{solver}") == label) < 0.3
+
+
+def test_weight_makes_crossing_dearer(pool, paired):
+  _, label, _, cost = pool
+  weighted, blind = paired("weight/exact"), paired("none/exact")
+  crossings = lambda p: np.mean(label[p - FIRST] != label)  # noqa: E731
+  assert crossings(weighted) < crossings(blind)
+  price = PairingConfig(pool=1).weight * cost.mean() * (label[:, None] != label)
+  best = optimum(cost + price, [np.arange(N)])
+  np.testing.assert_allclose(cost_of(weighted, cost + price), best, rtol=1e-5)
+
+
+def gain_by_swapping(paired, cost):
+  """Share of pairs of pairs that would be cheaper with their noise exchanged."""
+  mine = cost[:, paired - FIRST]
+  now = np.diag(mine)
+  return np.mean(mine + mine.T < now[:, None] + now - 1e-3)
+
+
+def test_paths_are_straighter(pool, paired):
+  # Paths that cross are what bends the field: of two random pairs half would gain from a swap, of
+  # an optimal plan none would.
+  _, _, noise, cost = pool
+  assert 0.4 < gain_by_swapping(noise, cost) < 0.6
+  assert gain_by_swapping(paired("none/exact"), cost) == 0
+  assert gain_by_swapping(paired("none/sinkhorn"), cost) < 0.02
+  assert gain_by_swapping(paired("class/sinkhorn"), cost) < 0.3
+
+
+def readable(noise, label):
+  """Accuracy on one half of a logistic regression from noise to class, fitted on the other half."""
+  x = np.asarray(draw_noise(RNG, noise, (8, 8, 1))).reshape(N, -1)
+  return LogisticRegression(max_iter=300).fit(x[::2], label[::2]).score(x[1::2], label[1::2])
+
+
+def test_only_a_label_blind_pairing_leaks_the_class(pool, paired):
+  _, label, noise, _ = pool
+  assert readable(noise, label) < 0.15
+  assert readable(paired("class/sinkhorn"), label) < 0.15
+  assert readable(paired("none/sinkhorn"), label) > 0.3
+
+
+def test_class_leak_is_what_a_held_out_half_shows(pool, paired):
+  _, label, _, _ = pool
+  for name in ("class/sinkhorn", "none/sinkhorn"):
+    noise = np.asarray(draw_noise(RNG, paired(name), (8, 8, 1))).reshape(N, -1)
+    assert abs(pairing.class_leak(noise, label) - readable(paired(name), label)) < 0.08
+
+
+def test_absent_classes_and_a_class_of_one_row():
+  label = np.array([4] * 17 + [1] + [2] * 5, np.int32)  # of 7 classes
+  pixels = np.random.default_rng(0).normal(size=(23, 2, 2, 1)).astype(np.float32)
+  noise = np.arange(23, dtype=np.int32)[::-1].copy()
+  result = pairing.pair(PairingConfig(pool=1), RNG, pixels, label, noise, 7)
+  np.testing.assert_array_equal(np.sort(result), np.sort(noise))
+  assert result[17] == noise[17]
+  for rows in (slice(0, 17), slice(18, 23)):
+    np.testing.assert_array_equal(np.sort(result[rows]), np.sort(noise[rows]))
+
+
+def test_equal_images_and_broken_images_still_give_a_permutation():
+  # Costs that all agree, and costs that are not numbers: the pairing must end all the same.
+  noise, label = np.arange(8, dtype=np.int32), np.zeros(8, np.int32)
+  for value in (0.5, np.nan):
+    pixels = np.full((8, 2, 2, 1), value, np.float32)
+    result = pairing.pair(PairingConfig(1, condition="none"), RNG, pixels, label, noise, 1)
+    np.testing.assert_array_equal(np.sort(result), noise)
+
+
+def test_the_same_pool_is_paired_the_same(pool, paired):
+  pixels, label, noise, _ = pool
+  again = pairing.pair(CONFIGS["class/sinkhorn"], RNG, pixels, label, noise, 10)
+  np.testing.assert_array_equal(again, paired("class/sinkhorn"))
+
+
+round_to_permutation = jax.jit(pairing.round_to_permutation)
+ALL = np.ones(12, bool)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_rounding_breaks_ties(levels):
+  score = np.random.default_rng(levels).integers(0, levels, (12, 12)).astype(np.float32)
+  column = round_to_permutation(score, ALL)
+  np.testing.assert_array_equal(np.sort(column), np.arange(12))
+
+
+def test_rounding_keeps_a_permutation():
+  column = np.random.default_rng(0).permutation(12)
+  score = -1e6 * np.ones((12, 12), np.float32)
+  score[np.arange(12), column] = np.linspace(-5, 5, 12)
+  np.testing.assert_array_equal(round_to_permutation(score, ALL), column)
+
+
+def test_rounding_settles_the_best_pair_first():
+  score = np.random.default_rng(0).normal(size=(12, 12)).astype(np.float32)
+  column = np.asarray(round_to_permutation(score, ALL))
+  row, best = np.unravel_index(score.argmax(), score.shape)
+  assert column[row] == best
+
+
+def test_rounding_leaves_invalid_rows_alone():
+  valid = ALL.copy()
+  valid[[2, 7, 11]] = False
+  score = np.random.default_rng(0).normal(size=(12, 12)).astype(np.float32)
+  score[:, ~valid] = 100.0
+  column = np.asarray(round_to_permutation(score, valid))
+  np.testing.assert_array_equal(column[~valid], np.flatnonzero(~valid))
+  np.testing.assert_array_equal(np.sort(column[valid]), np.flatnonzero(valid))
+  np.testing.assert_array_equal(round_to_permutation(score, ~ALL), np.arange(12))
+
+
+def test_squared_distances():
+  x, z = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
+  expected = [[np.sum((a - b) ** 2) for b in z] for a in x]
+  np.testing.assert_allclose(pairing.squared_distances(x, z), expected, rtol=1e-4)
+
+
+def test_relative_cost(pool, paired):
+  pixels, _, noise, cost = pool
+  relative = lambda numbers: float(  # noqa: E731
+    pairing.relative_cost(draw_noise(RNG, jnp.asarray(numbers), (8, 8, 1)), pixels)
+  )
+  assert abs(relative(noise) - 1) < 0.02
+  result = paired("none/sinkhorn")
+  np.testing.assert_allclose(relative(result), cost_of(result, cost) / cost.mean(), rtol=1e-4)
+  assert relative(result) < relative(paired("class/sinkhorn")) < 0.95
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"condition": "label"}, "pairing.condition='label' is unknown; choose one of class, none"),
+    ({"solver": "greedy"}, "pairing.solver='greedy' is unknown; choose one of sinkhorn, exact"),
+    ({"pool": -1}, "pairing.pool=-1 must be at least 0"),
+  ],
+)
+def test_bad_settings_are_refused_in_a_sentence(changes, message):
+  with pytest.raises(UserError, match=message):
+    replace(PairingConfig(pool=1), **changes)

@@ -1,0 +1,112 @@
+"""The sampler, on fields whose Euler steps are known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ism_jax import dit, sample
+from ism_jax.path import NFES, draw_noise, seen_step
+
+SHAPE = (4, 4, 1)
+LABELS = np.array([0, 1, 2, 0, 1])
+
+
+def linear(params, x, t, d, label, w):
+  return params * x
+
+
+def column(values):
+  return values[:, None, None, None]
+
+
+@pytest.fixture(scope="module")
+def start():
+  """The noise that images 0 to 4 of seed 7 start from."""
+  return np.asarray(draw_noise(jax.random.key(7), jnp.arange(5), SHAPE))
+
+
+@pytest.fixture(scope="module")
+def linear_sampler():
+  return sample.make_sampler(linear, SHAPE)
+
+
+@pytest.mark.parametrize("nfe", NFES)
+def test_euler_on_a_linear_field(nfe, linear_sampler, start):
+  images = linear_sampler(jnp.float32(-1.5), 7, LABELS, 0.0, nfe)
+  np.testing.assert_allclose(images, start * (1 - 1.5 / nfe) ** nfe, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 64, 128])
+def test_each_step_is_told_its_time_and_size(nfe, start):
+  told = sample.make_sampler(
+    lambda params, x, t, d, label, w: column(jnp.stack([t, d], -1) @ params) + 0 * x, SHAPE
+  )
+  times = told(jnp.array([1.0, 0.0]), 7, LABELS, 0.0, nfe) - start
+  np.testing.assert_allclose(times, np.mean(np.arange(nfe) / nfe), atol=1e-5)
+  sizes = told(jnp.array([0.0, 1.0]), 7, LABELS, 0.0, nfe) - start
+  np.testing.assert_allclose(sizes, float(seen_step(1 / nfe)), atol=1e-5)
+
+
+def test_labels_and_strengths_reach_their_images(start):
+  told = sample.make_sampler(
+    lambda params, x, t, d, label, w: column(label + 10 * w) + 0 * x, SHAPE
+  )
+  w = np.array([0.0, 0.5, 1.0, 1.5, 2.0])
+  shift = told({}, 7, LABELS, w, 2, batch=2) - start
+  np.testing.assert_allclose(shift, column(LABELS + 10 * w) + np.zeros(SHAPE), atol=1e-5)
+  same = told({}, 7, LABELS, 0.5, 2) - start
+  np.testing.assert_allclose(same, column(LABELS + 5.0) + np.zeros(SHAPE), atol=1e-5)
+
+
+def test_an_image_does_not_depend_on_batch_or_number():
+  config = dit.DiTConfig(side=4, channels=1, classes=3, patch=2, width=16, depth=1, heads=2)
+  init, apply = dit.make_network(config)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda a: (0.2 * rng.normal(size=a.shape)).astype(np.float32),
+    jax.eval_shape(init, jax.random.key(0)),
+  )
+  network = sample.make_sampler(apply, SHAPE)
+  images = network(params, 7, LABELS, 0.5, 4, batch=5)
+  assert images.shape == (5, *SHAPE)
+  np.testing.assert_allclose(network(params, 7, LABELS, 0.5, 4, batch=2), images, atol=1e-5)
+  np.testing.assert_allclose(network(params, 7, LABELS[:3], 0.5, 4, batch=5), images[:3], atol=1e-5)
+  assert not np.allclose(network(params, 8, LABELS, 0.5, 4, batch=5), images, atol=0.1)
+
+
+def test_one_compilation_serves_every_number_of_steps():
+  traces = []
+
+  def counted(params, x, *rest):
+    traces.append(len(x))
+    return params * x
+
+  sampler = sample.make_sampler(counted, SHAPE)
+  sampler(jnp.float32(1), 0, LABELS, 0.0, 1, batch=4)
+  first = len(traces)
+  for nfe in NFES:
+    sampler(jnp.float32(1), nfe, LABELS, nfe / 10, nfe, batch=4)
+  assert first >= 1 and len(traces) == first
+
+
+def test_progress_counts_images(linear_sampler):
+  seen = []
+  linear_sampler(jnp.float32(0), 0, LABELS, 0.0, 1, batch=2, progress=seen.append)
+  assert seen == [2, 2, 1]
+
+
+def test_any_seed_will_do(linear_sampler):
+  large = linear_sampler(jnp.float32(0), 3_000_000_000, LABELS, 0.0, 1)
+  assert not np.allclose(large, linear_sampler(jnp.float32(0), 0, LABELS, 0.0, 1), atol=0.1)
+
+
+def test_pixels_are_rounded_to_nearest_and_clipped():
+  levels = np.arange(256)
+  exact = levels / 127.5 - 1
+  np.testing.assert_array_equal(sample.to_uint8(exact), levels)
+  for off in (-0.45, 0.45):  # of a level: truncation would lose one of these
+    np.testing.assert_array_equal(sample.to_uint8(exact + off / 127.5), levels)
+  outside = sample.to_uint8(np.array([-7.0, -1.01, 1.01, 300.0]))
+  np.testing.assert_array_equal(outside, [0, 0, 255, 255])
+  assert outside.dtype == np.uint8

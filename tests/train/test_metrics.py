@@ -1,0 +1,107 @@
+"""What is written, and what a resumed run finds in the file of the run before it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train_jax import metrics
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def written(tmp_path):
+  """A run's directory with the lines of steps 1 to 5."""
+  writer = metrics.MetricWriter(tmp_path, 0)
+  for step in range(1, 6):
+    writer.scalars(step, {"loss": np.float32(1 / step)})
+  writer.close()
+  return tmp_path
+
+
+def test_one_json_line_a_call(written):
+  assert [line["step"] for line in lines(written)] == [1, 2, 3, 4, 5]
+  assert lines(written)[1] == {"step": 2, "loss": 0.5}
+  assert list(written.glob("events.out.tfevents.*"))
+
+
+def test_resume_drops_the_steps_after_the_checkpoint(written):
+  writer = metrics.MetricWriter(written, 3)
+  assert [line["step"] for line in lines(written)] == [1, 2, 3]
+  writer.scalars(4, {"loss": 7})
+  writer.close()
+  assert lines(written)[-1] == {"step": 4, "loss": 7.0}
+  assert len(lines(written)) == 4
+
+
+@pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6', "{", "\n"])
+def test_resume_drops_a_half_written_last_line(written, half):
+  path = written / "metrics.jsonl"
+  path.write_text(path.read_text() + half)
+  writer = metrics.MetricWriter(written, 9)
+  writer.scalars(10, {"loss": 1})
+  writer.close()
+  assert [line["step"] for line in lines(written)] == [1, 2, 3, 4, 5, 10]
+
+
+def test_line_is_on_disk_at_once(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0)
+  writer.scalars(1, {"loss": 1})
+  assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+  writer.close()
+
+
+def test_numbers_that_are_not_finite_can_be_read_back(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0)
+  writer.scalars(1, {"loss": np.nan, "norm": np.inf})
+  writer.close()
+  metrics.MetricWriter(tmp_path, 1).close()
+  (line,) = lines(tmp_path)
+  assert np.isnan(line["loss"]) and np.isinf(line["norm"])
+
+
+def test_other_processes_write_nothing(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0, active=False)
+  writer.scalars(1, {"loss": 1})
+  writer.picture(1, "grid", np.zeros((2, 3, 3), np.uint8))
+  writer.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_picture_is_a_png_named_by_its_step(tmp_path):
+  pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+  writer = metrics.MetricWriter(tmp_path, 0)
+  path = writer.picture(12, "grid", pixels)
+  writer.close()
+  assert path == tmp_path / "samples" / "00000012_grid.png"
+  np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
+
+
+def test_clock_leaves_out_what_lies_between_laps(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  clock = metrics.StepClock(10)
+  now[0] = 1.0
+  assert clock.lap(20) == pytest.approx(100)
+  now[0] = 50.0
+  clock.restart(20)  # after an evaluation
+  now[0] = 50.5
+  assert clock.lap(30) == pytest.approx(50)
+  assert clock.lap(30) >= 0  # no step since
+
+
+def test_table_has_a_row_for_each_setting_and_a_column_for_each_metric():
+  text = metrics.table({"fd/nfe1_w0": 3.81234, "accuracy/nfe1_w0": 0.95, "fd/nfe4_w0.5": 12})
+  assert text.splitlines() == [
+    "               fd  accuracy",
+    "nfe1_w0     3.812     0.950",
+    "nfe4_w0.5  12.000          ",
+  ]
+
+
+def test_table_of_nothing_is_empty():
+  assert metrics.table({}).strip() == ""
