@@ -100,9 +100,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 def make_norm(width: int, rngs, dtype) -> nnx.LayerNorm:
   """A LayerNorm without parameters: adaLN supplies scale and shift."""
-  return nnx.LayerNorm(
-    width, use_scale=False, use_bias=False, epsilon=1e-6, rngs=rngs, dtype=dtype
-  )
+  return nnx.LayerNorm(width, use_scale=False, use_bias=False, epsilon=1e-6, rngs=rngs, dtype=dtype)
 
 
 class Block(nnx.Module):

@@ -45,7 +45,10 @@ def create(method, tx, decays: dict[str, float], seed: int) -> Callable[[], Trai
 
   def init() -> TrainState:
     key = jax.random.key(seed)
-    params, extra = method.init(jax.random.fold_in(key, 0))
+    # A weakly typed array (`jnp.full(3, 0.1)`) would come back strong: the step compiled twice.
+    params, extra = jax.tree.map(
+      lambda a: jax.lax.convert_element_type(a, a.dtype), method.init(jax.random.fold_in(key, 0))
+    )
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       skipped=jnp.zeros((), jnp.int32),
