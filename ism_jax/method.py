@@ -180,7 +180,7 @@ def make_evaluate(config, source: data.Source, apply, leak=None):
 
 def make_reference(source: data.Source, limit: int = 10_000) -> evaluate.Reference:
   """Features of the data, by a classifier fitted on it; of a random 10k where there are more."""
-  chosen = np.random.default_rng(0).permutation(len(source.labels))[:limit]
+  chosen = np.sort(np.random.default_rng(0).permutation(len(source.labels))[:limit])
   images = source.images(chosen)
   return evaluate.Reference.of(fit_classifier(images, source.labels[chosen]), images)
 
