@@ -1,0 +1,145 @@
+"""The program as its users meet it: `python main.py` in a process of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "--config=configs/ism_digits.py:debug"
+RUN = (CONFIG, "--config.steps=12", "--config.save_every=3", "--config.eval_every=0")
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def start(*args: str) -> subprocess.Popen:
+  command = [sys.executable, "main.py", *map(str, args)]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes)
+
+
+def call(*args: str) -> tuple[int, str, str]:
+  """(exit code, stdout, stderr) of `python main.py args`."""
+  process = start(*args)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """The working directory of a run that nobody disturbed, and what it printed."""
+  workdir = tmp_path_factory.mktemp("finished")
+  code, out, err = call(*RUN, f"--workdir={workdir}")
+  assert code == 0, err
+  return workdir, out
+
+
+def arrays(workdir: Path) -> list[tuple[str, bytes]]:
+  """Every array of the last checkpoint, read without this project's code."""
+  step = workdir / "checkpoints" / "12"
+  found = []
+  for item in ("state", "ema_target", "ema_sample"):
+    tree = ocp.StandardCheckpointer().restore(step / item)
+    found += [
+      (f"{item}{name}", np.asarray(leaf).tobytes())
+      for name, leaf in sorted(ocp.tree.to_flat_dict(tree, sep=".").items())
+    ]
+  return found
+
+
+def test_killed_run_goes_on_to_the_same_bits(finished, tmp_path):
+  process = start(*RUN, f"--workdir={tmp_path}")
+  deadline = time.monotonic() + 240
+  while not (tmp_path / "checkpoints" / "6").is_dir():
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  assert not (tmp_path / "checkpoints" / "12").exists()
+  code, out, err = call(*RUN, f"--workdir={tmp_path}")
+  assert code == 0, err
+  assert "resumed at step" in out
+  killed, whole = arrays(tmp_path), arrays(finished[0])
+  assert len(whole) > 100
+  assert [name for (name, a), (_, b) in zip(killed, whole, strict=True) if a != b] == []
+  assert [name for name, _ in killed] == [name for name, _ in whole]
+
+
+def test_run_says_where_it_ran_and_what_it_left(finished):
+  workdir, out = finished
+  assert "backend: cpu, 1 device(s)" in out
+  for line in ("samples:", "metrics:", "checkpoint:"):
+    path = next(row for row in out.splitlines() if row.startswith(line)).split()[1]
+    assert Path(path).exists()
+  last = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
+  assert last["step"] == 12 and any(name.startswith("eval/fd") for name in last)
+
+
+def test_samples_come_from_a_copied_directory(finished, tmp_path):
+  moved = tmp_path / "elsewhere"
+  shutil.copytree(finished[0], moved)
+  flags = ("--nfe=1,2,128", "--guidance=0,0.5", "--num=6", "--labels=0,3,5", "--seed=3")
+  code, out, err = call(f"--workdir={moved}", "--mode=sample", f"--out={tmp_path / 'o'}", *flags)
+  assert code == 0, err
+  assert "images/s" in out
+  with np.load(next((tmp_path / "o").glob("*.npz"))) as saved:
+    assert saved["arr_0"].dtype == np.uint8 and saved["arr_0"].shape == (36, 8, 8, 1)
+    assert saved["labels"].tolist() == [0, 3, 5] * 12
+    assert saved["nfe"].tolist() == [1] * 12 + [2] * 12 + [128] * 12
+    assert saved["guidance"].tolist() == ([0.0] * 6 + [0.5] * 6) * 3
+    assert saved["seed"] == 3
+  assert Image.open(next((tmp_path / "o").glob("*.png"))).width > 100
+
+
+def test_evaluation_needs_no_config(finished, tmp_path):
+  code, out, err = call(f"--workdir={finished[0]}", "--mode=evaluate", f"--out={tmp_path}")
+  assert code == 0, err
+  assert "fd" in out and json.loads((tmp_path / "evaluation.json").read_text())["step"] == 12
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    ((CONFIG, "--config.stepz=3"), ("stepz", "--config.steps")),
+    ((CONFIG, "--config.backend=tpu"), ("tpu", "cpu")),
+    ((CONFIG, "--config.model.patch=3"), ("patch", "3", "8")),
+    ((CONFIG, "--config.batch=0"), ("batch=0",)),
+    (("--config=configs/none.py",), ("configs/none.py", "ism_digits")),
+    ((CONFIG, "extra"), ("unexpected argument 'extra'",)),
+    (("--mode=sample",), ("no checkpoint",)),
+    ((), ("--config",)),
+  ],
+)
+def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path):
+  code, out, err = call(f"--workdir={tmp_path / 'w'}", *flags)
+  assert code == 2
+  assert "Traceback" not in out + err
+  sentence = [line for line in err.splitlines() if line.startswith("error: ")]
+  assert len(sentence) == 1 and all(word in sentence[0] for word in words), err
+  assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    ((*RUN, "--config.optim.lr=0.5"), ("optim.lr", "0.5")),
+    (("--mode=sample", "--nfe=3"), ("nfe", "3")),
+    (("--mode=sample", "--guidance=9"), ("9", "1.5")),
+    (("--mode=sample", "--labels=10"), ("label 10", "0 to 9")),
+  ],
+)
+def test_mistakes_about_a_run_change_nothing_in_it(flags, words, finished):
+  before = sorted(str(path) for path in finished[0].rglob("*"))
+  code, out, err = call(f"--workdir={finished[0]}", *flags)
+  assert code == 2 and "Traceback" not in out + err
+  assert all(word in err for word in words), err
+  assert sorted(str(path) for path in finished[0].rglob("*")) == before
