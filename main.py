@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   record = {"config": config.to_dict(), "facts": facts}
   complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record)
   if complete and jax.process_index() == 0:
-    print(f"samples:     {max((workdir / 'samples').glob('*.png'), default=None)}")
+    print(f"samples:     {max((workdir / 'samples').glob('*_grid.png'), default=None)}")
     print(f"metrics:     {workdir / 'metrics.jsonl'} (or: tensorboard --logdir={workdir})")
     print(f"checkpoint:  {workdir / 'checkpoints' / str(config.steps)}")
   return complete

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ot
 import pytest
 from scipy.optimize import linear_sum_assignment
 from sklearn.datasets import load_digits
@@ -91,6 +92,14 @@ def test_exact_is_the_optimum(condition, pool, paired):
   _, label, _, cost = pool
   best = optimum(cost, groups_of(condition, label))
   np.testing.assert_allclose(cost_of(paired(f"{condition}/exact"), cost), best, rtol=1e-5)
+
+
+def test_optimum_is_that_of_pythons_optimal_transport_library(pool):
+  """Mass split at will can do no better than a permutation (Birkhoff)."""
+  cost = pool[3].astype(np.float64)
+  uniform = np.full(N, 1 / N)
+  best = ot.emd2(uniform, uniform, cost, numItermax=10**6)
+  np.testing.assert_allclose(optimum(cost, groups_of("none", None)), best, rtol=1e-9)
 
 
 @pytest.mark.parametrize("solver", ["sinkhorn", "exact"])
