@@ -25,19 +25,20 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
-flags.DEFINE_list("nfe", None, "sample, evaluate: numbers of steps.")
-flags.DEFINE_list("guidance", None, "sample, evaluate: guidance strengths w.")
-flags.DEFINE_integer(
-  "num", 64, "sample: images for each number of steps and strength.", lower_bound=1
-)
-flags.DEFINE_list("labels", None, "sample: classes by number, in turn; default: all.")
+flags.DEFINE_integer("num", 64, "sample: images of each row, or test questions.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", lower_bound=0)
+flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps.")
+flags.DEFINE_list("guidance", None, "sample, evaluate images: guidance strengths w.")
+flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; default: all.")
+flags.DEFINE_multi_string("prompt", None, "sample text: a prompt; may be given again.")
+flags.DEFINE_string("prompts", None, "sample text: a file of prompts, one a line.")
+flags.DEFINE_float("temperature", None, "sample text: 0 (default) is greedy.", lower_bound=0)
 flags.DEFINE_string("out", None, "sample: directory of the results; default: WORKDIR/generated.")
 
 
 def method_module(config):
   """The package that `config.method` names, as its `method` module."""
-  names = {"ism": "ism_jax.method"}
+  names = {"ism": "ism_jax.method", "seqmatch": "seqmatch_jax.method"}
   if config.method not in names:
     raise UserError(f"config.method={config.method!r} is unknown; choose from {', '.join(names)}.")
   return importlib.import_module(names[config.method])
@@ -63,7 +64,8 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   record = {"config": config.to_dict(), "facts": facts}
   complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record)
   if complete and jax.process_index() == 0:
-    print(f"samples:     {max((workdir / 'samples').glob('*_grid.png'), default=None)}")
+    for grid in sorted((workdir / "samples").glob("*_grid.png"))[-1:]:
+      print(f"samples:     {grid}")
     print(f"metrics:     {workdir / 'metrics.jsonl'} (or: tensorboard --logdir={workdir})")
     print(f"checkpoint:  {workdir / 'checkpoints' / str(config.steps)}")
   return complete
@@ -78,7 +80,7 @@ def use_checkpoint(workdir: Path) -> None:
   module = method_module(config)
 
   def load():
-    init, _ = module.make_network(config, facts)
+    init = module.make_network(config, facts)[0]
     return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)))
 
   out = Path(FLAGS.out) if FLAGS.out else workdir / "generated"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -149,6 +149,11 @@ class Encoded:
   answer: np.ndarray
   alphabet: np.ndarray
   candidates: np.ndarray
+
+  def first(self, count: int) -> Encoded:
+    """The first `count` examples."""
+    rows = {name: getattr(self, name)[:count] for name in ("prompt", "prompt_length", "answer")}
+    return replace(self, **rows, candidates=self.candidates[:count])
 
   def nodes(self, noise: Noise) -> int:
     """s of a batch: the longest prompt with its answer, and all wrong tokens."""

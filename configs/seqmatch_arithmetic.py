@@ -1,0 +1,110 @@
+"""SequenceMatch on arithmetic: a decoder that can take tokens back.
+
+    ./launch.sh configs/seqmatch_arithmetic.py              # add_or_sub_in_base, official files
+    ./launch.sh configs/seqmatch_arithmetic.py:two_sum      # a task where a mistake is easy to see
+    ./launch.sh configs/seqmatch_arithmetic.py:two_sum,mle  # maximum likelihood; also: bc
+    ./launch.sh configs/seqmatch_arithmetic.py:debug        # a few steps of everything
+
+    ./launch.sh --mode=sample --workdir=runs/seqmatch_arithmetic \
+         --prompt='In base 7, what is 2 + 5?'
+
+Hardware: 2 CPU cores; two_sum about 5 minutes.
+"""
+
+import ml_collections
+
+from configs.common import apply_options, get_common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  config = get_common()
+  config.method = "seqmatch"
+  config.steps = 4000
+  config.batch = 64
+  config.optim.weight_decay = 0.1
+  config.ema.sample = 0.99
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "files"  # or, generated: add_or_sub_in_base, two_sum
+  config.data.train = ""  # files: question and answer on alternating lines; "": those that come
+  config.data.test = ""  # with the repository, mathematics_dataset's add_or_sub_in_base
+  config.data.examples = 5000  # generated, for training
+  config.data.tests = 1000  # generated
+  config.data.numbers = 6  # two_sum: numbers in a question
+  config.data.modulus = 16  # two_sum
+  config.data.context = 128  # most tokens of a row
+
+  config.model = ml_collections.ConfigDict()
+  config.model.width = 128
+  config.model.depth = 2
+  config.model.heads = 4
+  config.model.hidden = 384
+  config.model.dtype = "float32"
+  config.model.remat = False
+  config.model.unroll = True
+
+  config.noise = ml_collections.ConfigDict()
+  config.noise.rate = 0.3  # eta: errors before each action of the answer, typed and erased
+  config.noise.max_errors = 2  # in one answer
+  config.noise.source = "uniform"  # or prompt: candidates from the question
+  config.noise.run = 0.0  # probability that another error follows before the erasing
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.divergence = "chi2_mixture"  # or chi2, kl, reverse_kl, js
+  config.loss.alpha = 0.02
+  config.loss.gamma = 0.998
+  config.loss.backspace = True
+  config.loss.warmup = 1000  # steps of maximum likelihood, without noise
+  config.loss.anneal = 1000  # steps over which alpha grows from 0
+
+  config.buffer = ml_collections.ConfigDict()
+  config.buffer.rows = 512  # the model's own trajectories
+  config.buffer.refresh = 20  # steps between rollouts
+  config.buffer.rollouts = 64  # at a time
+  config.buffer.draw = 16  # a step
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.erasures = 8  # <backspace>s in one generation
+  apply_options(config, arg, OPTIONS)
+  return config
+
+
+def two_sum(config):
+  """Six numbers modulo 16 and a target: write the two that add up to it."""
+  config.steps = 4000
+  config.data.source = "two_sum"
+  config.noise.source = "prompt"
+
+
+def mle(config):
+  """Maximum likelihood without <backspace>: the same call with everything switched off."""
+  config.loss.divergence = "chi2"
+  config.loss.alpha = 0.0
+  config.loss.gamma = 1.0
+  config.loss.backspace = False
+  config.noise.rate = 0.0
+
+
+def bc(config):
+  """Behavioural cloning: maximum likelihood on noised data, with <backspace>."""
+  config.loss.divergence = "chi2"
+  config.loss.alpha = 0.0
+  config.loss.gamma = 1.0
+
+
+def debug(config):
+  """A few steps of everything, in seconds."""
+  config.steps = 4
+  config.log_every = config.save_every = 1
+  config.eval_every = 2
+  config.batch = 8
+  config.data.source = "two_sum" if config.data.source == "two_sum" else "add_or_sub_in_base"
+  config.data.examples = config.data.tests = 40
+  config.model.width = 16
+  config.loss.warmup = config.loss.anneal = 1
+  config.buffer.rows = 16
+  config.buffer.refresh = 2
+  config.buffer.rollouts = config.buffer.draw = 8
+
+
+OPTIONS = {option.__name__: option for option in (two_sum, mle, bc, debug)}

@@ -1,0 +1,54 @@
+"""Replay buffer of the model's own trajectories: plain arrays in the state's side-car.
+
+Saved, resumed and sharded with the state, so that a resumed run replays exactly.
+
+Dimensions: r rows of the buffer, b batch, p prompt, a actions.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from seqmatch_jax.tokens import PAD
+from train_jax.errors import UserError
+
+Buffer = dict[str, jax.Array]
+
+
+def create(rows: int, prompt_length: int, max_actions: int) -> Buffer:
+  """An empty buffer: prompt [r, p], length [r], actions [r, a], `next` row and `filled` rows."""
+  if rows < 1:
+    raise UserError(f"buffer.rows={rows} must be at least 1.")
+  return {
+    "prompt": jnp.full((rows, prompt_length), PAD, jnp.int32),
+    "length": jnp.zeros(rows, jnp.int32),
+    "actions": jnp.full((rows, max_actions), PAD, jnp.int32),
+    "next": jnp.zeros((), jnp.int32),
+    "filled": jnp.zeros((), jnp.int32),
+  }
+
+
+def insert(buffer: Buffer, prompt: jax.Array, length: jax.Array, actions: jax.Array) -> Buffer:
+  """Writes prompt [b, p], length [b], actions [b, a] over the b oldest rows."""
+  rows, b = len(buffer["length"]), len(length)
+  if b > rows:
+    raise UserError(f"buffer.rows={rows} cannot take {b} trajectories at once; use at least {b}.")
+  index = (buffer["next"] + jnp.arange(b)) % rows
+  new = {"prompt": prompt, "length": length, "actions": actions}
+  return {
+    **{name: buffer[name].at[index].set(values) for name, values in new.items()},
+    "next": (buffer["next"] + b) % rows,
+    "filled": jnp.minimum(buffer["filled"] + b, rows),
+  }
+
+
+def draw(buffer: Buffer, key: jax.Array, batch: int) -> dict[str, jax.Array]:
+  """`batch` filled rows, uniform with replacement: prompt, length, actions, and weight [b] float32.
+
+  The weight is 1, or 0 as long as the buffer is empty.
+  """
+  index = jax.random.randint(key, (batch,), 0, jnp.maximum(buffer["filled"], 1))
+  rows = {name: buffer[name][index] for name in ("prompt", "length", "actions")}
+  weight = jnp.broadcast_to(buffer["filled"] > 0, batch).astype(jnp.float32)
+  return {**rows, "weight": weight}

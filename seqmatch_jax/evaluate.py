@@ -1,0 +1,153 @@
+"""How good is a policy that may take tokens back? Exact match, recovery, erasures, likelihood.
+
+Dimensions: e examples, a actions, n data actions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmatch_jax.actions import Noise, corrupt, replay, tree
+from seqmatch_jax.data import Encoded
+from seqmatch_jax.loss import LossConfig, loss
+from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
+
+TEMPERATURES = {"greedy": 0.0, "T=1": 1.0, "T=0.5": 0.5}
+
+
+class Erasures(NamedTuple):
+  """What became of wrong tokens.
+
+  A token is wrong where the text up to and with it does not begin the right answer; it is an error
+  where it is the first such, that is, where it was typed after a text that did.
+
+  Attributes:
+    rate: <backspace>s over all actions.
+    precision: erased tokens that were wrong, of all erased tokens; NaN without any.
+    recall: errors that were erased, of all errors; NaN without any.
+  """
+
+  rate: float
+  precision: float
+  recall: float
+
+
+def erasures(actions: np.ndarray, answer: np.ndarray) -> Erasures:
+  """Counts over trajectories [e, a] against the right answers [e, n], one stack each."""
+  total = erased = erased_wrong = errors = errors_erased = 0
+  for trajectory, right in zip(actions.tolist(), answer.tolist(), strict=True):
+    stack: list[tuple[bool, bool]] = []  # of each token: is it wrong, is it an error
+    for action in trajectory:
+      if action == PAD:
+        break
+      total += 1
+      if action == BACKSPACE:
+        wrong, error = stack.pop()
+        erased += 1
+        erased_wrong += wrong
+        errors_erased += error
+      elif action != EOS:
+        before = stack[-1][0] if stack else False
+        place = len(stack)
+        wrong = before or place >= len(right) or right[place] != action
+        stack.append((wrong, wrong and not before))
+        errors += wrong and not before
+  return Erasures(
+    rate=erased / max(total, 1),
+    precision=erased_wrong / erased if erased else math.nan,
+    recall=errors_erased / errors if errors else math.nan,
+  )
+
+
+def exact_match(actions: np.ndarray, answer: np.ndarray) -> np.ndarray:
+  """bool [e]: did the trajectory [e, a] end, and leave the right answer [e, n]?"""
+  return np.array(
+    [
+      EOS in trajectory and [*replay([], trajectory), EOS] == [x for x in right if x != PAD]
+      for trajectory, right in zip(actions.tolist(), answer.tolist(), strict=True)
+    ]
+  )
+
+
+def force_error(
+  rng: np.random.Generator, answer: np.ndarray, wrong: np.ndarray, max_actions: int
+) -> np.ndarray:
+  """The right answer up to a random place, and there a wrong token -> int32 [e, max_actions].
+
+  PAD after it: from there on the model is on its own.
+
+  Args:
+    answer: int32 [e, n], characters, <eos>, PAD.
+    wrong: bool [e, v], what a wrong token may be.
+  """
+  letters = np.sum(answer > BACKSPACE, axis=1)
+  place = (rng.random(len(answer)) * letters).astype(int)
+  # `corrupt` at rate 1 puts one wrong token before every data action; take the one at `place`.
+  noise = Noise(rate=1.0, max_errors=answer.shape[1])
+  wrong_tokens = corrupt(rng, answer, wrong, noise)[0][:, ::3][:, : answer.shape[1]]
+  index = np.arange(answer.shape[1])
+  forced = np.where(index < place[:, None], answer, PAD)
+  forced = np.where(index == place[:, None], wrong_tokens, forced)
+  out = np.zeros((len(answer), max_actions), np.int32)
+  width = min(max_actions, forced.shape[1])
+  out[:, :width] = forced[:, :width]
+  return out
+
+
+def likelihood(apply: Callable, params, data: Encoded, config: LossConfig, batch: int) -> float:
+  """Mean log-likelihood of an answer's actions under the policy, in nats an action, <eos> too."""
+  plain = LossConfig("chi2", 0.0, 1.0, config.backspace)
+
+  @jax.jit
+  def total(params, rows):
+    logits = apply(params, rows["token"], rows["position"], rows["end"])
+    return -loss(plain, logits, rows)[0] * rows["weight"].sum(), rows["weight"].sum()
+
+  made = tree(data.prompt, data.prompt_length, data.answer, data.nodes(Noise()))
+  sums = np.zeros(2)
+  for start in range(0, len(data.answer), batch):
+    # The last batch is filled with rows that carry no loss: one shape, one compilation.
+    index = np.arange(start, start + batch)
+    rows = {name: x[index % len(x)] for name, x in made.items()}
+    rows["weight"] = rows["weight"] * (index < len(data.answer))[:, None]
+    sums += np.array(total(params, jax.tree.map(jnp.asarray, rows)))
+  return float(sums[0] / sums[1])
+
+
+def measure(
+  generate: Callable, log_likelihood: Callable, data: Encoded, backspace: bool, seed: int
+) -> Iterator[tuple[str, float]]:
+  """Yields ("exact/greedy", value) and so on.
+
+  For each temperature: `exact`, exact match with <backspace> allowed; `forbidden`, without it;
+  `recovery`, the final answer is right although a wrong token was forced into it; `rate`,
+  `precision`, `recall` of erasures; `finished`, trajectories that came to <eos>. Where the model
+  has no <backspace> there are `exact` and `recovery` only. Last the log-likelihood.
+
+  Args:
+    generate: (temperature, backspace, forced or None, seed) -> actions int32 [e, a].
+    log_likelihood: () -> nats an action.
+  """
+  rng = np.random.default_rng(seed)
+  wrong = data.wrong(Noise())
+  for name, temperature in TEMPERATURES.items():
+    actions = generate(temperature, backspace, None, seed)
+    yield f"exact/{name}", float(exact_match(actions, data.answer).mean())
+    if backspace:
+      plain = generate(temperature, False, None, seed)
+      yield f"forbidden/{name}", float(exact_match(plain, data.answer).mean())
+    forced = force_error(rng, data.answer, wrong, actions.shape[1])
+    recovered = generate(temperature, backspace, forced, seed)
+    yield f"recovery/{name}", float(exact_match(recovered, data.answer).mean())
+    if backspace:
+      for metric, value in erasures(actions, data.answer)._asdict().items():
+        if not math.isnan(value):
+          yield f"{metric}/{name}", value
+    yield f"finished/{name}", float(np.mean(np.any(actions == EOS, axis=1)))
+  yield "log_likelihood/data", log_likelihood()

@@ -1,0 +1,177 @@
+"""The SequenceMatch objective: a batch of trajectories -> the loss (arXiv 2306.05426).
+
+The logits l(a|s) are soft Q-values: V(s) = logsumexp_a l(a|s), log pi(a|s) = l(a|s) - V(s), and the
+reward of an action that leads from s to s' is r = l(a|s) - gamma V(s'). The paper maximises
+
+    J = E_data[ sum_i gamma^i phi(alpha r_i) / alpha ] - V(s_0)
+
+for the divergence of phi less alpha times the causal entropy. Along every trajectory r_i - log pi_i
+= V_i - gamma V_{i+1} telescopes to V(s_0), so J is the discounted log-likelihood with a penalty on
+large rewards, value and gradient:
+
+    J = E_data[ sum_i gamma^i (log pi_i + penalty(r_i)) ],  penalty(r) = phi(alpha r) / alpha - r,
+
+and for chi2_mixture + E_model[ sum_i gamma^i penalty(r_i) ], on trajectories of the model that pass
+no gradient as samples. Maximum likelihood is alpha = 0, gamma = 1; behavioural cloning is the same
+on noised data. Only actions of weight 1 are summed, while the time i counts all: once noise actions
+are left out nothing telescopes, and the first form of J would be wrong, this one is right.
+
+After <eos> the absorbing state repeats <eos> for ever. With its value tied to l(eos|s), which costs
+nothing at the optimum, all of these actions have the reward (1 - gamma) l(eos|s), and their
+geometric series weighs 1 / (1 - gamma).
+
+Dimensions: b batch, s node, a action, v vocabulary. A batch is described in `actions.py`; several
+trajectories may share a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seqmatch_jax import divergence
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD
+from train_jax.errors import UserError
+
+ILLEGAL = -1e9  # exp of it is 0 beside any logit, and nothing becomes infinite or NaN
+
+
+@dataclass(frozen=True)
+class LossConfig:
+  """Which divergence, and how it is weighed.
+
+  Attributes:
+    divergence: one of `divergence.DIVERGENCES`.
+    alpha: weight of the causal entropy, and so of the penalty; 0 is maximum likelihood.
+    gamma: discount per action, noise included.
+    backspace: whether <backspace> is ever legal.
+  """
+
+  divergence: str
+  alpha: float
+  gamma: float
+  backspace: bool
+
+  def __post_init__(self):
+    if self.divergence not in divergence.DIVERGENCES:
+      raise UserError(
+        f"loss.divergence={self.divergence!r} is unknown; choose one of "
+        f"{', '.join(divergence.DIVERGENCES)}."
+      )
+    if not 0 <= self.alpha < math.inf:
+      raise UserError(
+        f"loss.alpha={self.alpha} must be finite and at least 0; 0 is maximum likelihood."
+      )
+    if not 0 < self.gamma <= 1:
+      raise UserError(
+        f"loss.gamma={self.gamma} must lie in (0, 1]; 1 does not discount, the paper has 0.998."
+      )
+
+  @property
+  def on_policy(self) -> bool:
+    """Whether the objective has a term on the model's own trajectories."""
+    return self.divergence == "chi2_mixture"
+
+
+class Terms(NamedTuple):
+  """Per action [b, a], undiscounted and unmasked; <eos> stands for the whole absorbing series."""
+
+  log_prob: jax.Array
+  penalty: jax.Array
+  reward: jax.Array
+
+
+def legal_logits(logits: jax.Array, erasable: jax.Array, backspace: bool) -> jax.Array:
+  """logits [..., v] with illegal actions at `ILLEGAL`, where they pass no gradient.
+
+  <pad> and <bos> are no actions; <backspace> is one where `erasable` [...], if `backspace`.
+  """
+  token = jnp.arange(logits.shape[-1])
+  erasing = (erasable & backspace)[..., None]
+  legal = (token != PAD) & (token != BOS) & ((token != BACKSPACE) | erasing)
+  return jnp.where(legal, logits, ILLEGAL)
+
+
+def terms(config: LossConfig, logits: jax.Array, batch: dict, strength=1.0) -> Terms:
+  """Log-probability, penalty and reward of each action of the batch; logits [b, s, v].
+
+  One value per node and one logit per action: nothing of shape [b, a, v] is made.
+  """
+  # In at least float32: 16-bit logits would leave logsumexp two digits.
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = legal_logits(logits, batch["erasable"], config.backspace)
+  value = jax.nn.logsumexp(logits, axis=-1)  # [b, s]
+  chosen = jax.vmap(lambda l, read, action: l[read, action])(logits, batch["read"], batch["action"])
+  log_prob = chosen - jnp.take_along_axis(value, batch["read"], axis=1)  # [b, a]
+  after = jnp.take_along_axis(value, batch["next"], axis=1)
+
+  # penalty((1 - gamma) l, alpha) / (1 - gamma) = penalty(l, (1 - gamma) alpha), also as gamma -> 1.
+  ends = batch["action"] == EOS
+  share = jnp.where(ends, 1 - config.gamma, 1.0)
+  reward = jnp.where(ends, chosen, chosen - config.gamma * after)
+  alpha = config.alpha * strength * share
+  return Terms(log_prob, divergence.penalty(config.divergence, reward, alpha), share * reward)
+
+
+def trajectories(batch: dict) -> jax.Array:
+  """How many trajectories the batch holds, at least 1."""
+  return jnp.maximum(jnp.sum((batch["time"] == 0) & (batch["action"] != PAD)), 1)
+
+
+def _discounted(config: LossConfig, batch: dict) -> jax.Array:
+  """gamma^time where an action carries loss [b, a]."""
+  return batch["weight"] * jnp.power(config.gamma, batch["time"])
+
+
+def loss(
+  config: LossConfig,
+  logits: jax.Array,
+  batch: dict,
+  model: dict | None = None,
+  model_logits: jax.Array | None = None,
+  strength=1.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """-J per data action, so that maximum likelihood is the mean negative log-likelihood per token.
+
+  J is a mean over trajectories; both of its terms are divided by the mean number of data actions
+  that carry loss in a trajectory.
+
+  Args:
+    logits: [b, s, v] of the data `batch`, any float type.
+    model, model_logits: the model's own trajectories, a batch of any shape, and their logits; used
+      by chi2_mixture only.
+    strength: multiplies alpha, from 0 to 1; may be traced.
+
+  Returns:
+    The loss and metrics over the data actions that carry loss: `nll`, the mean negative
+    log-likelihood; `penalty` and `penalty_model`, what they add to the loss; `reward` and
+    `reward_max`, the mean reward and the largest in size; `accuracy` of the likeliest action.
+    With gamma = 1 the loss is nll + penalty + penalty_model.
+  """
+  carries, discounted = batch["weight"], _discounted(config, batch)
+  actions = jnp.maximum(jnp.sum(carries), 1.0)
+
+  def per_action(weights, x):
+    return jnp.sum(weights * x) / actions
+
+  log_prob, penalty, reward = terms(config, logits, batch, strength)
+  guess = jnp.argmax(legal_logits(logits, batch["erasable"], config.backspace), axis=-1)  # [b, s]
+  right = jnp.take_along_axis(guess, batch["read"], axis=1) == batch["action"]
+  metrics = {
+    "nll": -per_action(carries, log_prob),
+    "penalty": -per_action(discounted, penalty),
+    "reward": per_action(carries, reward),
+    "reward_max": jnp.max(jnp.where(carries > 0, jnp.abs(reward), 0.0)),
+    "accuracy": per_action(carries, right),
+  }
+  total = metrics["penalty"] - per_action(discounted, log_prob)
+  if config.on_policy and model is not None:
+    own = terms(config, model_logits, model, strength).penalty
+    share = trajectories(batch) / trajectories(model)
+    metrics["penalty_model"] = -share * per_action(_discounted(config, model), own)
+    total += metrics["penalty_model"]
+  return total, metrics

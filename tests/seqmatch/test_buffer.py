@@ -1,0 +1,78 @@
+"""The replay buffer: a ring of rows that draws what it holds, and goes on as if never stopped."""
+
+from collections import deque
+
+import jax
+import numpy as np
+import pytest
+
+from seqmatch_jax import buffer
+from seqmatch_jax.tokens import PAD
+from train_jax.errors import UserError
+
+ROWS, PROMPT, ACTIONS = 6, 3, 4
+insert = jax.jit(buffer.insert)
+draw = jax.jit(buffer.draw, static_argnums=2)
+
+
+def batch_of(first, n):
+  """n rows that are told apart by their number, from `first` on: prompt, length, actions."""
+  number = np.arange(first, first + n, dtype=np.int32)
+  prompt, actions = (np.repeat(number[:, None], width, 1) for width in (PROMPT, ACTIONS))
+  return prompt + 1000, number + 1, actions + 2000
+
+
+def numbers(rows):
+  """The numbers of drawn rows, which must be whole."""
+  number = np.asarray(rows["length"]) - 1
+  np.testing.assert_array_equal(rows["prompt"], np.repeat(number[:, None] + 1000, PROMPT, 1))
+  np.testing.assert_array_equal(rows["actions"], np.repeat(number[:, None] + 2000, ACTIONS, 1))
+  return number.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_it_holds_the_newest_rows_and_draws_no_others(n):
+  held, newest = buffer.create(ROWS, PROMPT, ACTIONS), deque(maxlen=ROWS)
+  for i in range(7):
+    held = insert(held, *batch_of(i * n, n))
+    newest.extend(range(i * n, (i + 1) * n))
+    rows = draw(held, jax.random.key(i), 200)
+    assert set(numbers(rows)) == set(newest)
+    np.testing.assert_array_equal(rows["weight"], np.ones(200, np.float32))
+    assert held["filled"] == len(newest)
+
+
+def test_rows_of_an_empty_buffer_weigh_nothing():
+  rows = draw(buffer.create(ROWS, PROMPT, ACTIONS), jax.random.key(0), 5)
+  np.testing.assert_array_equal(rows["weight"], np.zeros(5, np.float32))
+  np.testing.assert_array_equal(rows["actions"], PAD)
+
+
+def test_draws_are_uniform():
+  held = insert(buffer.create(ROWS, PROMPT, ACTIONS), *batch_of(0, 5))
+  count = np.bincount(numbers(draw(held, jax.random.key(0), 10_000)), minlength=5)
+  assert np.abs(count - 2000).max() < 5 * np.sqrt(2000)
+
+
+def test_a_buffer_read_back_goes_on_as_the_same(differences):
+  held = insert(buffer.create(ROWS, PROMPT, ACTIONS), *batch_of(0, 4))
+  saved = jax.tree.map(np.asarray, held)
+  for i in range(3):
+    held, saved = (insert(x, *batch_of(10 * i, 4)) for x in (held, saved))
+    rows = [draw(x, jax.random.key(i), 8) for x in (held, saved)]
+    assert not differences(*rows)
+  assert not differences(held, saved)
+
+
+def test_its_shapes_and_types_never_change():
+  empty = buffer.create(ROWS, PROMPT, ACTIONS)
+  after = insert(empty, *batch_of(0, 4))
+  describe = lambda x: jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), x)  # noqa: E731
+  assert describe(after) == describe(empty)
+
+
+def test_bad_sizes_are_refused_in_a_sentence():
+  with pytest.raises(UserError, match=r"buffer.rows=0 must be at least 1"):
+    buffer.create(0, PROMPT, ACTIONS)
+  with pytest.raises(UserError, match=r"buffer.rows=6 cannot take 7 .*at least 7"):
+    buffer.insert(buffer.create(ROWS, PROMPT, ACTIONS), *batch_of(0, 7))

@@ -1,0 +1,125 @@
+"""Exact match, forced errors and erasures, on trajectories written by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmatch_jax import data, evaluate
+from seqmatch_jax.actions import Noise
+from seqmatch_jax.loss import LossConfig
+from seqmatch_jax.tokens import BACKSPACE, EOS, PAD, Vocab
+
+A, B, C = 4, 5, 6
+RIGHT = [A, B, EOS, PAD]
+
+
+def rows(*trajectories):
+  width = max(map(len, trajectories))
+  return np.array([[*t, *[PAD] * (width - len(t))] for t in trajectories], np.int32)
+
+
+@pytest.mark.parametrize(
+  "trajectory, exact",
+  [
+    ([A, B, EOS], True),
+    ([A, C, BACKSPACE, B, EOS], True),
+    ([C, C, BACKSPACE, BACKSPACE, A, B, EOS], True),
+    ([A, B], False),  # not ended
+    ([A, EOS], False),
+    ([A, B, B, EOS], False),
+    ([A, C, EOS], False),
+    ([A, B, BACKSPACE, EOS], False),
+    ([EOS], False),
+  ],
+)
+def test_exact_match(trajectory, exact):
+  assert evaluate.exact_match(rows(trajectory), rows(RIGHT)).tolist() == [exact]
+
+
+def test_erasures_are_counted_by_what_they_erase():
+  trajectories = rows(
+    [A, C, BACKSPACE, B, EOS],  # an error, erased
+    [C, B, BACKSPACE, EOS],  # an error that stays; what followed it was wrong too, and erased
+    [A, BACKSPACE, A, B, EOS],  # a right token erased
+    [A, B, C, BACKSPACE, EOS],  # too long is wrong
+  )
+  found = evaluate.erasures(trajectories, np.repeat(rows(RIGHT), 4, axis=0))
+  assert found.rate == 4 / (5 + 4 + 5 + 5)
+  assert found.precision == 3 / 4
+  assert found.recall == 2 / 3
+
+
+def test_without_erasures_or_errors_there_is_no_precision_or_recall():
+  found = evaluate.erasures(rows([A, B, EOS]), rows(RIGHT))
+  assert found.rate == 0 and np.isnan(found.precision) and np.isnan(found.recall)
+
+
+def test_one_wrong_token_is_forced_after_a_right_beginning():
+  answer = np.repeat(rows([A, B, A, C, EOS], [B, C, EOS]), 200, axis=0)
+  wrong = np.zeros((400, 7), bool)
+  wrong[:, [A, B, C]] = True
+  forced = evaluate.force_error(np.random.default_rng(0), answer, wrong, 9)
+  assert forced.shape == (400, 9)
+  places = []
+  for got, right in zip(forced, answer, strict=True):
+    length = np.sum(got != PAD)
+    places.append(length - 1)
+    assert np.all(got[: length - 1] == right[: length - 1])
+    assert got[length - 1] in {A, B, C} - {right[length - 1]}
+    assert np.all(got[length:] == PAD)
+  assert set(places[:200]) == {0, 1, 2, 3} and set(places[200:]) == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def encoded():
+  examples = data.make_two_sum(37, 0)
+  vocab = Vocab.from_texts([x.question + x.answer for x in examples])
+  return data.encode(examples, vocab, 64), vocab
+
+
+def test_likelihood_of_a_uniform_policy(encoded):
+  known, vocab = encoded
+  apply = lambda params, token, position, end: jnp.zeros((*token.shape, vocab.size)) * params  # noqa: E731
+  found = evaluate.likelihood(apply, 1.0, known, LossConfig("chi2", 0.5, 0.9, True), 8)
+  # All but <pad> and <bos>; <backspace> too after the first of an answer's three actions.
+  legal = vocab.size - 2
+  assert found == pytest.approx(-np.mean(np.log([legal - 1, legal, legal])), rel=1e-6)
+
+
+def test_likelihood_does_not_depend_on_the_batch(encoded):
+  known, vocab = encoded
+
+  def apply(params, token, position, end):
+    return jax.nn.one_hot(token, vocab.size) * params + position[..., None] / 7
+
+  config = LossConfig("kl", 0.1, 0.9, False)
+  found = [evaluate.likelihood(apply, 2.0, known, config, batch) for batch in (1, 8, 64)]
+  assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("backspace", [True, False])
+def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
+  known, _ = encoded
+  calls = []
+
+  def generate(temperature, allowed, forced, seed):
+    calls.append((temperature, allowed, forced is not None))
+    if forced is None:
+      return known.answer
+    length = np.sum(forced != PAD, axis=1)
+    rest = [
+      [*f[:n], BACKSPACE, *right[n - 1 :]] if allowed else [*f[:n], *right[n:]]
+      for f, n, right in zip(forced.tolist(), length, known.answer.tolist(), strict=True)
+    ]
+    return rows(*rest)
+
+  found = dict(evaluate.measure(generate, lambda: -1.5, known, backspace, 0))
+  for name in evaluate.TEMPERATURES:
+    assert found[f"exact/{name}"] == 1
+    assert found[f"recovery/{name}"] == float(backspace)
+    assert found[f"finished/{name}"] == 1
+    assert (f"forbidden/{name}" in found) == backspace
+  assert found["log_likelihood/data"] == -1.5
+  assert {allowed for _, allowed, _ in calls} == ({True, False} if backspace else {False})
+  assert known.nodes(Noise()) >= 11

@@ -1,0 +1,302 @@
+"""The decoder: against a float64 pass in numpy, against one pass per state, and with its cache."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmatch_jax import transformer
+from seqmatch_jax.actions import tree, visible
+from seqmatch_jax.tokens import BACKSPACE, BOS, PAD, SPECIAL
+from seqmatch_jax.transformer import TransformerConfig
+from train_jax.errors import UserError
+
+VOCAB = 12
+SMALL = TransformerConfig(vocab=VOCAB, width=16, depth=2, heads=2)
+KEY = jax.random.key(0)
+
+
+def make(config):
+  """The network, jitted, and parameters large enough for every part to have an effect."""
+  network = transformer.make_network(config)
+  rng = np.random.default_rng(1)
+  shapes = jax.eval_shape(network.init, KEY)
+  params = jax.tree.map(lambda a: (0.4 * rng.normal(size=a.shape)).astype(np.float32), shapes)
+  return network._replace(apply=jax.jit(network.apply), decode=jax.jit(network.decode)), params
+
+
+@pytest.fixture(scope="module")
+def small():
+  return make(SMALL)
+
+
+def texts_of(prompt, actions):
+  """The text before each action, and after the last: stacks of a trajectory without <eos>."""
+  texts = [list(prompt)]
+  for action in actions:
+    texts.append(texts[-1][:-1] if action == BACKSPACE else [*texts[-1], action])
+  return texts
+
+
+def random_actions(rng, steps, erase):
+  """Of `steps` actions a share `erase` are <backspace>s, as far as there is something to erase."""
+  actions, depth = [], 0
+  for _ in range(steps):
+    back = depth > 0 and rng.random() < erase
+    actions.append(BACKSPACE if back else int(rng.integers(SPECIAL, VOCAB)))
+    depth += -1 if back else 1
+  return actions
+
+
+def pad(rows, width=None):
+  width = width or max(map(len, rows))
+  return np.array([[*row, *[PAD] * (width - len(row))] for row in rows], np.int32)
+
+
+def plain(network, params, texts, batch=2048):
+  """Logits at the last token of each text, each from a pass of its own -> [len(texts), v]."""
+  length, outputs = max(map(len, texts)), []
+  position = np.broadcast_to(np.arange(length), (batch, length))
+  for start in range(0, len(texts), batch):
+    some = texts[start : start + batch]
+    token = pad(some + [[BOS]] * (batch - len(some)), length)
+    # What comes after the last token is PAD, and later than all that is looked at.
+    logits = network.apply(params, token, position, np.full_like(token, length))
+    outputs.append(logits[np.arange(len(some)), [len(text) - 1 for text in some]])
+  return np.concatenate(outputs)
+
+
+# --- the same network once more, in float64 numpy -------------------------------------------------
+
+
+def norm(p, x):
+  return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * p["scale"]
+
+
+def turn(x, position):
+  """Features i and i + f / 2 as one complex number, times exp(i position frequency)."""
+  half = x.shape[-1] // 2
+  z = x[..., :half] + 1j * x[..., half:]
+  z = z * np.exp(1j * position[:, None] * 10_000.0 ** (-np.arange(half) / half))
+  return np.concatenate([z.real, z.imag], -1)
+
+
+def numpy_decoder(config, params, token, position, sees):
+  """One row [s], head by head and layer by layer -> [s, v]; node j sees the nodes in sees[j]."""
+  params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+  x, f = params["embed"]["embedding"][token], config.width // config.heads
+  for layer in range(config.depth):
+    block = jax.tree.map(lambda a: a[layer], params["blocks"])  # noqa: B023
+    q, key, value = np.split(norm(block["norm1"], x) @ block["attention"]["qkv"]["kernel"], 3, -1)
+    mixed = np.zeros_like(x)
+    for h in range(config.heads):
+      mine = slice(h * f, (h + 1) * f)
+      scores = turn(q[:, mine], position) @ turn(key[:, mine], position).T / np.sqrt(f)
+      for j, nodes in enumerate(sees):
+        share = np.exp(scores[j, nodes])
+        mixed[j, mine] = share / share.sum() @ value[nodes, mine]
+    x = x + mixed @ block["attention"]["out"]["kernel"]
+    gate, up = np.split(norm(block["norm2"], x) @ block["mlp"]["inner"]["kernel"], 2, -1)
+    x = x + gate / (1 + np.exp(-gate)) * up @ block["mlp"]["outer"]["kernel"]
+  return norm(params["norm"], x) @ params["out"]["kernel"]
+
+
+# prompt, then a, b, <backspace>, c, <backspace>, <backspace>, d: nodes 0 1 | 2 3 4 5, and padding.
+A, B, C, D = range(SPECIAL, SPECIAL + 4)
+TRAJECTORY = [A, B, BACKSPACE, C, BACKSPACE, BACKSPACE, D]
+SEES = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 5], [6]]
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+  """token, position, end of the trajectory above, in which no token comes twice."""
+  batch = tree(pad([[BOS, D + 1]]), np.array([2], np.int32), pad([TRAJECTORY]), len(SEES))
+  return batch["token"], batch["position"], batch["end"]
+
+
+def test_logits_are_those_of_a_naive_pass(small, by_hand):
+  network, params = small
+  token, position, end = by_hand
+  expected = numpy_decoder(SMALL, params, token[0], position[0], SEES)
+  logits = network.apply(params, token, position, end)
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits[0], expected, atol=2e-5)
+
+
+def test_a_node_depends_on_the_nodes_it_sees_and_on_no_others(small, by_hand):
+  network, params = small
+  token, position, end = by_hand
+
+  def directions(embedding):
+    logits = network.apply({**params, "embed": {"embedding": embedding}}, token, position, end)
+    return jnp.sin(jnp.arange(VOCAB)) @ logits[0].T  # one number a node
+
+  slope = jax.jacobian(directions)(params["embed"]["embedding"])[:, token[0]]  # [j, k, width]
+  expected = [[k in nodes for k in range(len(SEES))] for nodes in SEES]
+  np.testing.assert_array_equal(np.any(slope != 0, axis=-1), expected)
+
+
+def check_states(small, rows, packed, seed):
+  """One masked pass over random trajectories against a pass of its own for every state."""
+  network, params = small
+  rng = np.random.default_rng(seed)
+  prompts = [[BOS, *rng.integers(SPECIAL, VOCAB, rng.integers(0, 6))] for _ in range(rows)]
+  made = [
+    [random_actions(rng, rng.integers(1, 25), rng.uniform(0, 0.4)) for _ in range(packed)]
+    for _ in range(rows)
+  ]
+  longest = max(len(actions) for row in made for actions in row)
+  actions = np.array([pad(row, longest) for row in made])
+  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  nodes = int((lengths + (actions >= SPECIAL).sum((1, 2))).max())
+  batch = tree(pad(prompts), lengths, actions, nodes)
+  logits = network.apply(params, batch["token"], batch["position"], batch["end"])
+
+  states = {}  # (row, node) -> the text that its logits belong to
+  for row, (prompt, trajectories) in enumerate(zip(prompts, made, strict=True)):
+    for g, trajectory in enumerate(trajectories):
+      texts = texts_of(prompt, trajectory)
+      for i, text in enumerate(texts[:-1]):
+        states[row, int(batch["read"][row, g * longest + i])] = text
+      states[row, int(batch["next"][row, g * longest + len(trajectory) - 1])] = texts[-1]
+  where = tuple(np.array(list(states)).T)
+  np.testing.assert_allclose(
+    np.asarray(logits)[where], plain(network, params, list(states.values())), rtol=0, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("packed", [1, 3])
+def test_one_pass_gives_every_state_as_a_pass_of_its_own_does(small, packed):
+  check_states(small, 50 // packed, packed, seed=packed)
+
+
+@pytest.mark.slow
+def test_one_pass_gives_every_state_of_a_thousand_trajectories(small):
+  check_states(small, 1000, 1, seed=0)
+
+
+def test_padding_changes_nothing(small, by_hand):
+  network, params = small
+  wider = [np.pad(x, ((0, 0), (0, 3))) for x in by_hand]
+  wider[2][0, 7:] = [8, 9, 10]
+  logits = network.apply(params, *by_hand)
+  np.testing.assert_allclose(network.apply(params, *wider)[:, :7], logits, rtol=0, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_only():
+  q, key = np.random.default_rng(0).normal(size=(2, 1, 5, 2, 8)).astype(np.float32)
+  position = np.array([[0, 1, 2, 2, 7]])
+
+  def scores(shift):
+    turned = (transformer.rotate(jnp.asarray(x), position + shift, 10_000.0) for x in (q, key))
+    return jnp.einsum("bsnf,btnf->bnst", *turned)
+
+  np.testing.assert_allclose(scores(100), scores(0), atol=1e-4)
+  assert np.abs(scores(0) - jnp.einsum("bsnf,btnf->bnst", q, key)).max() > 0.1
+
+
+def test_logits_do_not_change_when_a_row_is_shifted(small, by_hand):
+  network, params = small
+  token, position, end = by_hand
+  logits = network.apply(params, token, position, end)
+  np.testing.assert_allclose(network.apply(params, token, position + 9, end), logits, atol=1e-4)
+  assert np.abs(network.apply(params, token, 2 * position, end) - logits).max() > 1e-2
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_rewinds_is_a_pass_over_the_text(small):
+  network, params = small
+  rng = np.random.default_rng(3)
+  rows, steps = 8, 24
+  prompts = [[BOS, *rng.integers(SPECIAL, VOCAB, n)] for n in rng.integers(0, 5, rows)]
+  walks = [texts_of(p, random_actions(rng, steps, 0.4)) for p in prompts]
+  length = max(len(text) for walk in walks for text in walk)
+
+  # The prompts, of different lengths, in one pass; then the top of each text again and again.
+  prompt = pad(prompts)
+  places = np.broadcast_to(np.arange(prompt.shape[1]), prompt.shape)
+  logits, cache = network.decode(params, network.cache(rows, length), prompt, places)
+  logits = np.asarray(logits)[np.arange(rows), [len(p) - 1 for p in prompts]]
+  np.testing.assert_allclose(logits, plain(network, params, prompts, 8), rtol=0, atol=1e-5)
+  for texts in zip(*walks, strict=True):
+    top, place = (np.array(x)[:, None] for x in ([t[-1] for t in texts], [len(t) for t in texts]))
+    logits, cache = network.decode(params, cache, top, place - 1)
+    expected = plain(network, params, list(texts), 8)
+    np.testing.assert_allclose(logits[:, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_what_lies_behind_in_the_cache_is_not_seen(small):
+  network, params = small
+  token, places = np.array([[BOS, A, B]]), np.array([[0, 1, 2]])
+  empty = network.cache(1, 6)
+  litter = jax.tree.map(lambda a: jnp.full_like(a, 50.0), empty)
+  clean, dirty = (network.decode(params, cache, token, places)[0] for cache in (empty, litter))
+  np.testing.assert_array_equal(dirty, clean)
+
+
+# --- the recipe -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gradient(by_hand):
+  """config -> (gradient, logits) of the same parameters."""
+
+  def run(config, params):
+    apply = transformer.make_network(config).apply
+    logits = lambda params: apply(params, *by_hand)  # noqa: E731
+    return jax.jit(jax.grad(lambda p: jnp.mean(logits(p) ** 2)))(params), jax.jit(logits)(params)
+
+  return run
+
+
+def test_unroll_and_remat_change_neither_logits_nor_gradient(small, gradient):
+  _, params = small
+  expected = gradient(SMALL, params)
+  got = gradient(replace(SMALL, unroll=True, remat=True), params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
+
+
+def test_bfloat16_is_close_to_float32(small, by_hand):
+  network, params = small
+  half, _ = make(replace(SMALL, dtype="bfloat16"))
+  assert {a.dtype for a in jax.tree.leaves(jax.eval_shape(half.init, KEY))} == {jnp.dtype("f4")}
+  token, position, end = by_hand
+  full = network.apply(params, token, position, end)
+  places = np.arange(2)[None]
+  cached, cache = half.decode(params, half.cache(1, 4), token[:, :2], places)
+  assert {a.dtype for a in cache} == {jnp.dtype("bfloat16")}
+  for logits, expected in (
+    (half.apply(params, token, position, end), full),
+    (cached, full[:, :2]),
+  ):
+    assert logits.dtype == jnp.float32
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.05  # it is another precision, but the same function
+
+
+def test_each_layer_has_its_own_first_values():
+  params = jax.jit(transformer.make_network(SMALL).init)(KEY)
+  kernel = params["blocks"]["attention"]["qkv"]["kernel"]
+  assert kernel.shape == (2, 16, 48)
+  assert not np.any(kernel[0] == kernel[1])
+
+
+def test_at_the_size_of_llama_2_it_has_the_parameters_of_llama_2():
+  config = TransformerConfig(vocab=32_000, width=4096, depth=32, heads=32, hidden=11_008)
+  shapes = jax.eval_shape(transformer.make_network(config).init, KEY)
+  assert sum(a.size for a in jax.tree.leaves(shapes)) == 6_738_415_616
+
+
+def test_heads_that_do_not_fit_are_refused_in_a_sentence():
+  for width, heads in ((16, 3), (6, 2)):
+    with pytest.raises(UserError, match=f"model.width={width} .*model.heads={heads} .*multiple"):
+      replace(SMALL, width=width, heads=heads)
+
+
+def test_visible_of_the_trajectory_by_hand(by_hand):
+  seen = visible(by_hand[2])[0]
+  assert [np.flatnonzero(row).tolist() for row in seen] == SEES
