@@ -8,18 +8,14 @@ CPU cores.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
+import ablation
 import matplotlib
 import numpy as np
+import train_step
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import main
 from configs import ism_digits
 
 matplotlib.use("Agg")
@@ -82,20 +78,6 @@ def rung_config(rung: str, seed: int, steps: int):
   return config
 
 
-def result(workdir: Path, steps: int) -> dict | None:
-  """The final evaluation and median step time of a finished run; None if it isn't finished."""
-  path = workdir / "metrics.jsonl"
-  if not path.exists():
-    return None
-  records = [json.loads(line) for line in path.read_text().splitlines()]
-  final = [r for r in records if r["step"] == steps and "eval/fd/nfe1_w0" in r]
-  if not final:
-    return None
-  times = [r["milliseconds_per_step"] for r in records if "milliseconds_per_step" in r]
-  values = {k.removeprefix("eval/"): v for k, v in final[-1].items() if k.startswith("eval/")}
-  return {**values, "milliseconds_per_step": float(np.median(times))}
-
-
 def best_guidance(run: dict) -> str:
   """The strength with the lowest Fréchet distance at one step; 0 is among them."""
   settings = [k.partition("_w")[2] for k in run if k.startswith("fd/nfe1_w")]
@@ -103,43 +85,52 @@ def best_guidance(run: dict) -> str:
 
 
 def summary(runs: list[dict]) -> dict[str, tuple[float, float]]:
-  """Mean and standard deviation over seeds of every number of the tables."""
+  """Mean and spread over seeds of every number of the tables."""
   rows = []
   for run in runs:
     best = best_guidance(run)
-    row = {"ms": run["milliseconds_per_step"], "w": float(best)}
+    row = {"w": float(best)}
     for nfe, (name, w), metric in product(NFES, (("w0", "0"), ("best", best)), METRICS):
       row[f"{metric}/{nfe}/{name}"] = run[f"{metric}/nfe{nfe}_w{w}"]
+    row |= {"leak": run["class_leak"]} if "class_leak" in run else {}
     rows.append(row)
-  values = {key: [row[key] for row in rows] for key in rows[0]}
-  return {key: (float(np.mean(v)), float(np.std(v))) for key, v in values.items()}
+  return ablation.spread(rows)
 
 
-def cell(value: tuple[float, float]) -> str:
-  return f"{value[0]:.2f} ± {value[1]:.2f}"
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-  """A markdown table."""
-  lines = [heads, ["---"] * len(heads), *rows]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def table(summaries: dict[str, dict], n: int) -> str:
+def table(summaries: dict[str, dict], times: dict[str, dict], n: int) -> str:
   """Two tables: w = 0, and the strength with the lowest Fréchet distance at one step."""
   unguided, guided = [], []
   for rung, s in summaries.items():
-    fd = [cell(s[f"fd/{nfe}/w0"]) for nfe in NFES]
-    rest = [cell(s[f"{m}/1/w0"]) for m in METRICS[1:]] + [cell(s["accuracy/4/w0"])]
-    unguided.append([rung, *fd, *rest, f"{s['ms'][0]:.1f}"])
-    one = [cell(s[f"{m}/1/best"]) for m in METRICS]
-    guided.append([rung, cell(s["w"]), *one, cell(s["fd/4/best"]), cell(s["accuracy/4/best"])])
+    fd = [ablation.cell(s[f"fd/{nfe}/w0"]) for nfe in NFES]
+    rest = [ablation.cell(s[f"{m}/1/w0"]) for m in METRICS[1:]] + [
+      ablation.cell(s["accuracy/4/w0"])
+    ]
+    speed = [f"{times[rung]['ms']:.1f}", f"{times[rung]['ratio']:.2f}"]
+    unguided.append([rung, *fd, *rest, ablation.cell(s.get("leak")), *speed])
+    one = [ablation.cell(s[f"{m}/1/best"]) for m in METRICS]
+    guided.append(
+      [
+        rung,
+        ablation.cell(s["w"]),
+        *one,
+        ablation.cell(s["fd/4/best"]),
+        ablation.cell(s["accuracy/4/best"]),
+      ]
+    )
   one = ["accuracy, 1 step", "precision, 1", "recall, 1"]
-  heads = ["rung", *(f"FD, {nfe}" for nfe in NFES), *one, "accuracy, 4", "ms a step"]
+  heads = [
+    "rung",
+    *(f"FD, {nfe}" for nfe in NFES),
+    *one,
+    "accuracy, 4",
+    "class leak",
+    "ms a step",
+    "ratio",
+  ]
   text = f"At w = 0; mean ± spread of {n} seeds; columns by number of steps.\n\n"
-  text += markdown(heads, unguided)
+  text += ablation.markdown(heads, unguided)
   text += "\n\nAt the w of the lowest FD at one step.\n\n"
-  return text + markdown(["rung", "w", "FD, 1", *one, "FD, 4", "accuracy, 4"], guided)
+  return text + ablation.markdown(["rung", "w", "FD, 1", *one, "FD, 4", "accuracy, 4"], guided)
 
 
 def plot(summaries: dict[str, dict], path: Path) -> None:
@@ -160,27 +151,6 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
   plt.close(figure)
 
 
-def run(out: Path, rungs: list[str], seeds: list[int], steps: int) -> None:
-  results: dict[str, dict[str, dict]] = {}
-  for seed in seeds:
-    for rung in rungs:
-      name = rung.replace("+ ", "").replace(" ", "_")
-      workdir = out / f"{rungs.index(rung)}_{name}_seed{seed}"
-      if result(workdir, steps) is None:
-        print(f"\n{rung}, seed {seed} -> {workdir}", flush=True)
-        if not main.train(rung_config(rung, seed, steps), workdir):
-          sys.exit(130)
-      results.setdefault(rung, {})[str(seed)] = result(workdir, steps)
-  summaries = {rung: summary(list(runs.values())) for rung, runs in results.items()}
-  text = table(summaries, len(seeds))
-  commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-  head = f"commit {commit.stdout.strip()}, `python {' '.join(sys.argv)}`, {steps} steps\n\n"
-  (out / "table.md").write_text(head + text + "\n")
-  (out / "results.json").write_text(json.dumps(results, indent=1))
-  plot(summaries, out / "ladder.png")
-  print(f"\n{text}\n\n{out / 'table.md'}\n{out / 'results.json'}\n{out / 'ladder.png'}")
-
-
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=Path, default=Path("runs/ism_ablation"))
@@ -188,8 +158,13 @@ if __name__ == "__main__":
   parser.add_argument("--rungs", default=",".join(LADDER))
   parser.add_argument("--steps", type=int, default=ism_digits.get_config().steps)
   args = parser.parse_args()
-  chosen = [name.strip() for name in args.rungs.split(",")]
-  for name in chosen:
-    if name not in LADDER:
-      parser.error(f"unknown rung {name!r}; choose from {', '.join(LADDER)}")
-  run(args.out, chosen, [int(s) for s in args.seeds.split(",")], args.steps)
+  rungs = ablation.choose(parser, args.rungs, list(LADDER))
+  seeds = [int(seed) for seed in args.seeds.split(",")]
+  results = ablation.run(
+    args.out, rungs, seeds, lambda rung, seed: rung_config(rung, seed, args.steps)
+  )
+  times = train_step.measure({rung: rung_config(rung, 0, args.steps) for rung in rungs})
+  summaries = {rung: summary(runs) for rung, runs in results.items()}
+  plot(summaries, args.out / "ladder.png")
+  text = table(summaries, times, len(seeds))
+  ablation.write(args.out, text, {"runs": results, "step": times})

@@ -16,12 +16,15 @@ Dimensions: n pool, g groups (classes), m rows of a group, h w image, c channel,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
@@ -112,7 +115,6 @@ def round_to_permutation(score: jax.Array, valid: jax.Array) -> jax.Array:
   return column.astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames="config")
 def _solve(config: PairingConfig, rng, pixels, noise, label, table):
   """Pairs every group of `table` [g, m] (rows of the pool, -1 where a group has fewer).
 
@@ -137,6 +139,21 @@ def _solve(config: PairingConfig, rng, pixels, noise, label, table):
   return jax.lax.map(group, table)
 
 
+@cache
+def _solver(config: PairingConfig, devices: int) -> Callable:
+  """`_solve`, jitted, the groups shared out over the first `devices` of this process.
+
+  A group is solved whole on one device, so that the pairs do not depend on their number.
+  """
+  mesh = Mesh(np.array(jax.local_devices()[:devices]), ("group",))
+  specs = (P(), P(), P(), P(), P("group"))
+  solve = partial(_solve, config)
+  # check_vma: the loops inside start from constants, which are the same on every device.
+  return jax.jit(
+    jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=P("group"), check_vma=False)
+  )
+
+
 def _groups(label: np.ndarray, classes: int) -> np.ndarray:
   """Rows of each class -> int32 [classes, m], filled up with -1.
 
@@ -156,21 +173,29 @@ def pair(
   label: np.ndarray,
   noise: np.ndarray,
   classes: int,
+  devices: int | None = None,
 ) -> np.ndarray:
   """Re-deals the noise of one pool.
+
+  Every process solves the pool for itself, its groups in parallel on its own devices: the answer is
+  the same everywhere, and nothing is sent.
 
   Args:
     rng: key of `path.draw_noise`.
     pixels: float32 [n, h, w, c].
     label: int32 [n], below `classes`.
     noise: int32 [n], the noise index that each row was drawn with.
+    devices: how many of this process's devices to use; None for all of them.
 
   Returns:
     int32 [n], a permutation of `noise`.
   """
   blind = config.condition != "class"
   table = np.arange(len(label), dtype=np.int32)[None] if blind else _groups(label, classes)
-  column, reduced = jax.device_get(_solve(config, rng, pixels, noise, label, table))
+  devices = min(devices or jax.local_device_count(), len(table))
+  idle = np.full((-len(table) % devices, table.shape[1]), -1, np.int32)  # an equal share for each
+  shares = np.concatenate([table, idle])
+  column, reduced = jax.device_get(_solver(config, devices)(rng, pixels, noise, label, shares))
   paired = noise.copy()
   for i, rows in enumerate(table):
     size = int(np.sum(rows >= 0))

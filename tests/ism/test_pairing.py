@@ -157,6 +157,19 @@ def test_class_leak_is_what_a_held_out_half_shows(pool, paired):
     assert abs(pairing.class_leak(noise, label) - readable(paired(name), label)) < 0.08
 
 
+@pytest.mark.parametrize("devices", [2, 8])
+def test_groups_shared_out_over_devices_give_the_same_pairs(devices, pool):
+  pixels, label, noise, _ = pool
+  rows = slice(0, 256)
+
+  def run(devices):
+    config = CONFIGS["class/sinkhorn"]
+    return pairing.pair(config, RNG, pixels[rows], label[rows], noise[rows], 10, devices)
+
+  assert jax.local_device_count() == 8
+  np.testing.assert_array_equal(run(devices), run(1))
+
+
 def test_absent_classes_and_a_class_of_one_row():
   label = np.array([4] * 17 + [1] + [2] * 5, np.int32)  # of 7 classes
   pixels = np.random.default_rng(0).normal(size=(23, 2, 2, 1)).astype(np.float32)

@@ -171,6 +171,60 @@ def test_guidance_direction_is_one_call(batch, params):
   assert sizes == [2 * B]
 
 
+# Gaussian data: given its class an image is N(MEANS[c], SPREAD^2), and all is known in closed form.
+# The last mean is the null class's, a Gaussian too.
+MEANS, SPREAD = jnp.array([0.5, -1.0, 2.0, 0.25]), 0.4
+
+
+def deviation(t):
+  """Standard deviation of x_t given the class."""
+  return jnp.sqrt((1 - t) ** 2 + (SPREAD * t) ** 2)
+
+
+def gaussian_flow(params, x, t, d, label, w):
+  """E[x1 - x0 | x_t] at d = 0, else the exact flow map's mean speed from t to t + d."""
+  mean = MEANS[label][:, None, None, None]
+  t, d = (a[:, None, None, None] for a in (t, d))
+  centred = x - t * mean
+  data = mean + SPREAD**2 * t / deviation(t) ** 2 * centred  # E[x1 | x_t]
+  noise = (1 - t) / deviation(t) ** 2 * centred  # E[x0 | x_t]
+  # The flow keeps an image's place in units of the deviation.
+  landed = (t + d) * mean + deviation(t + d) / deviation(t) * centred
+  return jnp.where(d == 0, data - noise, (landed - x) / jnp.where(d == 0, 1, d))
+
+
+def test_gaussian_field_is_the_mean_of_the_velocity():
+  """The field above against samples: linear regression of x1 - x0 on x_t."""
+  rng, t, label = np.random.default_rng(0), 0.3, 2
+  x0, z = rng.normal(size=(2, 400_000))
+  x1 = float(MEANS[label]) + SPREAD * z
+  slope, offset = np.polyfit((1 - t) * x0 + t * x1, x1 - x0, 1)
+  at = lambda x: float(gaussian_flow(None, *map(jnp.asarray, args(x)))[0, 0, 0, 0])  # noqa: E731
+  args = lambda x: (np.full((1, 1, 1, 1), x), np.array([t]), np.zeros(1), np.array([label]), 0)  # noqa: E731
+  for x in (-1.0, 0.5, 2.0):
+    assert at(x) == pytest.approx(slope * x + offset, abs=0.02)
+
+
+def test_guidance_direction_of_gaussians(batch):
+  """s(c) - s(null) shifts by the means' difference, the same for every image."""
+  x0, x1, label = batch
+  t = jnp.linspace(0.05, 0.95, B)
+  w = jnp.full(B, 1.5)
+  rows = targets.guidance_rows(gaussian_flow, None, x0, x1, t, label, w, start=0.0, null=NULL)
+  slope = (SPREAD**2 * t - (1 - t)) / deviation(t) ** 2
+  shift = (MEANS[label] - MEANS[NULL]) * (1 - t * slope)
+  expected = x1 - x0 + 1.5 * column(shift)
+  np.testing.assert_allclose(rows.target, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [1.0, 0.25, 1 / 32])
+def test_consistency_target_of_gaussians_is_their_flow_map(batch, step):
+  label = batch[2]
+  rows, _ = consistency(gaussian_flow, batch, 0.0 if step == 1 else 0.5, step, 0.0)
+  exact = gaussian_flow(None, rows.x, rows.t, rows.d, label, rows.w)
+  np.testing.assert_allclose(rows.target, exact, rtol=2e-4, atol=2e-5)
+
+
 def test_targets_carry_no_gradient(batch, params):
   x0, x1, label = batch
   t, w = jnp.full(B, 0.5), jnp.ones(B)

@@ -1,4 +1,4 @@
-"""phi of each divergence: its shape, the divergence that it stands for, and the penalty's limits."""
+"""phi of each divergence: its shape, the divergence it stands for, and the penalty's limits."""
 
 from math import log
 
@@ -138,7 +138,7 @@ def test_small_alpha_is_a_square(name, float64):
 
 
 def test_alpha_multiplies_the_square():
-  """chi2 is r - alpha r^2 / 4, which goes with alpha; r - r^2 / (4 alpha) would grow without end."""
+  """chi2 is r - alpha r^2 / 4, that vanishes with alpha; r - r^2 / (4 alpha) would not."""
   r = np.float32([-3, 0.5, 8])
   for alpha in (1e-6, 0.01, 2.0):
     np.testing.assert_allclose(divergence.penalty("chi2", r, alpha), -alpha * r**2 / 4, rtol=2e-6)

@@ -5,6 +5,7 @@ hold trajectories: with one node a state, one action a state-action pair at time
 occupancies as weights, the loss is the exact expectation.
 """
 
+from functools import cache
 from itertools import product
 from types import SimpleNamespace
 
@@ -197,17 +198,16 @@ def test_gamma_one_is_the_limit(float64):
 def test_packed_trajectories_are_the_sum_of_separate_ones(float64):
   config = LossConfig("chi2_mixture", 0.2, 0.95, backspace=True)
   two = [draw_actions(np.random.default_rng(i), n) for i, n in enumerate((12, 7))]
-  runs = {}
-  for how, rows in {"packed": [two], "apart": [[t] for t in two]}.items():
-    batch, texts = make_batch(rows)
+  packed, apart = (make_batch(rows) for rows in ([two], [[t] for t in two]))
+  data = []
+  for batch, texts in (packed, apart):
     assert lib.trajectories(batch) == 2
-    runs[how] = (table_of(texts)[0][table_of(texts)[1]], batch)
-  got = [
-    run(config, *data, runs[own][1], runs[own][0])[1] | {"loss": run(config, *data)[0]}
-    for data, own in ((runs["packed"], "apart"), (runs["apart"], "packed"))
-  ]
-  for name in got[0]:
-    close(got[0][name], got[1][name], rtol=1e-12, err_msg=name)
+    table, nodes, _ = table_of(texts)
+    data.append((table[nodes], batch))
+  got = [run(config, *x, y[1], y[0]) for x, y in (data, data[::-1])]
+  close(got[0][0], got[1][0], rtol=1e-12)
+  for name, value in got[0][1].items():
+    close(value, got[1][1][name], rtol=1e-12, err_msg=name)
 
 
 def test_model_trajectories_count_by_their_own_number(float64):
@@ -234,8 +234,8 @@ def test_illegal_actions_have_no_probability_and_no_gradient():
   table, nodes, _ = table_of(texts)
   logits = np.float32(table[nodes])
   for backspace in (True, False):
-    legal = lib.legal_logits(logits, batch["erasable"], backspace)
-    prob = jax.nn.softmax(legal)
+    legal = np.asarray(lib.legal_logits(logits, batch["erasable"], backspace))
+    prob = np.exp(legal)
     assert np.all(prob[..., [PAD, BOS]] == 0) and np.all(prob[:, : len(PROMPT), BACKSPACE] == 0)
     erasable = batch["erasable"] & backspace
     assert np.all((prob[..., BACKSPACE] > 0) == erasable)
@@ -245,7 +245,7 @@ def test_illegal_actions_have_no_probability_and_no_gradient():
     weight = batch["weight"] * (backspace | (batch["action"] != BACKSPACE))
     data = {**batch, "weight": weight}
     config = LossConfig("chi2", 0.1, 0.9, backspace)
-    grads = jax.grad(lambda l, c=config, d=data: run(c, l, d)[0])(logits)
+    grads = jax.jit(jax.grad(lambda l, c=config, d=data: lib.loss(c, l, d)[0]))(logits)
     assert np.all(grads[..., [PAD, BOS]] == 0)
     assert np.all(grads[..., BACKSPACE][~erasable] == 0)
     assert np.all(grads[:, -1] == 0)  # a padding node
@@ -322,7 +322,6 @@ def make_mdp(backspace):
     for i, a in zip(read, action, strict=True)
   ]
   return SimpleNamespace(
-    legal=legal,
     read=read,
     action=action,
     next=np.array([NUMBER[tuple(int(x) for x in text)] for text in after]),
@@ -335,10 +334,14 @@ def make_mdp(backspace):
 MDPS = {backspace: make_mdp(backspace) for backspace in (False, True)}
 
 
+def table_of_pairs(mdp, theta):
+  """theta, a logit of each pair -> logits [states, 6]; texts that are too long are illegal."""
+  return jnp.full((len(STATES), 6), lib.ILLEGAL).at[mdp.read, mdp.action].set(theta)
+
+
 def policy_of(mdp, theta):
-  """theta [states, 6] -> log pi of each pair."""
-  log_prob = jax.nn.log_softmax(jnp.where(mdp.legal, theta, -1e9))
-  return log_prob[mdp.read, mdp.action]
+  """theta -> log pi of each pair."""
+  return jax.nn.log_softmax(table_of_pairs(mdp, theta))[mdp.read, mdp.action]
 
 
 def occupancy(mdp, prob):
@@ -349,10 +352,13 @@ def occupancy(mdp, prob):
   return visits[mdp.read] * prob
 
 
-def data_policy(mdp, seed=0):
-  """A random policy that takes every legal action: (prob of each pair, theta)."""
-  theta = np.random.default_rng(seed).normal(size=mdp.legal.shape)
-  return np.exp(policy_of(mdp, theta)), theta
+def draw_theta(mdp, seed=0):
+  """A random policy that takes every legal action."""
+  return np.random.default_rng(seed).normal(size=mdp.read.shape)
+
+
+def data_policy(mdp):
+  return np.exp(policy_of(mdp, draw_theta(mdp)))
 
 
 def pairs_batch(mdp, weight):
@@ -363,47 +369,65 @@ def pairs_batch(mdp, weight):
   return {**batch, "time": time, "weight": weight[None], "erasable": ERASABLE}
 
 
-def pairs_logits(mdp, theta):
-  """[1, states, 6]: tokens beyond the longest text are illegal, the rest is for the loss."""
-  full = ~mdp.legal & (np.arange(6) >= 4)
-  return jnp.where(full, -1e9, theta)[None]
+def derivatives(objective):
+  """objective(theta, ...) -> its value, gradient and Hessian, compiled."""
+
+  @jax.jit
+  def all_three(*args):
+    return *jax.value_and_grad(objective)(*args), jax.hessian(objective)(*args)
+
+  return all_three
 
 
-def minimum(objective, theta, *args):
-  """theta at the minimum of objective(theta, *args) -> (value, gradient)."""
+def minimum(compiled, theta, *args):
+  """theta at the minimum of what `derivatives` compiled, by Newton's method in a trust region."""
 
-  def flat(x):
-    value, grad = objective(x.reshape(theta.shape), *args)
-    return float(value), np.asarray(grad).ravel()
+  def at(x):
+    return [np.asarray(part) for part in compiled(x, *args)]
 
-  options = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-16, "gtol": 1e-10, "maxcor": 40}
-  found = minimize(flat, theta.ravel(), jac=True, method="L-BFGS-B", options=options)
-  return found.x.reshape(theta.shape)
+  options = {"gtol": 1e-10, "maxiter": 200}
+  hessian = lambda x: at(x)[2]  # noqa: E731
+  found = minimize(
+    lambda x: at(x)[:2], theta, jac=True, hess=hessian, method="trust-exact", options=options
+  )
+  assert np.max(np.abs(found.jac)) < 1e-6
+  return found.x
 
 
-def expected_loss(name, mdp):
-  """(theta, alpha, data and model occupancies) -> the loss and its gradient in theta."""
-  config = LossConfig(name, 1.0, GAMMA, mdp.backspace)
+@cache
+def expected_loss(name, backspace):
+  """(theta, alpha, data's and model's occupancies) -> the loss, as `derivatives`."""
+  mdp, config = MDPS[backspace], LossConfig(name, 1.0, GAMMA, backspace)
 
   def objective(theta, alpha, data, model):
-    logits, batches = pairs_logits(mdp, theta), (pairs_batch(mdp, x) for x in (data, model))
-    data, model = batches
+    logits = table_of_pairs(mdp, theta)[None]
+    data, model = pairs_batch(mdp, data), pairs_batch(mdp, model)
     return lib.loss(config, logits, data, model, logits, strength=alpha)[0]
 
-  return jax.jit(jax.value_and_grad(objective))
+  return derivatives(objective)
 
 
-def optimum(name, mdp, data, alpha, theta=None):
-  """The policy and theta at the minimum; with model trajectories, at their fixed point."""
-  objective = expected_loss(name, mdp)
-  theta, model = np.zeros(mdp.legal.shape) if theta is None else theta, data
-  for _ in range(8 if name == "chi2_mixture" else 1):
-    theta = minimum(objective, theta, alpha, data, model)
+@cache
+def optimum(name, backspace, alpha):
+  """The policy at the loss's minimum; with model trajectories, at their fixed point."""
+  mdp = MDPS[backspace]
+  data = model = occupancy(mdp, data_policy(mdp))
+  theta = np.zeros(mdp.read.shape)
+  for _ in range(12 if name == "chi2_mixture" else 1):
+    theta = minimum(expected_loss(name, backspace), theta, alpha, data, model)
     model = occupancy(mdp, np.exp(policy_of(mdp, theta)))
-  return np.exp(policy_of(mdp, theta)), theta
+  return np.exp(policy_of(mdp, theta))
 
 
-F_DIVERGENCE = {
+@pytest.mark.parametrize("backspace", [False, True])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_optimum_tends_to_the_data_with_alpha(name, backspace, float64):
+  prob = data_policy(MDPS[backspace])
+  coarse, fine = (np.max(np.abs(optimum(name, backspace, a) - prob)) for a in (0.1, 0.01))
+  assert fine < 0.02 and 5 < coarse / fine < 15
+
+
+F_DIVERGENCES = {
   "kl": lambda d, m: d * jnp.log(d / m),
   "reverse_kl": lambda d, m: m * jnp.log(m / d),
   "js": lambda d, m: d * jnp.log(2 * d / (d + m)) + m * jnp.log(2 * m / (d + m)),
@@ -412,57 +436,40 @@ F_DIVERGENCE = {
 }
 
 
-def direct_optimum(name, mdp, data, alpha):
-  """The policy at the minimum of D / alpha - H over occupancies, without V, r or phi."""
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_optimum_is_the_minimum_of_the_divergence_less_the_entropy(name, float64):
+  """D / alpha - H minimised over occupancies, without V, r or phi."""
+  mdp = MDPS[True]
+  data = occupancy(mdp, data_policy(mdp))
 
-  @jax.jit
-  @jax.value_and_grad
-  def objective(theta):
+  def objective(theta, alpha):
     log_prob = policy_of(mdp, theta)
     model = occupancy(mdp, jnp.exp(log_prob))
-    distance = jnp.sum(mdp.series * F_DIVERGENCE[name](data, model))
+    distance = jnp.sum(mdp.series * F_DIVERGENCES[name](data, model))
     return distance / alpha + jnp.sum(model * log_prob)
 
-  return np.exp(policy_of(mdp, minimum(objective, np.zeros(mdp.legal.shape))))
-
-
-@pytest.mark.parametrize("backspace", [False, True])
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_optimum_is_that_of_the_divergence_and_tends_to_the_data(name, backspace, float64):
-  mdp = MDPS[backspace]
-  prob, _ = data_policy(mdp)
-  data = occupancy(mdp, prob)
-  coarse, theta = optimum(name, mdp, data, 0.1)
-  # The model's trajectories pass no gradient as samples, which is exact to first order in alpha.
-  close(coarse, direct_optimum(name, mdp, data, 0.1), atol=1e-2 if "mix" in name else 1e-5)
-  fine, _ = optimum(name, mdp, data, 0.01, theta)
-  off = [np.max(np.abs(policy - prob)) for policy in (coarse, fine)]
-  assert off[1] < 0.02 and 5 < off[0] / off[1] < 15
-
-
-def test_stop_gradient_costs_second_order_in_alpha(float64):
-  mdp = MDPS[True]
-  data = occupancy(mdp, data_policy(mdp)[0])
-  off = []
-  for alpha in (0.1, 0.02):
-    exact = direct_optimum("chi2_mixture", mdp, data, alpha)
-    off.append(np.max(np.abs(optimum("chi2_mixture", mdp, data, alpha)[0] - exact)))
-  assert off[0] / off[1] > 15
+  direct, off = derivatives(objective), []
+  for alpha in (0.1, 0.01):
+    exact = np.exp(policy_of(mdp, minimum(direct, np.zeros(mdp.read.shape), alpha)))
+    off.append(np.max(np.abs(optimum(name, True, alpha) - exact)))
+  if name == "chi2_mixture":  # samples of the model pass no gradient: second order in alpha
+    assert off[0] < 1e-2 and off[1] < 1e-4
+  else:
+    assert max(off) < 1e-6
 
 
 def test_the_other_reading_of_alpha_forgets_the_data(float64):
   """x - x^2 / (4 alpha), our penalty at 1 / alpha, tends to the most random policy instead."""
   mdp = MDPS[True]
-  prob, _ = data_policy(mdp)
-  value = np.zeros(len(STATES))  # soft value iteration with r = 0; <eos> is worth 0
+  value = np.zeros(len(STATES))  # soft value iteration with r = 0; after <eos>, 0
   for _ in range(500):
-    q = np.full(mdp.legal.shape, -np.inf)
+    q = np.full((len(STATES), 6), -np.inf)
     q[mdp.read, mdp.action] = GAMMA * mdp.goes_on * value[mdp.next]
     value = np.log(np.exp(q).sum(1))
   random = np.exp(q - value[:, None])[mdp.read, mdp.action]
-  policy, _ = optimum("chi2", mdp, occupancy(mdp, prob), 1 / 1e-4)
-  close(policy, random, atol=1e-3)
-  assert np.max(np.abs(policy - prob)) > 0.3
+  policy = optimum("chi2", True, 1 / 1e-4)
+  close(policy, random, atol=0.01)
+  assert np.max(np.abs(policy - data_policy(mdp))) > 0.3
 
 
 # ---------------------------------------------------------------------------------- estimation
@@ -492,7 +499,7 @@ def lookup(mdp, table):
 def clean_policy():
   """A random policy without <backspace>, as {(text, action): prob}."""
   mdp = MDPS[False]
-  prob, _ = data_policy(mdp)
+  prob = data_policy(mdp)
   pairs = zip(mdp.read, mdp.action, prob, strict=True)
   return {(STATES[i], int(a)): float(p) for i, a, p in pairs}
 
@@ -506,9 +513,9 @@ def test_trajectories_estimate_the_expectation_without_bias(float64):
   assert len(actions) > 50 and abs(sum(p) - 1) < 1e-8
 
   batch, texts = make_batch([[t] for t in actions], prompt=(BOS,))
-  theta = data_policy(mdp, seed=1)[1]
+  table = table_of_pairs(mdp, draw_theta(mdp, seed=1))
   nodes = np.array([[NUMBER.get(text, 0) for text in row] for row in texts])
-  logits = pairs_logits(mdp, theta)[0][nodes]
+  logits = table[nodes]
   exact = pairs_batch(mdp, occupancy(mdp, lookup(mdp, policy)))
   for name in DIVERGENCES:
     config = LossConfig(name, 0.1, GAMMA, backspace=True)
@@ -517,7 +524,7 @@ def test_trajectories_estimate_the_expectation_without_bias(float64):
       return lib.loss(c, logits, batch, batch, logits)[0] * jnp.sum(batch["weight"])
 
     one = jax.vmap(lambda l, row, f=total: f(l[None], jax.tree.map(lambda x: x[None], row)))
-    want = jax.jit(total)(pairs_logits(mdp, theta), exact)
+    want = jax.jit(total)(table[None], exact)
     close(np.dot(p, jax.jit(one)(logits, batch)), want, rtol=1e-7)
 
 
@@ -550,7 +557,7 @@ def test_noise_actions_without_loss_leave_the_clean_policy(float64):
 
   def form(theta):
     """The right objective, that with V(s_0), and that with half of V(s_0) and half of the drift."""
-    logits = pairs_logits(mdp, theta)
+    logits = table_of_pairs(mdp, theta)[None]
     log_prob, penalty, reward = (x[0] for x in lib.terms(config, logits, batch))
     long = jnp.sum(weight * (mdp.series * reward + penalty))
     drift = jnp.sum(weight * (mdp.series * reward - log_prob))  # telescopes to V(s_0) if unmasked
@@ -563,10 +570,10 @@ def test_noise_actions_without_loss_leave_the_clean_policy(float64):
       ]
     )
 
-  off = []
+  off, compiled = [], derivatives(lambda theta, which: -jnp.dot(which, form(theta)))
   for which in range(3):
-    objective = jax.jit(jax.value_and_grad(lambda theta, i=which: -form(theta)[i]))
-    policy = np.exp(policy_of(mdp, minimum(objective, np.zeros(mdp.legal.shape))))
+    theta = minimum(compiled, np.zeros(mdp.read.shape), np.eye(3)[which])
+    policy = np.exp(policy_of(mdp, theta))
     wanted = weight / np.bincount(mdp.read, weight)[mdp.read]
     kept = policy * keep
     kept /= np.bincount(mdp.read, kept)[mdp.read]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from seqmatch_jax import transformer
-from seqmatch_jax.actions import tree, visible
+from seqmatch_jax.actions import tree
 from seqmatch_jax.tokens import BACKSPACE, BOS, PAD, SPECIAL
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax.errors import UserError
 
 VOCAB = 12
-SMALL = TransformerConfig(vocab=VOCAB, width=16, depth=2, heads=2)
+SMALL = TransformerConfig(vocab=VOCAB, width=16, depth=2, heads=2, hidden=24)
 KEY = jax.random.key(0)
 
 
@@ -24,7 +24,7 @@ def make(config):
   rng = np.random.default_rng(1)
   shapes = jax.eval_shape(network.init, KEY)
   params = jax.tree.map(lambda a: (0.4 * rng.normal(size=a.shape)).astype(np.float32), shapes)
-  return network._replace(apply=jax.jit(network.apply), decode=jax.jit(network.decode)), params
+  return network._replace(apply=jax.jit(network.apply), extend=jax.jit(network.extend)), params
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def numpy_decoder(config, params, token, position, sees):
   x, f = params["embed"]["embedding"][token], config.width // config.heads
   for layer in range(config.depth):
     block = jax.tree.map(lambda a: a[layer], params["blocks"])  # noqa: B023
-    q, key, value = np.split(norm(block["norm1"], x) @ block["attention"]["qkv"]["kernel"], 3, -1)
+    q, key, value = np.split(norm(block["norm1"], x) @ block["qkv"]["kernel"], 3, -1)
     mixed = np.zeros_like(x)
     for h in range(config.heads):
       mine = slice(h * f, (h + 1) * f)
@@ -97,9 +97,9 @@ def numpy_decoder(config, params, token, position, sees):
       for j, nodes in enumerate(sees):
         share = np.exp(scores[j, nodes])
         mixed[j, mine] = share / share.sum() @ value[nodes, mine]
-    x = x + mixed @ block["attention"]["out"]["kernel"]
-    gate, up = np.split(norm(block["norm2"], x) @ block["mlp"]["inner"]["kernel"], 2, -1)
-    x = x + gate / (1 + np.exp(-gate)) * up @ block["mlp"]["outer"]["kernel"]
+    x = x + mixed @ block["out"]["kernel"]
+    gate, up = np.split(norm(block["norm2"], x) @ block["gate_up"]["kernel"], 2, -1)
+    x = x + gate / (1 + np.exp(-gate)) * up @ block["down"]["kernel"]
   return norm(params["norm"], x) @ params["out"]["kernel"]
 
 
@@ -190,7 +190,8 @@ def test_rotary_scores_depend_on_distance_only():
   position = np.array([[0, 1, 2, 2, 7]])
 
   def scores(shift):
-    turned = (transformer.rotate(jnp.asarray(x), position + shift, 10_000.0) for x in (q, key))
+    wave = transformer.waves(position + shift, 8)
+    turned = (transformer.rotate(jnp.asarray(x), wave) for x in (q, key))
     return jnp.einsum("bsnf,btnf->bnst", *turned)
 
   np.testing.assert_allclose(scores(100), scores(0), atol=1e-4)
@@ -217,24 +218,22 @@ def test_a_cache_that_rewinds_is_a_pass_over_the_text(small):
   length = max(len(text) for walk in walks for text in walk)
 
   # The prompts, of different lengths, in one pass; then the top of each text again and again.
-  prompt = pad(prompts)
-  places = np.broadcast_to(np.arange(prompt.shape[1]), prompt.shape)
-  logits, cache = network.decode(params, network.cache(rows, length), prompt, places)
+  empty, start = network.make_cache(rows, length), np.zeros(rows, np.int32)
+  logits, cache = network.extend(params, empty, pad(prompts), start)
   logits = np.asarray(logits)[np.arange(rows), [len(p) - 1 for p in prompts]]
   np.testing.assert_allclose(logits, plain(network, params, prompts, 8), rtol=0, atol=1e-5)
   for texts in zip(*walks, strict=True):
-    top, place = (np.array(x)[:, None] for x in ([t[-1] for t in texts], [len(t) for t in texts]))
-    logits, cache = network.decode(params, cache, top, place - 1)
+    top, last = (np.array(x) for x in ([[t[-1]] for t in texts], [len(t) - 1 for t in texts]))
+    logits, cache = network.extend(params, cache, top, last)
     expected = plain(network, params, list(texts), 8)
     np.testing.assert_allclose(logits[:, 0], expected, rtol=0, atol=1e-5)
 
 
 def test_what_lies_behind_in_the_cache_is_not_seen(small):
   network, params = small
-  token, places = np.array([[BOS, A, B]]), np.array([[0, 1, 2]])
-  empty = network.cache(1, 6)
+  token, start, empty = np.array([[BOS, A, B]]), np.array([0]), network.make_cache(1, 6)
   litter = jax.tree.map(lambda a: jnp.full_like(a, 50.0), empty)
-  clean, dirty = (network.decode(params, cache, token, places)[0] for cache in (empty, litter))
+  clean, dirty = (network.extend(params, cache, token, start)[0] for cache in (empty, litter))
   np.testing.assert_array_equal(dirty, clean)
 
 
@@ -266,8 +265,7 @@ def test_bfloat16_is_close_to_float32(small, by_hand):
   assert {a.dtype for a in jax.tree.leaves(jax.eval_shape(half.init, KEY))} == {jnp.dtype("f4")}
   token, position, end = by_hand
   full = network.apply(params, token, position, end)
-  places = np.arange(2)[None]
-  cached, cache = half.decode(params, half.cache(1, 4), token[:, :2], places)
+  cached, cache = half.extend(params, half.make_cache(1, 4), token[:, :2], np.array([0]))
   assert {a.dtype for a in cache} == {jnp.dtype("bfloat16")}
   for logits, expected in (
     (half.apply(params, token, position, end), full),
@@ -280,23 +278,22 @@ def test_bfloat16_is_close_to_float32(small, by_hand):
 
 def test_each_layer_has_its_own_first_values():
   params = jax.jit(transformer.make_network(SMALL).init)(KEY)
-  kernel = params["blocks"]["attention"]["qkv"]["kernel"]
+  kernel = params["blocks"]["qkv"]["kernel"]
   assert kernel.shape == (2, 16, 48)
   assert not np.any(kernel[0] == kernel[1])
 
 
 def test_at_the_size_of_llama_2_it_has_the_parameters_of_llama_2():
-  config = TransformerConfig(vocab=32_000, width=4096, depth=32, heads=32, hidden=11_008)
+  config = transformer.with_size(replace(SMALL, vocab=32_000), "7B")
   shapes = jax.eval_shape(transformer.make_network(config).init, KEY)
   assert sum(a.size for a in jax.tree.leaves(shapes)) == 6_738_415_616
 
 
-def test_heads_that_do_not_fit_are_refused_in_a_sentence():
-  for width, heads in ((16, 3), (6, 2)):
-    with pytest.raises(UserError, match=f"model.width={width} .*model.heads={heads} .*multiple"):
-      replace(SMALL, width=width, heads=heads)
-
-
-def test_visible_of_the_trajectory_by_hand(by_hand):
-  seen = visible(by_hand[2])[0]
-  assert [np.flatnonzero(row).tolist() for row in seen] == SEES
+def test_bad_sizes_are_refused_in_a_sentence():
+  with pytest.raises(UserError, match=r"model.width=20 must be a multiple of .*nearest is 16"):
+    replace(SMALL, width=20, heads=8)
+  for name in ("vocab", "width", "depth", "heads", "hidden"):
+    with pytest.raises(UserError, match=f"model.{name}=0 must be at least 1"):
+      replace(SMALL, **{name: 0})
+  with pytest.raises(UserError, match=r"unknown model size '8B'; .*base, 7B"):
+    transformer.with_size(SMALL, "8B")
