@@ -82,9 +82,9 @@ def write(out: Path, text: str, results: dict) -> None:
   print(f"\n{text}\n\n{out / 'table.md'}\n{out / 'results.json'}")
 
 
-def choose(parser, text: str, known: Sequence[str]) -> list[str]:
-  """The names of a comma-separated flag, each of which must be known."""
-  names = [name.strip() for name in text.split(",")]
+def choose(parser, text: str, known: Sequence[str], separator: str = ",") -> list[str]:
+  """The names of a flag that lists some, each of which must be known."""
+  names = [name.strip() for name in text.split(separator)]
   for name in names:
     if name not in known:
       parser.error(f"unknown {name!r}; choose from {', '.join(known)}")

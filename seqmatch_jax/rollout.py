@@ -66,7 +66,7 @@ class State(NamedTuple):
 
   step: jax.Array
   rollout: Rollout
-  cache: tuple[jax.Array, jax.Array]
+  cache: list[tuple[jax.Array, jax.Array]]
   erasures: jax.Array  # [b] how many there were
   erased: jax.Array  # [b, e] the token
   at: jax.Array  # [b, e] the text's length without it; 0 once that text is gone for good

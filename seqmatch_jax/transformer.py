@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ class Network(NamedTuple):
     init: key -> params.
     apply: (params, token, position, end) -> logits [b, s, v] float32, where the arguments are
       int32 [b, s] and node j sees node k iff k <= j < end[k] (see `actions.tree`).
-    make_cache: (batch, length) -> an empty cache of keys and values.
+    make_cache: (batch, length) -> an empty cache: of each layer, keys and values [b, n, l, f].
     extend: (params, cache, token [b, s], start [b]) -> (logits [b, s, v] float32, cache). Token i
       of a row is at position start + i, fills that slot, and sees the slots up to it. What lies
       behind is not seen, and is overwritten in time: to go back is to start earlier. Prompts that
@@ -120,7 +121,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """The decoder. The blocks are stacked along a leading axis and scanned over."""
+  """The decoder. The blocks are stacked along a leading axis."""
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
     v, k, dtype = config.vocab, config.width, jnp.dtype(config.dtype)
@@ -143,13 +144,19 @@ class Transformer(nnx.Module):
     wave = waves(position, config.width // config.heads)
     graphdef, stacked = nnx.split(self.blocks)
 
-    def body(x, layer):
-      block, cache = layer
+    x = self.embed(token)
+
+    def body(x, block, cache=None):
       return nnx.merge(graphdef, block)(x, wave, mask[:, None], cache, start)
 
-    body = jax.checkpoint(body) if config.remat else body
-    unroll = config.depth if config.unroll else 1
-    x, cache = jax.lax.scan(body, self.embed(token), (stacked, cache), unroll=unroll)
+    if cache is None:
+      body = jax.checkpoint(body) if config.remat else body
+      x, _ = jax.lax.scan(body, x, stacked, unroll=config.depth if config.unroll else 1)
+    else:
+      # Not a scan, which would copy the whole cache twice to write one entry.
+      cache = list(cache)
+      for i, layer in enumerate(cache):
+        x, cache[i] = body(x, jax.tree.map(itemgetter(i), stacked), layer)
     return self.out(self.norm(x)).astype(jnp.float32), cache
 
 
@@ -163,13 +170,13 @@ def make_network(config: TransformerConfig) -> Network:
   def apply(params, token, position, end) -> jax.Array:
     return nnx.merge(graphdef, nnx.State(params))(token, position, visible(end))[0]
 
-  def make_cache(batch: int, length: int) -> tuple[jax.Array, jax.Array]:
-    shape = (config.depth, batch, config.heads, length, config.width // config.heads)
-    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+  def make_cache(batch: int, length: int) -> list[tuple[jax.Array, jax.Array]]:
+    empty = jnp.zeros((batch, config.heads, length, config.width // config.heads), config.dtype)
+    return [(empty, empty)] * config.depth
 
   def extend(params, cache, token, start):
     position = start[:, None] + jnp.arange(token.shape[1])
-    mask = jnp.arange(cache[0].shape[3]) <= position[..., None]  # [b, s, l]
+    mask = jnp.arange(cache[0][0].shape[2]) <= position[..., None]  # [b, s, l]
     return nnx.merge(graphdef, nnx.State(params))(token, position, mask, cache, start)
 
   return Network(init, apply, make_cache, extend)

@@ -1,0 +1,127 @@
+"""What each part of SequenceMatch does: loss x backspace x noise, on one task.
+
+    python benchmarks/seqmatch_ablation.py --task=two_sum [--out=DIR] [--seeds=0,1,2]
+    python benchmarks/seqmatch_ablation.py --task=arithmetic [--variants=...] [--steps=...]
+
+The 2 x 2 is maximum likelihood (MLE) or chi2-mixture, without or with <backspace>. "MLE +
+<backspace>" is the paper's baseline: the action exists and the data never show it. BC, behavioural
+cloning, is maximum likelihood on noised data. The last rows are the paper's figure: noise rates.
+Writes table.md, results.json and ablation.png; stopped, it goes on where it was.
+"""
+
+import argparse
+from pathlib import Path
+
+import ablation
+import matplotlib
+import numpy as np
+
+from configs import seqmatch_arithmetic
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLUMNS = {
+  "T=1": "exact/T=1",
+  "T=1, forbidden": "forbidden/T=1",
+  "T=0.5": "exact/T=0.5",
+  "greedy": "exact/greedy",
+  "recovery, T=1": "recovery/T=1",
+  "recovery, greedy": "recovery/greedy",
+  "erased, of actions": "rate/T=1",
+  "precision": "precision/T=1",
+  "recall": "recall/T=1",
+  "log-likelihood": "log_likelihood/data",
+}
+
+
+def _mle(config):
+  seqmatch_arithmetic.mle(config)
+
+
+def _mle_backspace(config):
+  seqmatch_arithmetic.mle(config)
+  config.loss.backspace = True
+
+
+def _bc(config):
+  seqmatch_arithmetic.bc(config)
+
+
+def _no_backspace(config):
+  config.loss.backspace = False
+  config.noise.rate = 0.0
+
+
+def _chi2(config):
+  config.loss.divergence = "chi2"
+
+
+def _noise(rate):
+  def change(config):
+    config.noise.rate = rate
+
+  return change
+
+
+VARIANTS = {
+  "MLE": _mle,
+  "MLE + <backspace>": _mle_backspace,
+  "BC": _bc,
+  "chi2-mixture, no <backspace>": _no_backspace,
+  "chi2": _chi2,
+  "chi2-mixture": lambda config: None,
+  "chi2-mixture, noise 0.1": _noise(0.1),
+  "chi2-mixture, noise 0.6": _noise(0.6),
+}
+
+
+def make_config(task: str, variant: str, seed: int, steps: int):
+  """The config of one run."""
+  config = seqmatch_arithmetic.get_config("two_sum" if task == "two_sum" else "")
+  VARIANTS[variant](config)
+  config.seed = seed
+  config.steps = steps or config.steps
+  config.eval_every = 0
+  return config
+
+
+def plot(summaries: dict[str, dict], path: Path) -> None:
+  """Exact match at T = 1 with and without <backspace>, and recovery, by variant."""
+  figure, axis = plt.subplots(figsize=(9, 4), dpi=120)
+  x, none = np.arange(len(summaries)), (np.nan, 0.0)
+  bars = ("exact/T=1", "forbidden/T=1", "recovery/T=1")
+  names = ("exact match", "<backspace> forbidden", "recovery from a forced error")
+  for i, (key, name) in enumerate(zip(bars, names, strict=True)):
+    mean, spread = np.array([s.get(key, none) for s in summaries.values()]).T
+    axis.bar(x + (i - 1) * 0.27, mean, 0.25, yerr=spread, capsize=2, label=name)
+  axis.set(ylim=(0, 1), ylabel="of test questions, T = 1")
+  axis.set_xticks(x, list(summaries), rotation=25, ha="right")
+  axis.legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path)
+  plt.close(figure)
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--task", choices=("two_sum", "arithmetic"), default="two_sum")
+  parser.add_argument("--out", type=Path)
+  parser.add_argument("--seeds", default="0,1,2")
+  parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by ;")
+  parser.add_argument("--steps", type=int, default=0, help="0: those of the config")
+  args = parser.parse_args()
+  out = args.out or Path("runs") / f"{args.task}_ablation"
+  names = ablation.choose(parser, args.variants, list(VARIANTS), ";")
+  seeds = [int(seed) for seed in args.seeds.split(",")]
+  results = ablation.run(
+    out, names, seeds, lambda name, seed: make_config(args.task, name, seed, args.steps)
+  )
+  summaries = {name: ablation.spread(runs) for name, runs in results.items()}
+  rows = [
+    [name, *(ablation.cell(s.get(key), 3) for key in COLUMNS.values())]
+    for name, s in summaries.items()
+  ]
+  plot(summaries, out / "ablation.png")
+  text = f"{args.task}; exact match unless named; mean ± spread of {len(seeds)} seeds.\n\n"
+  ablation.write(out, text + ablation.markdown(["", *COLUMNS], rows), results)
