@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def two_sum(config):
   """Six numbers modulo 16 and a target: write the two that add up to it."""
-  config.steps = 4000
+  config.steps = 3000
   config.data.source = "two_sum"
   config.noise.source = "prompt"
 

@@ -42,7 +42,7 @@ def read_module(path) -> tuple[Example, ...]:
   try:
     text = Path(path).read_text(encoding="utf-8")
   except OSError as err:
-    raise UserError(f"data.path={str(path)!r} cannot be read: {err.strerror}.") from err
+    raise UserError(f"the data file {str(path)!r} cannot be read: {err.strerror}.") from err
   except UnicodeDecodeError as err:
     line = err.object[: err.start].count(b"\n") + 1
     raise UserError(f"{path}, line {line}: this is not text in UTF-8; save it as such.") from err

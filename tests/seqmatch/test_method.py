@@ -1,0 +1,238 @@
+"""SequenceMatch assembled: phases, rollouts inside the step, resume with the buffer, bad input."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import seqmatch_arithmetic
+from seqmatch_jax import method as seqmatch
+from seqmatch_jax.actions import replay
+from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
+from train_jax import loop
+from train_jax import mesh as mesh_lib
+from train_jax import state as state_lib
+from train_jax.checkpoint import Checkpoints
+from train_jax.errors import UserError
+from train_jax.step import make_train_step
+
+DECAYS = {"sample": 0.9}
+FLAGS = {"prompt": None, "prompts": None, "temperature": None, "num": 3, "seed": 0}
+
+
+def get_config(options="two_sum", **changes):
+  """The debug config; `section__key=value` changes a value."""
+  config = seqmatch_arithmetic.get_config(f"{options},debug")
+  for name, value in changes.items():
+    section, _, key = name.partition("__")
+    if key:
+      config[section][key] = value
+    else:
+      config[section] = value
+  return config
+
+
+def build(config, mesh=None):
+  return seqmatch.make_method(config, mesh or mesh_lib.make_mesh())
+
+
+@pytest.fixture(scope="module")
+def default():
+  """(method, facts, parameters) of the debug config."""
+  method, facts = build(get_config())
+  return method, facts, jax.jit(method.init)(jax.random.key(0))[0]
+
+
+def steps(config, count):
+  """The states and metrics of the first steps, the state before them first."""
+  method, _ = build(config)
+  tx = optax.adam(1e-2)
+  state = jax.jit(state_lib.create(method, tx, DECAYS, 0))()
+  step = jax.jit(make_train_step(method, tx, DECAYS, clip=1.0))
+  yield state, None
+  for batch in itertools.islice(method.stream(0, 0), count):
+    state, metrics = step(state, batch)
+    yield state, metrics
+
+
+def test_phases():
+  """Clean data and alpha = 0 first; then noise, alpha annealed in, rollouts every `refresh`."""
+  config = get_config(loss__warmup=3, loss__anneal=4, noise__rate=0.9, buffer__refresh=2)
+  filled, penalties = [], []
+  for state, metrics in steps(config, 8):
+    filled.append(int(state.extra["filled"]))
+    if metrics:
+      penalties.append(float(metrics["penalty"]))
+  # Steps 0 to 2 warm up; steps 3, 5 and 7 write 8 rollouts each into 16 rows.
+  assert filled == [0, 0, 0, 0, 8, 8, 16, 16, 16]
+  assert penalties[:4] == [0] * 4 and min(penalties[4:]) > 0
+  erased = [
+    bool(np.any(batch["action"] == BACKSPACE))
+    for batch in itertools.islice(build(config)[0].stream(0, 0), 8)
+  ]
+  assert erased == [False] * 3 + [True] * 5
+
+
+def test_rollouts_are_legal_trajectories_of_the_batch_s_prompts():
+  config = get_config(loss__warmup=0)
+  method, _ = build(config)
+  batch = next(method.stream(0, 0))
+  (_, _), (state, _) = steps(config, 1)
+  memory = jax.device_get(state.extra)
+  for row in range(8):
+    length = memory["length"][row]
+    prompt = memory["prompt"][row][:length]
+    np.testing.assert_array_equal(prompt, batch["token"][row][:length])
+    assert not batch["erasable"][row][:length].any() and batch["erasable"][row][length]
+    actions = memory["actions"][row]
+    replay(prompt, actions)  # raises where a <backspace> meets the prompt
+    ends = np.flatnonzero(actions == EOS)
+    assert len(ends) <= 1 and (len(ends) == 0 or np.all(actions[ends[0] + 1 :] == PAD))
+
+
+@pytest.mark.parametrize("options", ["two_sum,mle", "two_sum,bc"])
+def test_baselines_keep_no_buffer(options):
+  (state, _), (_, metrics) = steps(get_config(options), 1)
+  assert state.extra == ()
+  assert "penalty_model" not in metrics and float(metrics["penalty"]) == 0
+  np.testing.assert_allclose(metrics["loss"], metrics["nll"], rtol=1e-6)
+
+
+def test_learns():
+  config = get_config(loss__warmup=20, loss__anneal=10, buffer__rows=8)
+  losses = [float(metrics["nll"]) for _, metrics in steps(config, 40) if metrics]
+  assert np.mean(losses[15:20]) < 0.9 * losses[0]
+
+
+@pytest.fixture
+def train(settings, one_device):
+  """(workdir, steps) trains the debug config, or goes on with it."""
+
+  def run(workdir, steps):
+    method, facts = build(get_config(), one_device)
+    tx = optax.adam(1e-3)
+    record = {"config": {}, "facts": facts}
+    return loop.train(method, tx, DECAYS, settings(steps=steps), one_device, workdir, record)
+
+  return run
+
+
+def test_resume_is_exact_with_its_buffer(tmp_path, train, one_device, make_state, differences):
+  method, _ = build(get_config(), one_device)
+  abstract = jax.eval_shape(lambda: make_state(method, optax.adam(1e-3), one_device, DECAYS))
+  states = []
+  for name, parts in (("whole", (8,)), ("parts", (4, 8))):
+    for count in parts:
+      assert train(tmp_path / name, count)
+    checkpoints = Checkpoints(tmp_path / name)
+    states.append(checkpoints.restore(abstract)[0])
+    checkpoints.close()
+  assert int(states[0].extra["filled"]) == 16
+  assert differences(*states) == []
+
+
+def test_step_is_the_same_on_eight_devices(make_mesh, make_state):
+  """Data and rollouts split over devices: the same numbers up to the order of sums."""
+  config, tx = get_config(loss__warmup=0), optax.sgd(1.0)
+  found = []
+  for shape in ((1, 1), (8, 1)):
+    mesh = make_mesh(*shape)
+    method, _ = build(config, mesh)
+    state = make_state(method, tx, mesh, DECAYS)
+    step = jax.jit(make_train_step(method, tx, DECAYS, clip=1.0))
+    state, metrics = step(state, mesh_lib.to_global(next(method.stream(0, 0)), mesh))
+    found.append(jax.device_get((state.params, metrics, state.extra)))
+  (params, metrics, extra), (params8, metrics8, extra8) = found
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, params8)
+  np.testing.assert_allclose(metrics["loss"], metrics8["loss"], rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, extra, extra8)
+
+
+def test_evaluation_names_its_numbers(default):
+  method, _, params = default
+  found = dict(method.evaluate(params, 2, True))
+  for name in ("exact", "forbidden", "recovery", "rate", "finished"):
+    assert all(0 <= found[f"{name}/{policy}"] <= 1 for policy in ("greedy", "T=1", "T=0.5"))
+  assert found["log_likelihood/data"] < 0
+  assert all(np.isfinite(value) for value in found.values())
+
+
+def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):
+  _, facts, params = default
+  (tmp_path / "prompts").write_text("012345=9\n\nfedcba=1\n")
+  flags = SimpleNamespace(**{**FLAGS, "prompts": str(tmp_path / "prompts"), "temperature": 1.0})
+  seqmatch.sample_mode(get_config(), facts, lambda: (params, 2), flags, tmp_path)
+  rows = json.loads((tmp_path / "generations.json").read_text())
+  assert [row["prompt"] for row in rows] == ["012345=9", "fedcba=1"]
+  out = capsys.readouterr().out
+  assert "012345=9  " in out and "actions/s" in out
+  assert "fedcba=1" in (tmp_path / "generations.html").read_text()
+
+
+def test_without_prompts_the_test_questions_are_answered(default, tmp_path):
+  _, facts, params = default
+  seqmatch.sample_mode(get_config(), facts, lambda: (params, 2), SimpleNamespace(**FLAGS), tmp_path)
+  rows = json.loads((tmp_path / "generations.json").read_text())
+  asked = seqmatch.make_examples(get_config())[1]
+  assert [row["prompt"] for row in rows] == [x.question for x in asked[:3]]
+
+
+def test_evaluate_mode_writes_its_numbers(default, tmp_path):
+  _, facts, params = default
+  seqmatch.evaluate_mode(
+    get_config(), facts, lambda: (params, 2), SimpleNamespace(**FLAGS), tmp_path
+  )
+  record = json.loads((tmp_path / "evaluation.json").read_text())
+  assert record["step"] == 2 and record["examples"] == 40 and "exact/T=1" in record
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"prompt": ["12?z"]}, r"'12\?z' has characters that the model does not know \('\?', 'z'\)"),
+    ({"prompt": ["12\b"]}, r"holds a backspace, which only the model may type"),
+    ({"prompt": ["0" * 99]}, r"has 99 characters, and the context of 11 tokens"),
+    ({"prompts": "nowhere"}, r"--prompts=nowhere cannot be read"),
+    ({"prompts": "a", "prompt": ["b"]}, r"--prompt and --prompts are both given"),
+  ],
+)
+def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, default, tmp_path):
+  _, facts, _ = default
+
+  def load():
+    raise AssertionError("loaded a checkpoint for a request that cannot be met")
+
+  flags = SimpleNamespace(**{**FLAGS, **changes})
+  with pytest.raises(UserError, match=message):
+    seqmatch.sample_mode(get_config(), facts, load, flags, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"loss__gamma": 0.0}, r"loss.gamma=0.0 must lie in \(0, 1\]"),
+    ({"loss__gamma": 1.5}, r"loss.gamma=1.5 must lie in \(0, 1\]"),
+    ({"loss__alpha": -1.0}, r"loss.alpha=-1.0"),
+    ({"loss__divergence": "wasserstein"}, r"loss.divergence='wasserstein' is unknown"),
+    ({"loss__backspace": False}, r"types errors that loss.backspace=False cannot erase"),
+    ({"loss__warmup": -1}, r"loss.warmup=-1 must be at least 0"),
+    ({"noise__rate": 1.5}, r"noise.rate=1.5 must lie in \[0, 1\]"),
+    ({"data__source": "poems"}, r"data.source='poems' is unknown; choose from files, add_or"),
+    (
+      {"data__source": "files", "data__train": "nowhere"},
+      r"the data file 'nowhere' cannot be read",
+    ),
+    ({"data__examples": 0}, r"data.examples=0 and data.tests=40 must be at least 1"),
+    ({"data__context": 5}, r"the context of 5 tokens"),
+    ({"buffer__refresh": 0}, r"buffer.refresh=0 must be at least 1"),
+    ({"buffer__rollouts": 99}, r"buffer.rollouts=99 must be at least 1 and at most batch=8"),
+    ({"model__heads": 3}, r"model.width=16 must be a multiple of 2 x model.heads=3"),
+  ],
+)
+def test_bad_configs_are_refused_in_a_sentence(changes, message):
+  with pytest.raises(UserError, match=message):
+    build(get_config(**changes))

@@ -1,0 +1,315 @@
+"""Generation: against one row at a time in plain Python, whose every logit is computed afresh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmatch_jax import transformer
+from seqmatch_jax.actions import replay
+from seqmatch_jax.rollout import Rollout, RolloutConfig, make_rollout
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
+from seqmatch_jax.transformer import Network, TransformerConfig
+from train_jax.errors import UserError
+
+VOCAB, ROWS = 9, 12
+A, B, C, D, E = range(SPECIAL, VOCAB)
+X = BACKSPACE
+LIMITS = RolloutConfig(max_length=10, max_actions=30, max_erasures=8)
+KEY = jax.random.key(7)
+
+
+def pad(rows, width=None):
+  width = width or max(map(len, rows))
+  return np.array([[*row, *[PAD] * (width - len(row))] for row in rows], np.int32)
+
+
+PROMPTS = [[BOS, *[(A, C, E, B)[: i % 5]][0]] for i in range(ROWS)]
+PROMPT, LENGTH = pad(PROMPTS), np.array([len(prompt) for prompt in PROMPTS], np.int32)
+ROW = np.arange(ROWS)
+
+
+@pytest.fixture(scope="module")
+def model():
+  """A network, parameters with which every action is likely somewhere, and its rollout."""
+  config = TransformerConfig(vocab=VOCAB, width=16, depth=2, heads=2, hidden=24)
+  network, rng = transformer.make_network(config), np.random.default_rng(5)
+  shapes = jax.eval_shape(network.init, KEY)
+  params = jax.tree.map(lambda a: (0.4 * rng.normal(size=a.shape)).astype(np.float32), shapes)
+  return network, params, make_rollout(network, LIMITS)
+
+
+@pytest.fixture(scope="module")
+def logits_of(model):
+  """texts -> the logits after each, from a pass over the whole text."""
+  network, params, _ = model
+  apply = jax.jit(network.apply)
+
+  def run(texts):
+    token = pad(texts, LIMITS.max_length)
+    position = np.broadcast_to(np.arange(LIMITS.max_length), token.shape)
+    logits = apply(params, token, position, np.full_like(token, LIMITS.max_length))
+    return np.asarray(logits)[np.arange(len(texts)), [len(text) - 1 for text in texts]]
+
+  return run
+
+
+def check_against_naive(made, logits_of, temperature, allow_backspace, retype, forced):
+  """Every action is the best of those allowed, up to 1e-5 in its logit."""
+  actions = np.asarray(made.actions)
+  texts, tried = [list(prompt) for prompt in PROMPTS], [{} for _ in PROMPTS]
+  erasures, done = np.zeros(ROWS, int), np.zeros(ROWS, bool)
+  for i in range(LIMITS.max_actions):
+    logits = logits_of(texts)
+    for row, text in enumerate(texts):
+      action = actions[row, i]
+      if done[row]:
+        assert action == PAD
+        continue
+      erasable, room = len(text) > len(PROMPTS[row]), len(text) < LIMITS.max_length
+      excluded = () if retype else tried[row].get(tuple(text), ())
+      allowed = [EOS] + [token for token in range(SPECIAL, VOCAB) if room and token not in excluded]
+      if erasable and allow_backspace and erasures[row] < LIMITS.max_erasures:
+        allowed.append(X)
+
+      if forced[row, i] != PAD:
+        assert action == forced[row, i]
+      else:
+        key = jax.random.fold_in(jax.random.fold_in(KEY, row), i)
+        score = logits[row] + temperature * np.asarray(jax.random.gumbel(key, (VOCAB,)))
+        assert action in allowed
+        assert score[action] > score[allowed].max() - 1e-5
+
+      if action == EOS:
+        done[row] = True
+      elif action == X:
+        token = text.pop()
+        tried[row].setdefault(tuple(text), []).append(token)
+        erasures[row] += 1
+      else:
+        text.append(action)
+        tried[row].pop(tuple(text), None)  # a text that is typed again is a new state
+  np.testing.assert_array_equal(made.tokens, pad(texts, LIMITS.max_length))
+  np.testing.assert_array_equal(made.length, [len(text) for text in texts])
+  np.testing.assert_array_equal(made.finished, done)
+
+
+FREE = np.full((ROWS, LIMITS.max_actions), PAD, np.int32)
+
+
+def forced_actions():
+  """Some rows are told how to begin: to type, to erase it, and then to type a wrong token."""
+  forced = FREE.copy()
+  forced[1::3, :3] = A, B, X
+  forced[2::3, 4] = D
+  forced[5, :5] = A, X, A, X, A  # what the model itself would not type again
+  return forced
+
+
+CASES = [
+  (0.0, True, False, FREE),
+  (0.0, False, False, FREE),
+  (1.0, True, False, FREE),
+  (1.0, True, True, FREE),
+  (2.0, True, False, FREE),
+  (0.7, False, False, FREE),
+  (0.0, True, False, forced_actions()),
+  (1.0, True, False, forced_actions()),
+]
+NAMES = ["greedy", "greedy-only", "T1", "T1-retype", "T2", "T0.7-only", "forced", "T1-forced"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_every_action_is_that_of_a_model_that_reads_the_text_again(model, logits_of, case):
+  _, params, rollout = model
+  temperature, backspace, retype, forced = case
+  made = rollout(params, PROMPT, LENGTH, KEY, ROW, temperature, backspace, retype, forced)
+  forced = np.where(forced == D, np.where(np.asarray(made.actions) == D, D, PAD), forced)
+  check_against_naive(made, logits_of, *case[:3], forced)
+
+
+@pytest.fixture(scope="module")
+def sampled(model):
+  """256 rows at temperature 1, of every prompt."""
+  _, params, rollout = model
+  many = np.arange(256) % ROWS
+  return many, rollout(params, PROMPT[many], LENGTH[many], KEY, np.arange(256), 1.0)
+
+
+def test_what_is_left_is_what_the_actions_leave(sampled):
+  many, made = sampled
+  actions, erased = np.asarray(made.actions), 0
+  for row, prompt in enumerate(many):
+    text = replay(PROMPTS[prompt], actions[row])  # raises where the prompt is erased
+    assert made.tokens[row].tolist() == text + [PAD] * (LIMITS.max_length - len(text))
+    assert made.length[row] == len(text)
+    ends = np.flatnonzero(actions[row] == EOS)
+    assert made.finished[row] == len(ends) and len(ends) <= 1
+    if len(ends):
+      assert not actions[row, ends[0] + 1 :].any()
+    else:
+      assert actions[row].all()
+    erased += np.sum(actions[row] == X)
+  assert not np.any(actions == BOS)
+  assert 0.5 < np.mean(made.finished) and erased > 256  # the test has seen something
+
+
+def test_no_token_is_typed_again_where_it_was_erased(sampled):
+  many, made = sampled
+  for row, prompt in enumerate(many):
+    text, tried = list(PROMPTS[prompt]), set()
+    for action in np.asarray(made.actions)[row]:
+      if action in (EOS, PAD):
+        break
+      if action == X:
+        tried.add(tuple(text))
+        text.pop()
+      else:
+        text.append(int(action))
+        assert tuple(text) not in tried
+
+
+def test_one_compilation_serves_all(model):
+  network, params, _ = model
+  traced = []
+  extend = lambda *args: (traced.append(1), network.extend(*args))[1]  # noqa: E731
+  rollout = make_rollout(network._replace(extend=extend), LIMITS)
+  for temperature, backspace, retype, forced, _ in zip(
+    (0, 0.5, 1), (True, False, np.True_), (False, True, False), (None, FREE, FREE + A), ROW
+  ):
+    rollout(params, PROMPT, LENGTH, KEY, ROW, temperature, backspace, retype, forced)
+    tracings = len(traced)
+  rollout(params, PROMPT, LENGTH, KEY, ROW, jnp.float32(0.3), jnp.bool_(True))
+  assert len(traced) == tracings <= 3
+
+
+def test_greedy_needs_no_randomness_and_sampling_does(model):
+  _, params, rollout = model
+  actions = {
+    (temperature, seed): np.asarray(
+      rollout(params, PROMPT, LENGTH, jax.random.key(seed), ROW, temperature).actions
+    )
+    for temperature in (0.0, 1.0)
+    for seed in (0, 1)
+  }
+  np.testing.assert_array_equal(actions[0.0, 0], actions[0.0, 1])
+  assert np.any(actions[1.0, 0] != actions[1.0, 1])
+
+
+def test_a_row_does_not_depend_on_the_batch(model):
+  _, params, rollout = model
+  whole = rollout(params, PROMPT, LENGTH, KEY, ROW, 1.0)
+  some = np.array([7, 2, 11, 4])
+  part = rollout(params, PROMPT[some], LENGTH[some], KEY, some, 1.0)
+  for left, right in zip(part, whole, strict=True):
+    np.testing.assert_array_equal(left, np.asarray(right)[some])
+  assert len({tuple(row) for row in np.asarray(whole.actions)}) > ROWS // 2
+
+
+# --- the rules, on a model that always wants the same ---------------------------------------------
+
+
+def constant(prefers, config=LIMITS, rows=1, calls=None, **kwargs) -> Rollout:
+  """A rollout of the prompt [BOS, A] where actions are preferred in the order of `prefers`."""
+
+  def extend(params, cache, token, start):
+    if calls is not None:
+      jax.debug.callback(lambda: calls.append(token.shape))
+    return jnp.broadcast_to(params, (*token.shape, VOCAB)), cache
+
+  network = Network(None, None, lambda batch, length: (), extend)
+  logits = np.zeros(VOCAB, np.float32)
+  logits[list(prefers)] = np.arange(len(prefers), 0, -1)
+  logits = kwargs.pop("logits", logits)
+  prompt = np.array([[BOS, A]] * rows, np.int32)
+  kwargs = {"temperature": 0, **kwargs}
+  return make_rollout(network, config)(
+    logits, prompt, np.full(rows, 2, np.int32), KEY, np.arange(rows), **kwargs
+  )
+
+
+def typed(made: Rollout) -> list[int]:
+  """The actions of the first row up to and with <eos>."""
+  return [int(action) for action in made.actions[0] if action != PAD]
+
+
+def test_pad_and_bos_are_never_chosen_nor_is_backspace_at_the_prompt():
+  assert typed(constant([PAD, BOS, X, EOS])) == [EOS]
+
+
+def test_a_model_that_erases_everything_runs_out_of_tokens():
+  # Every token is tried once and erased; then there is nothing left but <eos>.
+  made = constant([X, A, B, C, D, E])
+  assert typed(made) == [A, X, B, X, C, X, D, X, E, X, EOS]
+  assert made.tokens[0].tolist() == [BOS, A] + [PAD] * 8
+
+
+def test_erasures_are_capped():
+  few = RolloutConfig(max_length=10, max_actions=30, max_erasures=2)
+  assert typed(constant([X, A, B, C, EOS], few)) == [A, X, B, X, C, A, A, A, A, A, A, A, EOS]
+  none = RolloutConfig(max_length=10, max_actions=4, max_erasures=0)
+  made = constant([X, A], none)
+  assert typed(made) == [A, A, A, A] and not made.finished[0]
+
+
+def test_a_full_row_stops_or_erases():
+  tight = RolloutConfig(max_length=4, max_actions=9, max_erasures=3)
+  # Full, it erases; what it erased is excluded there, and only there.
+  assert typed(constant([A, X, B], tight)) == [A, A, X, B, X, X, B, A, EOS]
+  assert typed(constant([A, X, B], tight, allow_backspace=False)) == [A, A, EOS]
+  assert typed(constant([A, X, B], tight, retype=True)) == [A, A, X, A, X, A, X, A, EOS]
+  full = RolloutConfig(max_length=2, max_actions=5, max_erasures=3)
+  assert typed(constant([A, X], full)) == [EOS]
+
+
+def test_without_backspace_nothing_is_erased():
+  assert typed(constant([X, EOS, A], allow_backspace=False)) == [EOS]
+
+
+def test_a_state_that_is_left_and_come_back_to_by_other_ways_is_another():
+  forced = pad([[B, C, X, X, D]], LIMITS.max_actions)
+  # C is excluded after B, B at the prompt; after D, neither is.
+  assert typed(constant([B, C, EOS], forced=forced))[:6] == [B, C, X, X, D, B]
+  forced = pad([[B, C, X]], LIMITS.max_actions)
+  assert typed(constant([C, B, EOS], forced=forced))[:5] == [B, C, X, B, C]
+
+
+def test_forced_actions_are_played_where_the_rules_allow_them():
+  def force(*actions, **kwargs):
+    forced = pad([list(actions)], LIMITS.max_actions)
+    return typed(constant([B, X, EOS], forced=forced, **kwargs))
+
+  assert force(A, PAD, C, EOS) == [A, B, C, EOS]
+  assert force(X, EOS) == [B, EOS]  # not at the prompt: the model chooses
+  assert force(BOS, EOS) == [B, EOS]
+  assert force(A, X, A, EOS) == [A, X, A, EOS]  # though A was erased there
+  assert force(A, X, EOS, allow_backspace=False) == [A, X, EOS]
+  full = RolloutConfig(max_length=3, max_actions=30, max_erasures=8)
+  assert force(A, B, EOS, config=full) == [A, X, EOS]
+
+
+def test_actions_are_drawn_at_the_temperature_from_what_is_legal():
+  rows, one = 20_000, RolloutConfig(max_length=10, max_actions=1, max_erasures=1)
+  logits = np.array([3.0, 3.0, 0.2, 3.0, 0.0, 1.0, -1.0, 0.5, -0.5], np.float32)
+  for temperature in (1.0, 0.5):
+    made = constant([], one, rows, logits=logits, temperature=temperature)
+    share = np.exp(logits / temperature) * ~np.isin(np.arange(VOCAB), [PAD, BOS, X])
+    share /= share.sum()
+    count = np.bincount(made.actions[:, 0], minlength=VOCAB)
+    assert np.all(np.abs(count - rows * share) <= 5 * np.sqrt(rows * share))
+
+
+def test_it_stops_when_every_row_has_ended():
+  calls = []
+  constant([EOS], rows=3, calls=calls)
+  jax.effects_barrier()
+  assert sorted(calls) == [(3, 1), (3, 2)]  # the prompts, and one step
+
+
+def test_bad_limits_are_refused_in_a_sentence():
+  with pytest.raises(UserError, match=r"rollout.max_actions=0 must be at least 1"):
+    RolloutConfig(max_length=4, max_actions=0, max_erasures=0)
+  with pytest.raises(UserError, match=r"rollout.max_erasures=-1 must be at least 0"):
+    RolloutConfig(max_length=4, max_actions=1, max_erasures=-1)
+  with pytest.raises(UserError, match=r"prompts of 2 tokens do not fit into rollout.max_length=1"):
+    constant([EOS], RolloutConfig(max_length=1, max_actions=1, max_erasures=0))
