@@ -2,10 +2,9 @@
 
     python benchmarks/compounding_guidance.py --workdir=runs/ism_digits [--w=0.5] [--num=64]
 
-A shortcut model of step 1 learns what N finest steps of its training targets compose to. Here those
-targets are composed exactly, with no learning in between, from the d = 0 field of a trained model,
-in
-three ways:
+A shortcut model's step of size 1 learns what N of its finest steps compose to. Here they are
+composed exactly, with no learning in between, from the d = 0 field of a trained model, with
+guidance added in three ways:
 
     once         guidance is added at the finest step only (the released shortcut code)
     every level  guidance is added again each time two steps are merged (the shortcut paper's text)
@@ -44,8 +43,7 @@ def compose(finest, merged_guidance, levels: int):
 
   Args:
     finest: (x, t, guided) -> direction of a step of size 2^-levels at x; `guided` False asks for
-    the
-      null class.
+      the null class.
     merged_guidance: w added at each merge; 0 for none.
 
   Returns:

@@ -65,11 +65,29 @@ LADDER = {
   "+ twin EMA": [_guidance, _interval, _wavelet, _pairing, _fast],
 }
 
+# Weightings of the bands, compared on the whole recipe: --rungs="+ twin EMA;no wavelet;...".
+_FULL = LADDER["+ twin EMA"]
+
+
+def _set(section: str, **values):
+  def change(config):
+    config[section].update(values)
+
+  return change
+
+
+WAVELETS = {
+  "no wavelet": [*_FULL, _set("wavelet", levels=0)],
+  "wavelet, equal levels": [*_FULL, _set("wavelet", decay=1.0)],
+  "wavelet, charbonnier": [*_FULL, _set("wavelet", norm="charbonnier")],
+}
+ALL = LADDER | WAVELETS
+
 
 def rung_config(rung: str, seed: int, steps: int):
   """The config of one run."""
   config = ism_digits.get_config("shortcut")
-  for change in LADDER[rung]:
+  for change in ALL[rung]:
     change(config)
   config.seed = seed
   config.steps = steps
@@ -155,10 +173,10 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=Path, default=Path("runs/ism_ablation"))
   parser.add_argument("--seeds", default="0,1,2")
-  parser.add_argument("--rungs", default=",".join(LADDER))
+  parser.add_argument("--rungs", default=";".join(LADDER), help="separated by ;")
   parser.add_argument("--steps", type=int, default=ism_digits.get_config().steps)
   args = parser.parse_args()
-  rungs = ablation.choose(parser, args.rungs, list(LADDER))
+  rungs = ablation.choose(parser, args.rungs, list(ALL), ";")
   seeds = [int(seed) for seed in args.seeds.split(",")]
   results = ablation.run(
     args.out, rungs, seeds, lambda rung, seed: rung_config(rung, seed, args.steps)

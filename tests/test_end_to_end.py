@@ -143,3 +143,38 @@ def test_mistakes_about_a_run_change_nothing_in_it(flags, words, finished):
   assert code == 2 and "Traceback" not in out + err
   assert all(word in err for word in words), err
   assert sorted(str(path) for path in finished[0].rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+  """The working directory of a finished text run."""
+  workdir = tmp_path_factory.mktemp("writer")
+  code, out, err = call(
+    "--config=configs/seqmatch_arithmetic.py:two_sum,debug", f"--workdir={workdir}"
+  )
+  assert code == 0, err
+  assert "exact" in out and "recovery" in out
+  return workdir
+
+
+def test_prompts_are_answered(writer, tmp_path):
+  flags = ("--prompt=a13f06=4", "--temperature=1", f"--out={tmp_path}")
+  code, out, err = call(f"--workdir={writer}", "--mode=sample", *flags)
+  assert code == 0, err
+  assert any(line.startswith("a13f06=4  ") for line in out.splitlines())
+  assert json.loads((tmp_path / "generations.json").read_text())[0]["prompt"] == "a13f06=4"
+  assert "<script>" in (tmp_path / "generations.html").read_text()
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (("--mode=sample", "--prompt=12?"), ("'?'",)),
+    (("--mode=sample", "--prompts=nowhere"), ("nowhere",)),
+    (("--mode=sample", "--temperature=-1"), ("temperature",)),
+  ],
+)
+def test_bad_prompts_cost_one_sentence(flags, words, writer):
+  code, out, err = call(f"--workdir={writer}", *flags)
+  assert code == 2 and "Traceback" not in out + err
+  assert all(word in err for word in words), err
