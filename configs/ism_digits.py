@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.class_dropout = 0.1
 
   config.guidance = ml_collections.ConfigDict()
-  config.guidance.w_max = 1.5  # 3.5 in the paper; strengths that are never used cost capacity
+  config.guidance.w_max = 2.0  # 3.5 in the paper; strengths that are never used cost capacity
   config.guidance.w_step = 0.25
   config.guidance.zero = 0.5  # probability of w = 0 in consistency rows
   config.guidance.start = 0.3  # acts at t >= start

@@ -133,7 +133,7 @@ def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path):
   [
     ((*RUN, "--config.optim.lr=0.5"), ("optim.lr", "0.5")),
     (("--mode=sample", "--nfe=3"), ("nfe", "3")),
-    (("--mode=sample", "--guidance=9"), ("9", "1.5")),
+    (("--mode=sample", "--guidance=9"), ("9", "0 to 2")),
     (("--mode=sample", "--labels=10"), ("label 10", "0 to 9")),
   ],
 )
