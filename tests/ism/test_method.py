@@ -200,7 +200,7 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"eval__guidance": (0.0, 9.0)}, r"guidance=9 is outside the trained range"),
     ({"eval__samples": 10}, r"eval.samples=10 must be at least 16"),
     ({"loss__shares": (4, 0, 4)}, r"0 guidance rows but guidance.w_max"),
-    ({"guidance__w_step": 0.4}, r"must be a multiple of guidance.w_step=0.4"),
+    ({"guidance__w_step": 0.3}, r"must be a multiple of guidance.w_step=0.3"),
     ({"data__source": "folder", "data__path": "nowhere"}, r"data.path='nowhere' is not a folder"),
   ],
 )
