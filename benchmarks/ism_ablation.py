@@ -78,7 +78,7 @@ def _set(section: str, **values):
 
 WAVELETS = {
   "no wavelet": [*_FULL, _set("wavelet", levels=0)],
-  "wavelet, equal levels": [*_FULL, _set("wavelet", decay=1.0)],
+  "wavelet, a mean per band": [*_FULL, _set("wavelet", decay=4.0)],
   "wavelet, charbonnier": [*_FULL, _set("wavelet", norm="charbonnier")],
 }
 ALL = LADDER | WAVELETS
