@@ -42,7 +42,8 @@ class Weights:
       ) from err
     self.metadata = self._file.metadata() or {}
     self.shapes = {
-      name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()  # noqa: SIM118
+      name: tuple(self._file.get_slice(name).get_shape())
+      for name in self._file.keys()  # noqa: SIM118
     }
 
   def __contains__(self, name: str) -> bool:
