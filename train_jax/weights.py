@@ -33,7 +33,8 @@ class Weights:
       self._file = safe_open(str(self.path), framework="numpy")
     except OSError as err:
       raise UserError(
-        f"the weights {str(path)!r} cannot be read: {err.strerror or err}; give a .safetensors file."
+        f"the weights {str(path)!r} cannot be read ({err.strerror or err}); give a .safetensors "
+        "file."
       ) from err
     except SafetensorError as err:
       raise UserError(
