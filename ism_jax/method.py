@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ism_jax import data, dit, evaluate, loss, pairing, path, sample, wavelet
+from ism_jax import data, dit, evaluate, latents, loss, pairing, path, sample, wavelet
 from ism_jax.features import fit_classifier
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
@@ -20,13 +20,22 @@ from train_jax.metrics import table
 from train_jax.step import Method, no_augment
 
 
-def make_source(config) -> data.Source:
-  """The images of `config.data`."""
-  if config.data.source == "digits":
+def make_source(config) -> data.Source | latents.Latents:
+  """The images, or latents, of `config.data`."""
+  kind, where = config.data.source, config.data.path
+  if kind == "digits":
     return data.digits()
-  if config.data.source == "folder":
-    return data.folder(config.data.path, config.data.side, config.data.channels)
-  raise UserError(f"data.source={config.data.source!r} is unknown; choose 'digits' or 'folder'.")
+  if kind in ("folder", "tfds"):
+    read = data.folder if kind == "folder" else data.tfds
+    return read(where, config.data.side, config.data.channels)
+  if kind == "latents" and not where and config.data.made_up:
+    side = config.data.side
+    return latents.made_up(config.data.made_up, (side, side, config.data.channels))
+  if kind == "latents":
+    return latents.open_set(where, config.data.std)
+  raise UserError(
+    f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'tfds' or 'latents'."
+  )
 
 
 def make_network(config, facts: dict):
@@ -95,6 +104,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
   facts = {"names": list(source.names), "shape": list(source.shape)}
+  in_latents = isinstance(source, latents.Latents)
+  if in_latents:
+    facts["vae"] = source.vae
   init, apply = make_network(config, facts)
   noise_rng = jax.random.fold_in(jax.random.key(config.seed), 2)
 
@@ -140,7 +152,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   method = Method(
     init=lambda key: (init(key), ()),
     loss=loss_fn,
-    augment=no_augment,
+    augment=latents.draw if in_latents else no_augment,
     stream=stream,
     evaluate=make_evaluate(config, source, apply, leak if pair_config.pool else None),
   )
@@ -152,6 +164,8 @@ def make_evaluate(config, source: data.Source, apply, leak=None):
 
   `leak()` is the class leak of the pairing, measured once at the end.
   """
+  if isinstance(source, latents.Latents):
+    return make_latent_evaluate(config, source, apply)
   sampler = sample.make_sampler(apply, source.shape)
   reference = functools.cache(lambda: make_reference(source))
   classes, n = len(source.names), config.eval.samples
@@ -170,6 +184,29 @@ def make_evaluate(config, source: data.Source, apply, leak=None):
       yield "class_leak", leak()
     labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
     nfes = sorted({nfe for nfe, _, _ in settings})
+    yield (
+      "grid",
+      evaluate.sample_grid(sampler, params, source.names, nfes, guidance, labels, config.seed),
+    )
+
+  return run
+
+
+def make_latent_evaluate(config, source: latents.Latents, apply):
+  """`Method.evaluate` of a run on latents: a grid of decoded samples if config.eval.vae is given.
+
+  The small classifier of `make_reference` is for small images, so there are no numbers.
+  """
+  if not config.eval.vae:
+    return lambda params, step, final: iter(())
+  sampler = latents.decoding(sample.make_sampler(apply, source.shape), config.eval.vae, source.vae)
+  classes, guidance = len(source.names), sorted({0.0, *config.eval.guidance})
+
+  def run(params, step: int, final: bool):
+    del step
+    quick = max(4, min(config.eval.nfe))
+    nfes = sorted(nfe for nfe in config.eval.nfe if final or nfe <= quick)
+    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
     yield (
       "grid",
       evaluate.sample_grid(sampler, params, source.names, nfes, guidance, labels, config.seed),
@@ -202,6 +239,10 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
       raise UserError(f"label {label} is out of range: the classes are 0 to {len(names) - 1}.")
   _, apply = make_network(config, facts)
   sampler = sample.make_sampler(apply, tuple(facts["shape"]))
+  if "vae" in facts:
+    if not flags.vae:
+      raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
+    sampler = latents.decoding(sampler, flags.vae, facts["vae"])
   params, _ = load()
   labels = np.resize(np.array(labels, np.int32), flags.num)
   evaluate.write_samples(sampler, params, names, settings, labels, flags.seed, out)
