@@ -68,6 +68,19 @@ def digits() -> Source:
   )
 
 
+def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Source:
+  """n images of noise in `shape`, with nothing to learn but the grey of each class."""
+  rng = np.random.default_rng(0)
+  labels = (np.arange(n) % classes).astype(np.int32)
+  noise = rng.integers(0, 128, (n, *shape))
+  pixels = (noise + (128 * labels // classes)[:, None, None, None]).astype(np.uint8)
+  return Source(pixels, labels, tuple(map(str, range(classes))), _decode_bytes)
+
+
+def _decode_bytes(pixels: np.ndarray) -> np.ndarray:
+  return pixels.astype(np.float32) / 127.5 - 1
+
+
 def _read(images: images_lib.Images, i: int, side: int, mode: str) -> tuple[np.ndarray | None, int]:
   """The centre square of image i at `side` pixels, None if it can't be read; and its class."""
   label = -1
@@ -110,7 +123,7 @@ def _in_memory(images: images_lib.Images, path: str, side: int, channels: int) -
       "add some or remove the folder."
     )
   stacked = np.stack([pixels for pixels, _ in kept])
-  return Source(stacked, labels, names, lambda p: p.astype(np.float32) / 127.5 - 1)
+  return Source(stacked, labels, names, _decode_bytes)
 
 
 def folder(root: str, side: int, channels: int) -> Source:

@@ -22,20 +22,25 @@ from train_jax.step import Method, no_augment
 
 def make_source(config) -> data.Source | latents.Latents:
   """The images, or latents, of `config.data`."""
-  kind, where = config.data.source, config.data.path
+  kind, where, side = config.data.source, config.data.path, config.data.side
+  shape = (side, side, config.data.channels)
   if kind == "digits":
     return data.digits()
-  if kind in ("folder", "tfds"):
-    read = data.folder if kind == "folder" else data.tfds
-    return read(where, config.data.side, config.data.channels)
-  if kind == "latents" and not where and config.data.made_up:
-    side = config.data.side
-    return latents.made_up(config.data.made_up, (side, side, config.data.channels))
+  if kind not in ("folder", "tfds", "latents"):
+    raise UserError(
+      f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'tfds' or 'latents'."
+    )
+  made_up = config.data.get("made_up", 0)
+  if made_up and not where:
+    make = latents.made_up if kind == "latents" else data.made_up
+    return make(made_up, shape)
+  if not where:
+    raise UserError(
+      f"data.path is empty; give --config.data.path=PATH, what data.source={kind!r} is to read."
+    )
   if kind == "latents":
-    return latents.open_set(where, config.data.std)
-  raise UserError(
-    f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'tfds' or 'latents'."
-  )
+    return latents.open_set(where, config.data.get("std", latents.STD_RANGE))
+  return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels)
 
 
 def make_network(config, facts: dict):
@@ -149,12 +154,14 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       pool,
     )
 
+  # On latents the leak would take longer to fit than the run: thousands of inputs and classes.
+  measured = leak if pair_config.pool and not in_latents else None
   method = Method(
     init=lambda key: (init(key), ()),
     loss=loss_fn,
     augment=latents.draw if in_latents else no_augment,
     stream=stream,
-    evaluate=make_evaluate(config, source, apply, leak if pair_config.pool else None),
+    evaluate=make_evaluate(config, source, apply, measured),
   )
   return method, facts
 
