@@ -2,11 +2,11 @@
 
     ./launch.sh configs/ism_folder.py --config.data.path=photos        # 64 pixels, 33 M parameters
     ./launch.sh configs/ism_folder.py:px32 --config.data.path=photos   # 32 pixels
-    ./launch.sh configs/ism_folder.py:B --config.data.path=photos      # 131 M parameters
+    ./launch.sh configs/ism_folder.py:B --config.data.path=photos      # 132 M parameters
     ./launch.sh configs/ism_folder.py:debug  # two steps of everything on a CPU, images made up
 
 photos/CLASS NAME/IMAGE.jpg (or .png, .webp, ...): a sub-folder is a class. The centre square of
-each image is resized to data.side; all are held in memory: 12 kB each at 64 pixels, 12 GB a million.
+each image is resized to data.side, and all are held in memory: at 64 pixels a million take 12 GB.
 --config.data.source=tfds --config.data.path=NAME_OR_DIR[@SPLIT] reads a prepared TFDS set instead.
 
 Hardware: one GPU of 16 GB (B: 40 GB). A row of S costs 4 forward passes, 48 GFLOP, so 200k steps of
@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 
 def B(config):
-  """The published base size, 131 M parameters; blocks recomputed to save memory."""
+  """The published base size, 132 M parameters; blocks recomputed to save memory."""
   config.model.width, config.model.depth, config.model.heads = SIZES["B"]
   config.model.remat = True
 

@@ -264,11 +264,11 @@ def encode_images(images: Images, job: Job, load: Callable, out: Path) -> dict |
 
 def encode_mode(flags) -> None:
   """`--mode=encode --images=SOURCE --vae=FILE --out=DIR [--side=256 --shards=N]`."""
-  from ism_jax import autoencoder
-
   for name in ("images", "vae", "out"):
     if not getattr(flags, name):
       raise UserError(f"--{name} is missing; --mode=encode needs --images, --vae and --out.")
+  from ism_jax import autoencoder
+
   images, out = find(flags.images), Path(flags.out)
   job = make_job(images, flags.vae, flags.side, flags.shards)
   manifest = encode_images(images, job, lambda: autoencoder.load(flags.vae), out)

@@ -145,7 +145,7 @@ def array_records(paths: list[Path]) -> Images:
         "integer 'label'; write the records so, or give the images in another form."
       ) from err
 
-  if not len(source):  # a file that is not ArrayRecord looks empty
+  if not len(source):
     raise UserError(f"{paths[0]} has no ArrayRecord records; give whole .array_record files.")
   read(0)
   return Images(len(source), (), read, lambda i: f"record {i} from {paths[0].name} on")

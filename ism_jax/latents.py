@@ -146,8 +146,11 @@ def make_reader(files: list[Path], counts: list[int], dtype: np.dtype) -> Callab
 
   def open_shard(file: Path, count: int) -> ArrayRecordReader:
     options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
-    reader = ArrayRecordReader(str(file), **options)
-    found = reader.num_records() if reader.ok() else 0
+    try:
+      reader = ArrayRecordReader(str(file), **options)
+      found = reader.num_records() if reader.ok() else 0
+    except (OSError, RuntimeError, ValueError):
+      found = 0
     if found != count:
       raise UserError(
         f"{file} holds {found} whole records and its manifest says {count}; delete it and run the "
