@@ -74,35 +74,30 @@ class Latents:
   """A source of examples (see data.Source): image 2 i + f is view f of the stored image i.
 
   Attributes:
-    read: int64 [b] images -> their records [b].
+    read: images [b] and their views [b] -> float16 [2, b, h, w, c], mean and std, not scaled.
     labels: int32 [2 n], of the examples.
     names: one name for each class.
     shape: (h, w, c) of one latent.
     vae: SHA-256 of the autoencoder's file; "" for made-up latents.
   """
 
-  read: Callable[[np.ndarray], np.ndarray]
+  read: Callable[[np.ndarray, np.ndarray], np.ndarray]
   labels: np.ndarray
   names: tuple[str, ...]
   shape: tuple[int, int, int]
   vae: str
-
-  def _posterior(self, index) -> np.ndarray:
-    """float16 [b, 2, h, w, c], mean and std of the examples `index` [b]."""
-    image, view = np.divmod(index, 2)
-    return self.read(image)["posterior"][np.arange(len(image)), view]
 
   def images(self, index) -> np.ndarray:
     """The scaled posterior means, float32 [b, h, w, c]: what noise is paired with.
 
     The draw around them is far smaller than the distances that the pairing compares.
     """
-    return SCALE * self._posterior(index)[:, 0].astype(np.float32)
+    return SCALE * self.read(*np.divmod(index, 2))[0].astype(np.float32)
 
   def rows(self, index) -> dict[str, np.ndarray]:
     """What a batch holds of its examples: float16 `mean` and `std` [b, h, w, c], not scaled."""
-    posterior = self._posterior(index)
-    return {"mean": posterior[:, 0], "std": posterior[:, 1]}
+    mean, std = self.read(*np.divmod(index, 2))
+    return {"mean": mean, "std": std}
 
 
 def draw(state, batch: dict, key: jax.Array) -> tuple:
@@ -116,14 +111,17 @@ def draw(state, batch: dict, key: jax.Array) -> tuple:
 def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
   """n random records: the shapes and scales of real ones, and nothing to learn but the class."""
   rng = np.random.default_rng(0)
-  records = np.zeros(n, record_dtype(shape))
-  records["label"] = np.arange(n) % classes
-  shift = rng.normal(size=(classes, 1, 1, shape[2])).astype(np.float16)
-  means = rng.normal(0, 1 / SCALE, (n, *shape)) + shift[records["label"]]
-  records["posterior"][:, 0, 0], records["posterior"][:, 1, 0] = means, means[:, :, ::-1]
-  records["posterior"][:, :, 1] = 0.1
-  labels = np.repeat(records["label"], 2)
-  return Latents(lambda i: records[i], labels, tuple(map(str, range(classes))), shape, "")
+  label = (np.arange(n) % classes).astype(np.int32)
+  shift = rng.normal(size=(classes, 1, 1, shape[2]))
+  mean = rng.normal(0, 1 / SCALE, (n, *shape)) + shift[label]
+  views = np.stack([mean, mean[:, :, ::-1]]).astype(np.float16)
+
+  def read(image, view):
+    chosen = views[view, image]
+    return np.stack([chosen, np.full_like(chosen, 0.1)])
+
+  names = tuple(map(str, range(classes)))
+  return Latents(read, np.repeat(label, 2), names, shape, "")
 
 
 def _read_json(path: Path) -> dict:
@@ -136,8 +134,8 @@ def _read_json(path: Path) -> dict:
     ) from err
 
 
-def make_reader(files: list[Path], counts: list[int], dtype: np.dtype) -> Callable:
-  """Returns `read(index)`: images [b] -> records [b], in random access, nothing kept in memory.
+def make_reader(files: list[Path], counts: list[int], shape: tuple[int, int, int]) -> Callable:
+  """Returns `read(image, view)`, see `Latents`: random access, nothing is kept in memory.
 
   Raises:
     UserError: a shard is missing, damaged, or of another length than `counts` says.
@@ -161,14 +159,20 @@ def make_reader(files: list[Path], counts: list[int], dtype: np.dtype) -> Callab
   readers = [open_shard(file, count) for file, count in zip(files, counts, strict=True)]
   starts = np.concatenate([[0], np.cumsum(counts)])
 
-  def read(index: np.ndarray) -> np.ndarray:
-    shard = np.searchsorted(starts, index, side="right") - 1
-    records = np.empty(len(index), dtype)
-    for number in np.unique(shard):
-      at = np.flatnonzero(shard == number)
-      found = readers[number].read((index[at] - starts[number]).tolist())
-      records[at] = np.frombuffer(b"".join(found), dtype)
-    return records
+  dtype = record_dtype(shape)
+  start = dtype.fields["posterior"][1]
+  bytes_of_view = (dtype.itemsize - start) // 2
+
+  def read(image: np.ndarray, view: np.ndarray) -> np.ndarray:
+    out = np.empty((2, len(image), *shape), np.float16)
+    shard = np.searchsorted(starts, image, side="right") - 1
+    places = zip(shard.tolist(), (image - starts[shard]).tolist(), view.tolist(), strict=True)
+    for i, (number, position, side) in enumerate(places):
+      # One by one: a list of positions costs the library twice the processor time.
+      record = readers[number].read([position])[0]
+      values = np.frombuffer(record, "<f2", bytes_of_view // 2, start + side * bytes_of_view)
+      out[:, i] = values.reshape(2, *shape)
+    return out
 
   return read
 
@@ -186,7 +190,9 @@ def _check_statistics(path: str, manifest: dict, read: Callable, std: tuple[floa
   n = manifest["count"]
   chosen = np.unique(np.linspace(0, n - 1, 256).astype(np.int64))
   expected = (mean, spread**2 + mean**2)
-  for values, whole in zip(moments(read(chosen)["posterior"]), expected, strict=True):
+  views = np.stack([read(chosen, np.full_like(chosen, view)) for view in (0, 1)])  # [f, 2, b, ...]
+  posterior = np.moveaxis(views, 2, 0)
+  for values, whole in zip(moments(posterior), expected, strict=True):
     # Six standard errors of a sample of k images out of n, and one per cent for rounding.
     k = len(values)
     error = values.std(0) * np.sqrt((1 - k / n) / k)
@@ -217,7 +223,7 @@ def open_set(path: str, std: tuple[float, float] = STD_RANGE) -> Latents:
   parts = [_read_json(top / f"{shard_name(i, shards)}.json") for i in range(shards)]
   labels = np.concatenate([part["labels"] for part in parts]).astype(np.int32)
   files = [top / f"{shard_name(i, shards)}.array_record" for i in range(shards)]
-  read = make_reader(files, [len(part["labels"]) for part in parts], record_dtype(shape))
+  read = make_reader(files, [len(part["labels"]) for part in parts], shape)
   if not 0 < len(labels) == manifest["count"]:
     raise UserError(
       f"data.path={path!r} has labels of {len(labels)} images and its manifest.json says "
