@@ -183,6 +183,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
 def make_evaluate(config, asked: Encoded, network, generate, loss_config, max_actions: int):
   """`Method.evaluate`: all test examples at the end, a quarter of them on the way."""
+  likelihood = evaluate.make_likelihood(network.apply, loss_config, config.batch)
 
   def run(params, step: int, final: bool):
     del step
@@ -197,10 +198,8 @@ def make_evaluate(config, asked: Encoded, network, generate, loss_config, max_ac
       )
       return np.asarray(made.actions)
 
-    def log_likelihood():
-      return evaluate.likelihood(network.apply, params, few, loss_config, config.batch)
-
-    yield from evaluate.measure(actions, log_likelihood, few, loss_config.backspace, config.seed)
+    yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
+    yield "log_likelihood/data", likelihood(params, few)
 
   return run
 
