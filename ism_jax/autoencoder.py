@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion: images to latents an eighth as wide, and back.
 
-AutoencoderKL of `stabilityai/sd-vae-ft-mse` (latent diffusion, arXiv 2112.10752), the one of SiT and
-of both shortcut papers; the weights are diffusers' `diffusion_pytorch_model.safetensors`.
+AutoencoderKL of `stabilityai/sd-vae-ft-mse` (latent diffusion, arXiv 2112.10752), the one of DiT,
+SiT and iSM; the weights are diffusers' `diffusion_pytorch_model.safetensors`.
 
 There are two latent spaces. `encode` returns the posterior's mean and standard deviation in the
 UNSCALED space, the autoencoder's own. Generative models live in the scaled space, SCALE times the
@@ -200,7 +200,7 @@ class Network(nnx.Module):
     self.decoder = Decoder(config, **kwargs)
 
 
-# What diffusers calls them, and the attention's names in files from before its release 0.15.
+# What diffusers calls them, and the attention's names in older files.
 NAMES = {
   "attention": "attentions.0",
   "downsample": "downsamplers.0.conv",

@@ -9,8 +9,8 @@ pytorch-fid (`*-inception-2015-12-05-*.pth`) after tools/convert_weights.py.
 What each metric takes of it, as guided-diffusion's evaluator (ADM) does:
 
     FID, precision, recall    pool, 2048: the average over the last feature map
-    sFID                      spatial, 17 x 17 x 7: the first 7 channels of `mixed_6/conv`, which are
-                              the first 7 of Mixed_6d; flattened rows first, channels last
+    sFID                      spatial, 17 x 17 x 7: the first 7 channels of `mixed_6/conv`, which
+                              are the first 7 of Mixed_6d; flattened rows first, channels last
     inception score           logits, 1008: without the bias ("unbiased")
 
 Dimensions: b batch, h w image, f features.
