@@ -247,8 +247,11 @@ def load(
 
 
 def _check(what: str, x: jax.Array, channels: int, multiple: int) -> None:
-  if x.ndim != 4 or x.shape[3] != channels or x.shape[1] % multiple or x.shape[2] % multiple:
+  sides = x.shape[1:3]
+  fits = x.ndim == 4 and x.shape[3] == channels and not any(side % multiple for side in sides)
+  if not fits or not jnp.issubdtype(x.dtype, jnp.floating):
     raise UserError(
-      f"{what} of the shape {tuple(x.shape)} do not fit this autoencoder, which takes [b, h, w, "
-      f"{channels}] with sides that are multiples of {multiple}; crop or resize them."
+      f"{what} are {x.dtype} of the shape {tuple(x.shape)}, and this autoencoder takes floats "
+      f"[b, h, w, {channels}] with sides that are multiples of {multiple}; crop or resize them, "
+      "and divide 8-bit ones by 127.5 and subtract 1."
     )
