@@ -24,15 +24,10 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ism_jax import autoencoder
+from ism_jax.autoencoder import SCALE
 from ism_jax.images import Images, find, read_batches
-from ism_jax.latents import (
-  SCALE,
-  VERSION,
-  file_hash,
-  moments,
-  record_dtype,
-  shard_name,
-)
+from ism_jax.latents import VERSION, file_hash, moments, record_dtype, shard_name
 from train_jax.errors import UserError
 from train_jax.metrics import progress_bar
 
@@ -267,8 +262,6 @@ def encode_mode(flags) -> None:
   for name in ("images", "vae", "out"):
     if not getattr(flags, name):
       raise UserError(f"--{name} is missing; --mode=encode needs --images, --vae and --out.")
-  from ism_jax import autoencoder
-
   images, out = find(flags.images), Path(flags.out)
   job = make_job(images, flags.vae, flags.side, flags.shards)
   manifest = encode_images(images, job, lambda: autoencoder.load(flags.vae), out)

@@ -30,11 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ism_jax import autoencoder
+from ism_jax.autoencoder import SCALE
 from train_jax.errors import UserError
 
-SCALE = (
-  0.18215  # of the Stable Diffusion autoencoders (arXiv 2112.10752): latents of about unit std
-)
 VERSION = 1  # of the layout above
 MEAN_LIMIT = 1.0  # of a channel of scaled latents
 STD_RANGE = (0.5, 2.0)  # sd-vae-ft-mse on ImageNet: about 0.7 to 1
@@ -244,8 +243,6 @@ def decoding(sample: Callable, path: str, expected: str) -> Callable:
   Raises:
     UserError: no such file, or another autoencoder.
   """
-  from ism_jax import autoencoder
-
   if expected and (found := file_hash(path)) != expected:
     raise UserError(
       f"{path} (SHA-256 {found[:12]}) is not the autoencoder that the latents were encoded with "

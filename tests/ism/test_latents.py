@@ -234,26 +234,15 @@ def test_made_up_latents_are_like_real_ones():
 # --- decoding -------------------------------------------------------------------------------------
 
 
-class FakeAutoencoder(SimpleNamespace):
-  SCALE = latents.SCALE
-
-
 @pytest.fixture
 def fake_autoencoder(monkeypatch):
-  """ism_jax.autoencoder with a decoder that repeats each latent's first three channels 8 x 8."""
-  import sys
-
-  import ism_jax
+  """A decoder that repeats each latent's first three channels 8 x 8."""
 
   def decode(params, z):
     return params * np.float32(0.1) * z[..., :3].repeat(8, 1).repeat(8, 2)
 
-  def load(path, dtype="float32"):
-    return SimpleNamespace(params=np.float32(2), decode=decode)
-
-  fake = FakeAutoencoder(load=load)
-  monkeypatch.setitem(sys.modules, "ism_jax.autoencoder", fake)
-  monkeypatch.setattr(ism_jax, "autoencoder", fake, raising=False)
+  fake = SimpleNamespace(params=np.float32(2), decode=decode)
+  monkeypatch.setattr(latents.autoencoder, "load", lambda path: fake)
 
 
 def test_samples_are_decoded_in_pieces(fake_autoencoder, tmp_path):
