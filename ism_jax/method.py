@@ -257,6 +257,10 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
 
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=evaluate`: the metrics of config.eval, or of --nfe and --guidance with w = 0 added."""
+  if "vae" in facts:
+    raise UserError(
+      "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
+    )
   config = copy.deepcopy(config)
   settings = _settings(config, flags)
   if flags.nfe:
