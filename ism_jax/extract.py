@@ -1,0 +1,186 @@
+"""Images -> features of a pretrained network -> statistics, over all devices and processes.
+
+Features are streamed: of 50 000 images only the moments stay, and the features of those images that
+precision and recall ask for. What the statistics are is the business of `fid.py`.
+
+Kinds of features: of the FID Inception network `pool` (FID, precision and recall), `spatial` (sFID,
+Nash et al., arXiv 2103.03841) and `logits` (inception score); of DINOv2 `dinov2` (Stein et al.,
+arXiv 2306.04675).
+
+Dimensions: n images, b batch, h w image, f features, m kept images, s parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ism_jax import fid
+from train_jax import mesh as mesh_lib
+
+KINDS = {"inception": ("pool", "spatial", "logits"), "dinov2": ("dinov2",)}
+PER_DEVICE = 32  # images of a batch: the decoder of a latent needs about 0.2 GB for each
+
+
+class Network(NamedTuple):
+  """A pretrained network laid out on a mesh.
+
+  Attributes:
+    name: inception or dinov2.
+    file: of its weights.
+    digest: the file's SHA-256, its first 12 digits.
+    sizes: kind -> number of features.
+    features: global images uint8 [b, h, w, 3] -> kind -> features [b, f], split over the devices.
+  """
+
+  name: str
+  file: str
+  digest: str
+  sizes: dict[str, int]
+  features: Callable[[jax.Array], dict[str, jax.Array]]
+
+
+def sha256(path: str | Path) -> str:
+  """The first 12 digits of a file's SHA-256."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> Network:
+  """The network `name` (inception or dinov2) with the weights of `file`; computes nothing.
+
+  Raises:
+    UserError: the file does not hold such a network.
+  """
+  if name == "inception":
+    from ism_jax import inception as module
+  else:
+    from ism_jax import dinov2 as module
+  params, apply = module.load(file, "float32")
+
+  def features(params, images):
+    # Accelerators round float32 products to fewer digits unless they are told not to.
+    with jax.default_matmul_precision("highest"):
+      out = apply(params, images)
+    return {kind: out[kind] for kind in KINDS[name]} if isinstance(out, dict) else {name: out}
+
+  probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
+  sizes = {k: x.shape[1] for k, x in jax.eval_shape(features, params, probe).items()}
+  params = mesh_lib.replicate(params, mesh)
+  rows = mesh_lib.batch_sharding(mesh)
+  jitted = jax.jit(features, out_shardings=rows)
+  return Network(name, file, sha256(file), sizes, lambda images: jitted(params, images))
+
+
+class Wanted(NamedTuple):
+  """Which statistics to take.
+
+  Attributes:
+    moments: kinds of features.
+    kept: int [m], increasing: the images whose `pool` features are kept; none of them if empty.
+    splits: s, parts of the inception score; 0 for none.
+  """
+
+  moments: Sequence[str]
+  kept: np.ndarray
+  splits: int = 0
+
+
+class Statistics(NamedTuple):
+  """What was `Wanted` of n images.
+
+  Attributes:
+    moments: kind -> moments.
+    kept: float32 [m, f], `pool` features.
+    scores: sums for the inception score.
+  """
+
+  moments: dict[str, fid.Moments]
+  kept: np.ndarray
+  scores: fid.Scores
+
+
+def collect(
+  batches: Iterable[tuple[jax.Array, dict[str, jax.Array]]],
+  n: int,
+  sizes: dict[str, int],
+  wanted: Wanted,
+  progress: Callable[[int], Any] = lambda images: None,
+) -> Statistics:
+  """Statistics of n images from batches of (number of each image [b], kind -> features [b, f]).
+
+  Rows numbered n or more are padding. The arrays are global ones; each process looks at its own
+  rows, and all get the statistics of all.
+
+  Args:
+    sizes: kind -> f.
+    progress: called with the number of images of each batch, all processes' together.
+  """
+  moments = {kind: fid.no_moments(sizes[kind]) for kind in wanted.moments}
+  kept = np.zeros((len(wanted.kept), sizes["pool"] if len(wanted.kept) else 0), np.float32)
+  part = fid.parts(n, wanted.splits) if wanted.splits else None
+  scores = fid.no_scores(wanted.splits, sizes["logits"] if wanted.splits else 0)
+  done = 0
+  for numbers, features in _one_late(batches):
+    rows = mesh_lib.to_local(numbers)
+    real, rows = rows < n, rows[rows < n]
+    for kind in moments:
+      moments[kind] = fid.update(moments[kind], mesh_lib.to_local(features[kind])[real])
+    if len(kept):
+      member = np.isin(rows, wanted.kept)
+      place = np.searchsorted(wanted.kept, rows[member])
+      kept[place] = mesh_lib.to_local(features["pool"])[real][member]
+    if wanted.splits:
+      logits = mesh_lib.to_local(features["logits"])[real]
+      scores = fid.update_scores(scores, part[rows], logits)
+    count = min(n - done, len(numbers))
+    done += count
+    progress(count)
+  return _over_processes(Statistics(moments, kept, scores))
+
+
+def _one_late(items: Iterable) -> Iterator:
+  """The items, each after the next was asked for: the device works on one, the host on another."""
+  waiting = []
+  for item in items:
+    waiting.append(item)
+    if len(waiting) > 1:
+      yield waiting.pop(0)
+  yield from waiting
+
+
+def _over_processes(mine: Statistics) -> Statistics:
+  """The statistics of all processes' images, given each one's own."""
+  if jax.process_count() == 1:
+    return mine
+  leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, mine))
+  whole = None
+  for process in range(jax.process_count()):
+    # As bytes, since JAX would round float64; one process at a time, since moments are large.
+    here = process == jax.process_index()
+    sent = multihost_utils.broadcast_one_to_all([_bytes(x) for x in leaves], is_source=here)
+    values = [
+      np.asarray(bits).view(x.dtype).reshape(x.shape) for bits, x in zip(sent, leaves, strict=True)
+    ]
+    other = jax.tree.unflatten(structure, values)
+    whole = other if whole is None else _merge(whole, other)
+  return whole
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _merge(a: Statistics, b: Statistics) -> Statistics:
+  return Statistics(
+    {kind: fid.merge(a.moments[kind], b.moments[kind]) for kind in a.moments},
+    a.kept + b.kept,  # each row is zero but in one of them
+    fid.Scores(*(x + y for x, y in zip(a.scores, b.scores, strict=True))),
+  )
