@@ -1,14 +1,8 @@
 """The large-scale protocol: 50 000 samples against a reference, in numbers that can be compared.
 
-    fid, sfid    Fréchet distance of Inception's pooled and spatial features (arXiv 1706.08500,
-                 2103.03841)
-    fd_dinov2    Fréchet distance of DINOv2's features (arXiv 2306.04675)
-    is           inception score (arXiv 1606.03498)
-    pr           improved precision and recall, k = 3, of Inception's pooled features (arXiv
-                 1904.06991, with the features of ADM)
-
-Such numbers move with the decoder, the rounding, the classes that were asked for and the number of
-samples; so `Benchmark.facts` states all of them, and a column is called fid-50k only if it is.
+What is measured is the business of `protocol.py`. Such numbers move with the decoder, the rounding,
+the classes that were asked for, the number of samples and the networks' files; so `Benchmark.facts`
+states all of them.
 
 Dimensions: n samples, b batch, h w image, c channel.
 """
@@ -27,78 +21,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ism_jax import adm, evaluate, extract, fid, sample
+from ism_jax import adm, extract, fid, sample
 from ism_jax import reference as reference_lib
+from ism_jax.protocol import FRECHET, METRICS, SPLITS, Protocol, check_number, column
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import progress_bar, table
 
-# metric -> the network that it needs, and what of its features
-METRICS = {
-  "fid": ("inception", "pool"),
-  "sfid": ("inception", "spatial"),
-  "fd_dinov2": ("dinov2", "dinov2"),
-  "is": ("inception", "logits"),
-  "pr": ("inception", "features"),
-}
-FRECHET = ("fid", "sfid", "fd_dinov2")
-SPLITS = 10  # of the inception score
 KEPT = 50_000  # samples whose features precision and recall hold, at most: 0.4 GB
 RESIZE = {
   "inception": "299x299, bilinear on TensorFlow 1's grid",
   "dinov2": "224x224, bicubic, antialiased",
 }
-
-
-@dataclass(frozen=True)
-class Protocol:
-  """What to measure against what.
-
-  Attributes:
-    metrics: of METRICS.
-    reference: an ADM .npz or a folder of images.
-    inception, dinov2, vae: files of weights; "" where none is needed.
-    classes: balanced (sample i is of class i mod classes) or random (uniform, by the seed).
-    seed: of noise and classes.
-  """
-
-  metrics: tuple[str, ...]
-  reference: str = ""
-  inception: str = ""
-  dinov2: str = ""
-  vae: str = ""
-  classes: str = "balanced"
-  seed: int = 0
-
-  def __post_init__(self):
-    for metric in self.metrics:
-      if metric not in METRICS:
-        raise UserError(f"the metric {metric!r} is unknown; choose from {', '.join(METRICS)}.")
-      network = METRICS[metric][0]
-      if not getattr(self, network):
-        raise UserError(f"the metric {metric!r} needs the weights of a network: --{network}=FILE.")
-    if not self.reference and self.metrics != ("is",):
-      raise UserError(
-        "no reference was given to compare with: --reference=FILE, an .npz or folder."
-      )
-    if self.classes not in ("balanced", "random"):
-      raise UserError(f"classes={self.classes!r} is unknown; choose 'balanced' or 'random'.")
-    for name in ("inception", "dinov2", "vae"):
-      file = getattr(self, name)
-      if file and not Path(file).expanduser().is_file():
-        raise UserError(f"{name}={file!r} is not a file; give its weights as .safetensors.")
-
-
-def column(metric: str, n: int) -> str:
-  """How a number from n samples is called: fid-50k from 50 000, fid@2000 from 2000."""
-  return f"{metric}-50k" if n == 50_000 else f"{metric}@{n}"
-
-
-def check_number(metrics: Sequence[str], n: int) -> None:
-  """Raises UserError if n samples are too few for the metrics."""
-  least = max({"is": SPLITS, "pr": 4}.get(metric, 2) for metric in metrics)
-  if n < least:
-    raise UserError(f"{n} samples are too few for {', '.join(metrics)}; draw at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -126,7 +60,7 @@ class Benchmark:
     """The reference's side, read or computed at the first use."""
     if self.reference is None:
       return reference_lib.Real({}, None)
-    kinds = _kinds(self.protocol.metrics)
+    kinds = self.protocol.kinds
     return reference_lib.read(self.reference, kinds, self.networks, self.mesh, self.per_device)
 
   def facts(self) -> dict[str, str]:
@@ -158,12 +92,6 @@ class Benchmark:
     limit = reference_lib.KEPT if metric == "pr" else images.n
     return f"{min(limit, images.n)} of its {images.n} images"
 
-  def labels(self, n: int) -> np.ndarray:
-    """The classes int32 [n] that samples are asked to be of."""
-    if self.protocol.classes == "balanced":
-      return evaluate.balanced_labels(n, self.classes)
-    return evaluate.random_labels(n, self.classes, self.protocol.seed)
-
   def measure(
     self, params, settings: Sequence[tuple[int, float]], n: int, out: Path | None = None
   ) -> Iterator[tuple[str, float]]:
@@ -191,7 +119,7 @@ class Benchmark:
       splits=SPLITS if "is" in metrics else 0,
     )
     sizes = {kind: f for network in self.networks for kind, f in network.sizes.items()}
-    chief, labels = jax.process_index() == 0, self.labels(n)
+    chief, labels = jax.process_index() == 0, self.protocol.labels(n, self.classes)
     bar = progress_bar(n, 0, chief, unit="img", desc=f"nfe={nfe} w={w:g}")
     writer = nullcontext(None)
     if out is not None and chief:
@@ -253,14 +181,17 @@ def report(
 ) -> None:
   """`Benchmark.measure`, printed with its facts and written to `out/benchmark.json`.
 
-  The file is written anew after each setting: what was measured survives a run that is cut off.
+  The file is written anew after each number: what was measured survives a run that is cut off.
 
   Args:
     save: also leave the samples in `out`, as ADM .npz.
   """
   chief = jax.process_index() == 0
   out.mkdir(parents=True, exist_ok=True)
-  record = {"step": step, "samples": n, **benchmark.facts(), "results": {}}
+  facts = {"step": step, "samples": n, **benchmark.facts()}
+  if chief:
+    print(header(facts), flush=True)
+  record = {**facts, "results": {}}
   for name, value in benchmark.measure(params, settings, n, out if save else None):
     record["results"][name] = value
     if chief:
@@ -268,7 +199,6 @@ def report(
       partial.write_text(json.dumps(record, indent=1))
       partial.replace(out / "benchmark.json")
   if chief:
-    print(header({"step": step, "samples": n, **benchmark.facts()}))
     print(table(record["results"]))
     print(f"numbers: {out / 'benchmark.json'}")
 
@@ -283,17 +213,13 @@ def named(file: str | Path, digest: str) -> str:
   return f"{Path(file).name} sha256:{digest}"
 
 
-def _kinds(metrics: Sequence[str]) -> list[str]:
-  """What the metrics need of a reference."""
-  return [kind for metric, (_, kind) in METRICS.items() if metric in metrics and kind != "logits"]
-
-
 def prepare(
   protocol: Protocol,
   apply: Callable,
   shape: tuple[int, int, int],
   classes: int,
   mesh: jax.sharding.Mesh,
+  encoder: str = "",
   per_device: int = extract.PER_DEVICE,
 ) -> Benchmark:
   """Looks at every file and loads the networks; computes nothing.
@@ -301,29 +227,43 @@ def prepare(
   Args:
     apply: the network s(params, x, t, d, c, w).
     shape: (h, w, c) of what it makes: pixels where c is 1 or 3, else latents for `protocol.vae`.
+    encoder: SHA-256 of the autoencoder whose latents were trained on; "" takes any.
     per_device: samples of a batch on each device.
 
   Raises:
     UserError: whatever would go wrong later.
   """
   latent = shape[2] not in (1, 3)
-  if latent != bool(protocol.vae):
-    what = "latents, which need a decoder: give --vae" if latent else "pixels: leave --vae out"
-    raise UserError(f"this model makes {shape[0]}x{shape[1]}x{shape[2]} {what}.")
+  size = "x".join(map(str, shape))
+  if latent and not protocol.vae:
+    raise UserError(f"this model makes latents of {size} and no decoder was given: --vae=FILE.")
+  if protocol.vae and not latent:
+    raise UserError(f"vae={protocol.vae!r} is for latents, and this model makes images of {size}.")
+  digest = extract.sha256(protocol.vae) if latent else ""
+  if encoder and not encoder.startswith(digest):
+    raise UserError(
+      f"vae={protocol.vae!r} (SHA-256 {digest}) is not the autoencoder of this model's latents "
+      f"({encoder[:12]}); give that one."
+    )
   decoder = _load_decoder(protocol.vae, mesh) if latent else None
   draw = sample.make_image_sampler(apply, shape, mesh, protocol.seed, decoder)
   names = dict.fromkeys(METRICS[metric][0] for metric in protocol.metrics)
   networks = [extract.load_network(name, getattr(protocol, name), mesh) for name in names]
-  side = 8 * shape[0] if latent else shape[0]
-  image = (side, 8 * shape[1] if latent else shape[1], 3)
   sizes = {kind: f for network in networks for kind, f in network.sizes.items()}
-  opened, kinds = None, _kinds(protocol.metrics)
-  if kinds:
-    opened = reference_lib.open_reference(protocol.reference, kinds, sizes, image)
-  digest = extract.sha256(protocol.vae) if latent else ""
+  image, opened = _image_shape(shape, decoder), None
+  if protocol.kinds:
+    opened = reference_lib.open_reference(protocol.reference, protocol.kinds, sizes, image)
   return Benchmark(
     protocol, image, classes, mesh, draw, tuple(networks), opened, digest, per_device
   )
+
+
+def _image_shape(shape: tuple[int, int, int], decoder) -> tuple[int, int, int]:
+  """(h, w, 3) of the images that samples of `shape` become."""
+  if decoder:
+    params, decode = decoder
+    shape = jax.eval_shape(decode, params, jax.ShapeDtypeStruct((1, *shape), np.float32)).shape[1:]
+  return (*shape[:2], 3)
 
 
 def _load_decoder(file: str, mesh: jax.sharding.Mesh) -> tuple[Any, Callable]:

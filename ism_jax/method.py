@@ -13,6 +13,7 @@ from PIL import Image
 
 from ism_jax import benchmark, data, dit, evaluate, loss, pairing, path, sample, wavelet
 from ism_jax.features import fit_classifier
+from ism_jax.protocol import Protocol, check_number
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
@@ -189,8 +190,8 @@ def make_large_evaluate(config, facts: dict, apply, mesh, leak=None):
   In training a quarter of the samples is drawn, and the columns say so.
   """
   protocol, n, names = make_protocol(config), config.eval.samples, facts["names"]
-  benchmark.check_number(protocol.metrics, n // 4)
-  large = make_benchmark(config, facts, apply, protocol, mesh)
+  check_number(protocol.metrics, n // 4)
+  large = make_benchmark(protocol, facts, apply, mesh)
   guidance = sorted({0.0, *config.eval.guidance})
   quick = max(4, min(config.eval.nfe))  # the most steps in training
 
@@ -211,7 +212,7 @@ def make_large_evaluate(config, facts: dict, apply, mesh, leak=None):
   return run
 
 
-def make_protocol(config, flags=None) -> benchmark.Protocol | None:
+def make_protocol(config, flags=None) -> Protocol | None:
   """The large-scale protocol of config.eval, a flag winning over it; None if it has no metrics."""
   names = ("metrics", "reference", "inception", "dinov2", "vae", "classes")
   given = {name: getattr(flags, name, None) for name in names}
@@ -222,12 +223,13 @@ def make_protocol(config, flags=None) -> benchmark.Protocol | None:
         raise UserError(f"--{name}={value} is for --metrics; add --metrics=fid, or leave it out.")
     return None
   chosen["metrics"] = tuple(dict.fromkeys(chosen["metrics"]))
-  return benchmark.Protocol(seed=config.seed, **{k: v for k, v in chosen.items() if v})
+  return Protocol(seed=config.seed, **{k: v for k, v in chosen.items() if v})
 
 
-def make_benchmark(config, facts: dict, apply, protocol, mesh) -> benchmark.Benchmark:
+def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> benchmark.Benchmark:
   """The protocol made ready for the network of a run."""
-  return benchmark.prepare(protocol, apply, tuple(facts["shape"]), len(facts["names"]), mesh)
+  shape, classes = tuple(facts["shape"]), len(facts["names"])
+  return benchmark.prepare(protocol, apply, shape, classes, mesh, facts.get("vae", ""))
 
 
 def make_reference(source: data.Source, limit: int = 10_000) -> evaluate.Reference:
@@ -276,8 +278,8 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   if protocol:
     mesh = mesh_lib.make_mesh()
     n = flags.num or 50_000
-    benchmark.check_number(protocol.metrics, n)
-    large = make_benchmark(config, facts, apply, protocol, mesh)
+    check_number(protocol.metrics, n)
+    large = make_benchmark(protocol, facts, apply, mesh)
     params, step = load()
     params = mesh_lib.replicate(params, mesh)
     return benchmark.report(large, params, step, settings, n, out, flags.save_samples)

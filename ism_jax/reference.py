@@ -74,7 +74,7 @@ def open_reference(
   Raises:
     UserError: it cannot be read, lacks what is needed, or has other sizes.
   """
-  path = Path(file).expanduser()
+  path = Path(file).expanduser().resolve()
   if not path.exists():
     raise UserError(f"reference={file!r} is not there; give an .npz or a folder of images.")
   if path.is_dir():
@@ -122,12 +122,10 @@ def read(
   per_device: int = extract.PER_DEVICE,
 ) -> Real:
   """The moments and features of `kinds`, from the file, from what was stored, or computed now."""
-  needed = [kind for kind in kinds if not reference.has(kind)]
-  found = {}
-  if len(needed) < len(kinds):
-    found = _load(reference.path, [kind for kind in kinds if reference.has(kind)])
+  given = [kind for kind in kinds if reference.has(kind)]
+  found = _load(reference.path, given) if given else {}
   for network in networks:
-    mine = [kind for kind in needed if _of(kind) in network.sizes]
+    mine = [kind for kind in kinds if kind not in given and _of(kind) in network.sizes]
     if not mine:
       continue
     stored = _stored(reference, network)
@@ -159,7 +157,9 @@ def _of(kind: str) -> str:
 def _stored(reference: Reference, network: extract.Network) -> Path:
   """Where what this network says of the images is kept: beside the reference."""
   names = (network.name, network.digest, reference.digest, str(reference.images.shape[0]))
-  return reference.path.with_name(f"{reference.path.stem}.{'-'.join(names)}.npz")
+  return reference.path.with_name(
+    f"{reference.path.name.removesuffix('.npz')}.{'-'.join(names)}.npz"
+  )
 
 
 def _load(path: Path, kinds: list[str]) -> dict[str, list[np.ndarray]]:

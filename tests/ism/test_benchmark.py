@@ -4,8 +4,13 @@ The stand-ins are linear maps of the image averaged to 2x2 pixels, so that every
 computed again in a line of NumPy.
 """
 
+import functools
 import json
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import jax
@@ -15,8 +20,9 @@ import pytest
 
 import ism_jax
 from configs import ism_digits
-from ism_jax import adm, benchmark, extract, fid, reference
+from ism_jax import benchmark, extract, fid
 from ism_jax import method as ism
+from ism_jax.protocol import Protocol, column
 from ism_jax.sample import make_sampler, to_uint8
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
@@ -35,7 +41,7 @@ def project(kernel, images):
   """Features [n, f] of uint8 images [n, h, w, 3], in JAX or NumPy."""
   n, h, w, c = images.shape
   small = images.reshape(n, 2, h // 2, 2, w // 2, c).astype("float32").mean((2, 4))
-  return (small.reshape(n, -1) / 64) @ kernel
+  return ((small.reshape(n, -1) - 128) / 16) @ kernel
 
 
 def load_inception(path, dtype="float32"):
@@ -57,14 +63,18 @@ def load_autoencoder(path, dtype="float32"):
   return SimpleNamespace(params={"gain": jnp.float32(0.5)}, encode=None, decode=decode)
 
 
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
+def put_stand_ins(put_module, put_attribute):
   loads = {"inception": load_inception, "dinov2": load_dinov2, "autoencoder": load_autoencoder}
   for name, load in loads.items():
     module = ModuleType(f"ism_jax.{name}")
-    module.load = lambda path, dtype="float32", load=load: load(extract.Path(path), dtype)
-    monkeypatch.setitem(sys.modules, f"ism_jax.{name}", module)
-    monkeypatch.setattr(ism_jax, name, module, raising=False)
+    module.load = lambda path, dtype="float32", load=load: load(Path(path), dtype)
+    put_module(f"ism_jax.{name}", module)
+    put_attribute(ism_jax, name, module, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+  put_stand_ins(functools.partial(monkeypatch.setitem, sys.modules), monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -80,13 +90,9 @@ def files(tmp_path):
     images=images,
     real=tmp_path / "real.npz",
     flags={name: str(tmp_path / file) for name, file in names.items()},
-    inception=lambda x, kind="pool": project(weights_of(tmp_path / "inception", kind), x),
+    inception=lambda x, kind="pool": project(weights(tmp_path / "inception", SIZES[kind]), x),
     dinov2=lambda x: project(weights(tmp_path / "dinov2", 7), x),
   )
-
-
-def weights_of(path, kind):
-  return weights(path, SIZES[kind])
 
 
 def network(params, x, t, d, c, w):
@@ -99,9 +105,11 @@ PARAMS = {"gain": jnp.float32(-0.5)}
 ALL = ("fid", "sfid", "fd_dinov2", "is", "pr")
 
 
-def make(files, metrics=ALL, shape=SHAPE, mesh=None, per_device=4, **changes):
-  protocol = benchmark.Protocol(metrics, **{**files.flags, **changes})
-  return benchmark.prepare(protocol, network, shape, 10, mesh or mesh_lib.make_mesh(), per_device)
+def make(files, metrics=ALL, shape=SHAPE, mesh=None, encoder="", per_device=4, **changes):
+  protocol = Protocol(metrics, **{**files.flags, **changes})
+  return benchmark.prepare(
+    protocol, network, shape, 10, mesh or mesh_lib.make_mesh(), encoder, per_device
+  )
 
 
 def samples(n, nfe, w, labels, seed=0, shape=SHAPE):
@@ -198,10 +206,11 @@ def test_two_processes_statistics_are_merged_bit_for_bit(files, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("n", "name"), [(2000, "fid@2000"), (49_999, "fid@49999"), (50_000, "fid-50k"), (60_000, "fid@60000")]
+  ("n", "name"),
+  [(2000, "fid@2000"), (49_999, "fid@49999"), (50_000, "fid-50k"), (60_000, "fid@60000")],
 )
 def test_only_fifty_thousand_samples_are_called_50k(n, name):
-  assert benchmark.column("fid", n) == name
+  assert column("fid", n) == name
 
 
 def test_the_facts_say_what_the_number_depends_on(files):
@@ -212,7 +221,9 @@ def test_the_facts_say_what_the_number_depends_on(files):
   assert "nearest" in facts["rounding"] and "clipped" in facts["rounding"]
   assert facts["classes"] == "random (uniform, by the seed)"
   assert facts["inception"] == f"inception sha256:{extract.sha256(files.flags['inception'])}"
-  assert facts["reference"].startswith(f"real.npz sha256:{digest}; fid against 300 of its 300 images")
+  assert facts["reference"].startswith(
+    f"real.npz sha256:{digest}; fid against 300 of its 300 images"
+  )
   assert "299x299" in facts["resize"] and "samples none (8x8)" in facts["resize"]
   assert make(files).facts()["classes"] == "balanced (i mod 10)"
 
@@ -239,6 +250,20 @@ def test_grey_samples_are_three_equal_channels(files):
   np.testing.assert_array_equal(images[..., 0], images[..., 2])
 
 
+def test_the_inception_score_needs_no_reference(files):
+  found = make(files, ("is",), reference="")
+  assert found.facts()["reference"] == "none"
+  assert set(dict(found.measure(PARAMS, [(1, 0.0)], 20))) == {"is@20/nfe1_w0"}
+
+
+def test_blocks_do_not_matter(files, monkeypatch):
+  whole = dict(make(files).measure(PARAMS, [(1, 0.0)], 70))
+  monkeypatch.setattr(extract, "BLOCK", 40)
+  for stored in files.folder.glob("real.*-*.npz"):
+    stored.unlink()
+  assert dict(make(files).measure(PARAMS, [(1, 0.0)], 70)) == pytest.approx(whole, rel=1e-6)
+
+
 def test_samples_that_are_not_finite_are_refused(files):
   found = make(files, ("fid",))
   with pytest.raises(UserError, match=r"nfe=1, guidance=0 are not finite.*earlier checkpoint"):
@@ -255,7 +280,7 @@ def test_samples_that_are_not_finite_are_refused(files):
     ({"reference": ""}, r"no reference was given"),
     ({"reference": "gone.npz"}, r"reference='gone.npz' is not there"),
     ({"classes": "sorted"}, r"classes='sorted' is unknown; choose 'balanced' or 'random'"),
-    ({"shape": (4, 4, 4)}, r"makes 4x4x4 latents, which need a decoder: give --vae"),
+    ({"shape": (4, 4, 4)}, r"makes latents of 4x4x4 and no decoder was given: --vae=FILE"),
     ({"shape": (16, 16, 3)}, r"has images of 8x8 pixels and the samples have 16x16"),
   ],
 )
@@ -265,8 +290,14 @@ def test_bad_requests_are_refused_in_a_sentence(changes, message, files):
   assert str(error.value).count(". ") == 0 and str(error.value).endswith(".")
 
 
+def test_another_autoencoder_than_that_of_the_latents_is_refused(files, tmp_path):
+  vae = str(tmp_path / "vae")
+  with pytest.raises(UserError, match=r"is not the autoencoder of this model's latents \(0123"):
+    make(files, shape=(4, 4, 4), vae=vae, encoder="0123456789abcdef")
+
+
 def test_a_decoder_for_pixels_is_refused(files):
-  with pytest.raises(UserError, match=r"makes 8x8x3 pixels: leave --vae out"):
+  with pytest.raises(UserError, match=r"is for latents, and this model makes images of 8x8x3"):
     make(files, vae=files.flags["inception"])
 
 
@@ -276,6 +307,53 @@ def test_a_decoder_for_pixels_is_refused(files):
 def test_too_few_samples_are_refused(metrics, n, least, files):
   with pytest.raises(UserError, match=rf"{n} samples are too few for .*; draw at least {least}\."):
     next(make(files, metrics).measure(PARAMS, [(1, 0.0)], n))
+
+
+PROGRAM = """
+import importlib.util, json, sys
+from types import SimpleNamespace
+import jax
+address, process, test, folder = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(process))
+spec = importlib.util.spec_from_file_location("test_benchmark", test)
+test = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(test)
+test.put_stand_ins(sys.modules.__setitem__, lambda *args, raising: setattr(*args))
+files = SimpleNamespace(flags=json.loads((test.Path(folder) / "flags").read_text()))
+found = test.make(files, per_device=8)
+out = test.Path(folder)
+results = dict(found.measure(test.PARAMS, [(2, 0.5)], 50, out))
+(out / f"results{process}").write_text(json.dumps(results))
+"""
+
+
+def test_two_processes_measure_what_one_does(files):
+  expected = dict(make(files).measure(PARAMS, [(2, 0.5)], 50))
+  for stored in files.folder.glob("real.*-*.npz"):
+    stored.unlink()
+  (files.folder / "flags").write_text(json.dumps(files.flags))
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  root = str(Path(__file__).parents[2])
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROGRAM, address, str(i), __file__, str(files.folder)],
+      cwd=root,
+      env={**environment, "PYTHONPATH": root},
+    )
+    for i in range(2)
+  ]
+  try:
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+  finally:
+    for process in processes:
+      process.kill()
+  results = [json.loads((files.folder / f"results{i}").read_text()) for i in range(2)]
+  assert results[0] == results[1] == pytest.approx(expected, rel=1e-5)
+  with np.load(files.folder / "samples_nfe2_w0.5.npz") as saved:
+    np.testing.assert_array_equal(saved["arr_0"], samples(50, 2, 0.5, np.arange(50) % 10))
 
 
 # From a checkpoint, and in training
