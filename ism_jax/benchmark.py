@@ -29,9 +29,9 @@ from train_jax.errors import UserError
 from train_jax.metrics import progress_bar, table
 
 KEPT = 50_000  # samples whose features precision and recall hold, at most: 0.4 GB
-RESIZE = {
+RESIZE = {  # what `inception.py` and `dinov2.py` do to the images they are given
   "inception": "299x299, bilinear on TensorFlow 1's grid",
-  "dinov2": "224x224, bicubic, antialiased",
+  "dinov2": "224x224, bicubic, antialiased (position grid offset 0.1)",
 }
 
 
@@ -80,9 +80,12 @@ class Benchmark:
       facts[network.name] = named(network.file, network.digest)
     if self.reference:
       facts["reference"] = named(self.reference.path, self.reference.digest)
+      against: dict[str, list[str]] = {}
       for metric in protocol.metrics:
-        if METRICS[metric][1] != "logits":
-          facts["reference"] += f"; {metric} against {self._compared(metric)}"
+        if metric != "is":
+          against.setdefault(self._compared(metric), []).append(metric)
+      for what, metrics in against.items():
+        facts["reference"] += f"; {', '.join(metrics)} against {what}"
     return facts
 
   def _compared(self, metric: str) -> str:

@@ -86,9 +86,7 @@ def make_image_sampler(
     x = integrate(apply, params, x0, split(label), jnp.full(len(label), w), nfe)
     finite = jnp.isfinite(x).all(axis=(1, 2, 3))
     if decode:
-      # Accelerators round float32 products to fewer digits unless they are told not to.
-      with jax.default_matmul_precision("highest"):
-        x = decode(weights, x)
+      x = decode(weights, x)
     images = to_uint8(x)
     return numbers, jnp.broadcast_to(images, (*images.shape[:3], 3)), finite
 

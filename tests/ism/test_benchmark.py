@@ -50,7 +50,7 @@ def load_inception(path, dtype="float32"):
   return params, lambda p, images: {kind: project(kernel, images) for kind, kernel in p.items()}
 
 
-def load_dinov2(path, dtype="float32"):
+def load_dinov2(path, dtype="float32", offset=0.0):
   return {"kernel": jnp.asarray(weights(path, 7), dtype)}, lambda p, x: project(p["kernel"], x)
 
 
@@ -67,7 +67,7 @@ def put_stand_ins(put_module, put_attribute):
   loads = {"inception": load_inception, "dinov2": load_dinov2, "autoencoder": load_autoencoder}
   for name, load in loads.items():
     module = ModuleType(f"ism_jax.{name}")
-    module.load = lambda path, dtype="float32", load=load: load(Path(path), dtype)
+    module.load = lambda path, *args, load=load, **kwargs: load(Path(path), *args, **kwargs)
     put_module(f"ism_jax.{name}", module)
     put_attribute(ism_jax, name, module, raising=False)
 
@@ -222,7 +222,7 @@ def test_the_facts_say_what_the_number_depends_on(files):
   assert facts["classes"] == "random (uniform, by the seed)"
   assert facts["inception"] == f"inception sha256:{extract.sha256(files.flags['inception'])}"
   assert facts["reference"].startswith(
-    f"real.npz sha256:{digest}; fid against 300 of its 300 images"
+    f"real.npz sha256:{digest}; fid, fd_dinov2, pr against 300 of its 300 images"
   )
   assert "299x299" in facts["resize"] and "samples none (8x8)" in facts["resize"]
   assert make(files).facts()["classes"] == "balanced (i mod 10)"
