@@ -2,7 +2,7 @@
 
     python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
     python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
-    python main.py --mode=evaluate --workdir=runs/ism_digits
+    python main.py --mode=evaluate --workdir=runs/ism_digits [--metrics=fid,is --reference=FILE ...]
     python main.py --mode=encode --images=imagenet/train --vae=vae.safetensors --out=latents
 
 Sampling and evaluation need no config: they read the one that is saved with the checkpoint.
@@ -26,7 +26,13 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "encode"], "What to do.")
-flags.DEFINE_integer("num", 64, "sample: images of each row, or test questions.", lower_bound=1)
+flags.DEFINE_integer(
+  "num",
+  None,
+  "sample: images of each row, or test questions; default: 64. "
+  "evaluate with --metrics: images of each row; default: 50000.",
+  lower_bound=1,
+)
 flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", lower_bound=0)
 flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps.")
 flags.DEFINE_list("guidance", None, "sample, evaluate images: guidance strengths w.")
@@ -34,11 +40,17 @@ flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; de
 flags.DEFINE_multi_string("prompt", None, "sample text: a prompt; may be given again.")
 flags.DEFINE_string("prompts", None, "sample text: a file of prompts, one a line.")
 flags.DEFINE_float("temperature", None, "sample text: 0 (default) is greedy.", lower_bound=0)
-flags.DEFINE_string("out", None, "sample, encode: where results go; default: WORKDIR/generated.")
-flags.DEFINE_string("vae", None, "sample, encode latents: safetensors file of the autoencoder.")
+flags.DEFINE_list("metrics", None, "evaluate images: of fid, sfid, fd_dinov2, is, pr.")
+flags.DEFINE_string("reference", None, "evaluate images: ADM .npz, or a folder of images.")
+flags.DEFINE_string("inception", None, "evaluate images: weights of the FID network.")
+flags.DEFINE_string("dinov2", None, "evaluate images: weights of DINOv2.")
+flags.DEFINE_enum("classes", None, ["balanced", "random"], "evaluate images: classes drawn.")
+flags.DEFINE_bool("save_samples", False, "evaluate images: also write them, as ADM .npz.")
+flags.DEFINE_string("vae", None, "sample, evaluate, encode latents: weights of the autoencoder.")
 flags.DEFINE_string("images", None, "encode: a folder, tars, ArrayRecord files or tfds:NAME.")
 flags.DEFINE_integer("side", 256, "encode: pixels of a side.")
 flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192 images.")
+flags.DEFINE_string("out", None, "Directory of the results; default: WORKDIR/generated.")
 
 
 def method_module(config):

@@ -60,7 +60,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.eval.guidance = (0.0, 1.0)
   config.eval.samples = 50_000
-  config.eval.vae = ""  # the autoencoder's .safetensors; with it, evaluation draws a grid
   size("XL/2")(config)
   apply_options(config, arg, OPTIONS)
   return config

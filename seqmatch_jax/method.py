@@ -214,7 +214,7 @@ def _prompts(config, flags) -> list[str]:
     except (OSError, UnicodeDecodeError) as err:
       raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
     return [line for line in lines if line.strip()]
-  return flags.prompt or [x.question for x in make_examples(config)[1][: flags.num]]
+  return flags.prompt or [x.question for x in make_examples(config)[1][: flags.num or 64]]
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
