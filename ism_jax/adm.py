@@ -23,6 +23,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
+from ism_jax.images import center_crop
 from train_jax.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -121,7 +122,7 @@ def folder_images(files: list[Path], side: int) -> Images:
 
 
 def read_square(path: Path, side: int) -> np.ndarray:
-  """An image file as uint8 [side, side, 3]: halved while it can be, bicubic, centre crop (ADM).
+  """An image file as uint8 [side, side, 3], see `images.center_crop`.
 
   Raises:
     UserError: it cannot be read.
@@ -131,13 +132,7 @@ def read_square(path: Path, side: int) -> np.ndarray:
       image = file.convert("RGB")
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
     raise UserError(f"the image {str(path)!r} cannot be read; repair or remove it.") from err
-  while min(image.size) >= 2 * side:
-    image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-  scale = side / min(image.size)
-  size = (round(image.width * scale), round(image.height * scale))
-  pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-  top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-  return pixels[top : top + side, left : left + side]
+  return center_crop(image, side)
 
 
 @contextmanager
