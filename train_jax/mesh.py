@@ -78,3 +78,11 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   return {
     name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
   }
+
+
+def place(arrays: dict[str, np.ndarray], shardings: dict[str, NamedSharding]) -> dict:
+  """Arrays that every process holds -> global arrays, laid out as `shardings` says by name."""
+  return {
+    name: jax.make_array_from_callback(a.shape, shardings[name], a.__getitem__)
+    for name, a in arrays.items()
+  }
