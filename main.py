@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jax
 from absl import flags, logging
-from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 from train_jax import config as config_lib
@@ -48,16 +47,15 @@ def method_module(config):
   return importlib.import_module(names[config.method])
 
 
-def make_given(config: ConfigDict, facts: dict, devices: jax.sharding.Mesh) -> dict:
+def make_given(config: ConfigDict, facts: dict) -> dict:
   """The parameters that `config.init_from` gives a fresh run, by name; {} if it is empty."""
   if not config.init_from:
     return {}
-  module, everywhere = method_module(config), jax.sharding.NamedSharding(devices, PartitionSpec())
+  module = method_module(config)
 
   def abstract(config, facts):
     init = module.make_network(ConfigDict(config), facts)[0]
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda a: a.update(sharding=everywhere), shapes)
+    return jax.eval_shape(init, jax.random.key(0))
 
   convert = getattr(module, "convert", None)
   trained = start.read(config.init_from, config.method, abstract, convert)
@@ -87,7 +85,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
   settings = loop.LoopConfig(clip=hyper.clip, **{name: config[name] for name in names})
   record = {"config": config.to_dict(), "facts": facts}
-  given = {} if saved else make_given(config, facts, devices)
+  given = {} if saved else make_given(config, facts)
   complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record, given)
   if complete and jax.process_index() == 0:
     for grid in sorted((workdir / "samples").glob("*_grid.png"))[-1:]:

@@ -28,7 +28,8 @@ def config():
 
 @pytest.fixture(scope="module")
 def params(config, perturb):
-  return perturb(jax.jit(ism.make_network(config, FACTS)[0])(jax.random.key(0)))
+  init, _ = ism.make_network(config, FACTS)
+  return jax.jit(lambda key: perturb(init(key)))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
