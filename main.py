@@ -1,8 +1,9 @@
-"""Trains, samples and evaluates.
+"""Trains, samples, evaluates, exports, and encodes images as latents.
 
     python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
     python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
-    python main.py --mode=evaluate --workdir=runs/ism_digits
+    python main.py --mode=evaluate --workdir=runs/ism_digits [--metrics=fid,is --reference=FILE ...]
+    python main.py --mode=encode --images=imagenet/train --vae=vae.safetensors --out=latents
     python main.py --mode=export --workdir=runs/ism_digits --out=exported
 
 Only training needs a config: the other modes read the one that is saved with the checkpoint.
@@ -25,8 +26,16 @@ from train_jax.errors import UserError
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
-flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "export"], "What to do.")
-flags.DEFINE_integer("num", 64, "sample: images of each row, or test questions.", lower_bound=1)
+flags.DEFINE_enum(
+  "mode", "train", ["train", "sample", "evaluate", "export", "encode"], "What to do."
+)
+flags.DEFINE_integer(
+  "num",
+  None,
+  "sample: images of each row, or test questions; default: 64. "
+  "evaluate with --metrics: images of each row; default: 50000.",
+  lower_bound=1,
+)
 flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", lower_bound=0)
 flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps.")
 flags.DEFINE_list("guidance", None, "sample, evaluate images: guidance strengths w.")
@@ -34,6 +43,16 @@ flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; de
 flags.DEFINE_multi_string("prompt", None, "sample text: a prompt; may be given again.")
 flags.DEFINE_string("prompts", None, "sample text: a file of prompts, one a line.")
 flags.DEFINE_float("temperature", None, "sample text: 0 (default) is greedy.", lower_bound=0)
+flags.DEFINE_list("metrics", None, "evaluate images: of fid, sfid, fd_dinov2, is, pr.")
+flags.DEFINE_string("reference", None, "evaluate images: ADM .npz, or a folder of images.")
+flags.DEFINE_string("inception", None, "evaluate images: weights of the FID network.")
+flags.DEFINE_string("dinov2", None, "evaluate images: weights of DINOv2.")
+flags.DEFINE_enum("classes", None, ["balanced", "random"], "evaluate images: classes drawn.")
+flags.DEFINE_bool("save_samples", False, "evaluate images: also write them, as ADM .npz.")
+flags.DEFINE_string("vae", None, "sample, evaluate, encode latents: weights of the autoencoder.")
+flags.DEFINE_string("images", None, "encode: a folder, tars, ArrayRecord files or tfds:NAME.")
+flags.DEFINE_integer("side", 256, "encode: pixels of a side.")
+flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192 images.")
 flags.DEFINE_string(
   "out", None, "Directory of the results; default: WORKDIR/generated, or WORKDIR/exported."
 )
@@ -121,12 +140,15 @@ def use_checkpoint(workdir: Path) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}; every option is written --name=value.")
-  if not FLAGS.workdir:
+  if not FLAGS.workdir and FLAGS.mode != "encode":
     raise UserError("--workdir=DIR is missing: the directory of the run.")
   # Compiled programs are kept between runs: a restart then takes seconds.
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
   logging.use_absl_handler()
+  if FLAGS.mode == "encode":
+    config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
+    return importlib.import_module("ism_jax.encode").encode_mode(FLAGS)
   workdir = Path(FLAGS.workdir)
   if FLAGS.mode != "train":
     return use_checkpoint(workdir)

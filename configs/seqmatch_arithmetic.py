@@ -19,8 +19,9 @@ from configs.common import apply_options, get_common
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config = get_common()
   config.method = "seqmatch"
-  config.steps = 4000
+  config.steps = 2500
   config.batch = 64
+  config.eval_every = 500
   config.optim.weight_decay = 0.1
   config.ema.sample = 0.99
 
@@ -32,7 +33,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data.tests = 1000  # generated
   config.data.numbers = 6  # two_sum: numbers in a question
   config.data.modulus = 16  # two_sum
-  config.data.context = 128  # most tokens of a row
+  config.data.context = 128  # most tokens of a question with its answer
+  config.data.lanes = 2  # questions that share a row of a batch
 
   config.model = ml_collections.ConfigDict()
   config.model.width = 128
@@ -54,8 +56,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.alpha = 0.02
   config.loss.gamma = 0.998
   config.loss.backspace = True
-  config.loss.warmup = 1000  # steps of maximum likelihood, without noise
-  config.loss.anneal = 1000  # steps over which alpha grows from 0
+  config.loss.warmup = 800  # steps of maximum likelihood, without noise
+  config.loss.anneal = 800  # steps over which alpha grows from 0
 
   config.buffer = ml_collections.ConfigDict()
   config.buffer.rows = 512  # the model's own trajectories
@@ -72,7 +74,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def two_sum(config):
   """Six numbers modulo 16 and a target: write the two that add up to it."""
   config.steps = 3000
+  config.loss.warmup = config.loss.anneal = 1000
   config.data.source = "two_sum"
+  config.data.lanes = 1  # they are all as long
   config.noise.source = "prompt"
 
 
@@ -97,7 +101,7 @@ def debug(config):
   config.steps = 4
   config.log_every = config.save_every = 1
   config.eval_every = 2
-  config.batch = 8
+  config.batch = 16
   config.data.source = "two_sum" if config.data.source == "two_sum" else "add_or_sub_in_base"
   config.data.examples = config.data.tests = 40
   config.model.width = 16

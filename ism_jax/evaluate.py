@@ -48,6 +48,11 @@ def balanced_labels(n: int, classes: int) -> np.ndarray:
   return (np.arange(n) % classes).astype(np.int32)
 
 
+def random_labels(n: int, classes: int, seed: int) -> np.ndarray:
+  """Uniform draws, the first of which do not depend on n: int32 [n]."""
+  return np.random.default_rng(seed).integers(classes, size=n).astype(np.int32)
+
+
 def compare(reference: Reference, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
   """The metrics of samples [n, h, w, c] in [-1, 1] that were asked to be of class `labels` [n]."""
   extract = reference.extract

@@ -11,8 +11,22 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ism_jax import data, dit, evaluate, loss, pairing, path, pretrained, sample, sit, wavelet
+from ism_jax import (
+  benchmark,
+  data,
+  dit,
+  evaluate,
+  latents,
+  loss,
+  pairing,
+  path,
+  pretrained,
+  sample,
+  sit,
+  wavelet,
+)
 from ism_jax.features import fit_classifier
+from ism_jax.protocol import Protocol, check_number
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
@@ -20,13 +34,27 @@ from train_jax.metrics import table
 from train_jax.step import Method, no_augment
 
 
-def make_source(config) -> data.Source:
-  """The images of `config.data`."""
-  if config.data.source == "digits":
+def make_source(config) -> data.Source | latents.Latents:
+  """The images, or latents, of `config.data`."""
+  kind, where, side = config.data.source, config.data.path, config.data.side
+  shape = (side, side, config.data.channels)
+  if kind == "digits":
     return data.digits()
-  if config.data.source == "folder":
-    return data.folder(config.data.path, config.data.side, config.data.channels)
-  raise UserError(f"data.source={config.data.source!r} is unknown; choose 'digits' or 'folder'.")
+  if kind not in ("folder", "tfds", "latents"):
+    raise UserError(
+      f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'tfds' or 'latents'."
+    )
+  made_up = config.data.get("made_up", 0)
+  if made_up and not where:
+    make = latents.made_up if kind == "latents" else data.made_up
+    return make(made_up, shape)
+  if not where:
+    raise UserError(
+      f"data.path is empty; give --config.data.path=PATH, what data.source={kind!r} is to read."
+    )
+  if kind == "latents":
+    return latents.open_set(where, config.data.get("std", latents.STD_RANGE))
+  return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels)
 
 
 # For config.init_from (see train_jax/start.py): what must be equal there, what may be missing or of
@@ -105,6 +133,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
   facts = {"names": list(source.names), "shape": list(source.shape)}
+  in_latents = isinstance(source, latents.Latents)
+  if in_latents:
+    facts["vae"] = source.vae
   init, apply = make_network(config, facts)
   noise_rng = jax.random.fold_in(jax.random.key(config.seed), 2)
 
@@ -147,12 +178,18 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       pool,
     )
 
+  # On latents the leak would take longer to fit than the run: thousands of inputs and classes.
+  measured = leak if pair_config.pool and not in_latents else None
+  if config.eval.get("metrics"):
+    evaluation = make_large_evaluate(config, facts, apply, mesh, measured)
+  else:
+    evaluation = make_evaluate(config, source, apply, measured)
   method = Method(
     init=lambda key: (init(key), ()),
     loss=loss_fn,
-    augment=no_augment,
+    augment=latents.draw if in_latents else no_augment,
     stream=stream,
-    evaluate=make_evaluate(config, source, apply, leak if pair_config.pool else None),
+    evaluate=evaluation,
   )
   return method, facts
 
@@ -162,6 +199,8 @@ def make_evaluate(config, source: data.Source, apply, leak=None):
 
   `leak()` is the class leak of the pairing, measured once at the end.
   """
+  if isinstance(source, latents.Latents):
+    return make_latent_evaluate(config, source, apply)
   sampler = sample.make_sampler(apply, source.shape)
   reference = functools.cache(lambda: make_reference(source))
   classes, n = len(source.names), config.eval.samples
@@ -188,6 +227,77 @@ def make_evaluate(config, source: data.Source, apply, leak=None):
   return run
 
 
+def make_latent_evaluate(config, source: latents.Latents, apply):
+  """`Method.evaluate` of a run on latents: a grid of decoded samples if config.eval.vae is given.
+
+  The small classifier of `make_reference` is for small images, so there are no numbers.
+  """
+  if not config.eval.vae:
+    return lambda params, step, final: iter(())
+  sampler = latents.decoding(sample.make_sampler(apply, source.shape), config.eval.vae, source.vae)
+  classes, guidance = len(source.names), sorted({0.0, *config.eval.guidance})
+
+  def run(params, step: int, final: bool):
+    del step
+    quick = max(4, min(config.eval.nfe))
+    nfes = sorted(nfe for nfe in config.eval.nfe if final or nfe <= quick)
+    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
+    yield (
+      "grid",
+      evaluate.sample_grid(sampler, params, source.names, nfes, guidance, labels, config.seed),
+    )
+
+  return run
+
+
+def make_large_evaluate(config, facts: dict, apply, mesh, leak=None):
+  """`Method.evaluate` where config.eval.metrics asks for those of `benchmark.py`; `leak` as above.
+
+  In training a quarter of the samples is drawn, and the columns say so.
+  """
+  protocol, n, names = make_protocol(config), config.eval.samples, facts["names"]
+  check_number(protocol.metrics, n // 4)
+  large = make_benchmark(protocol, facts, apply, mesh)
+  guidance = sorted({0.0, *config.eval.guidance})
+  quick = max(4, min(config.eval.nfe))  # the most steps in training
+
+  def run(params, step: int, final: bool):
+    nfes = sorted({nfe for nfe in config.eval.nfe if final or nfe <= quick})
+    settings = [(nfe, w) for nfe in nfes for w in guidance]
+    number = n if final else n // 4
+    if jax.process_index() == 0:
+      print(benchmark.header({"step": step, "samples": number, **large.facts()}), flush=True)
+    yield from large.measure(params, settings, number)
+    if final and leak:
+      yield "class_leak", leak()
+    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(len(names), 8)), len(names))
+    rows = [evaluate.row_name(*setting) for setting in settings]
+    pictures = large.pictures(params, settings, labels)
+    yield "grid", evaluate.grid(pictures, rows, [names[i][:10] for i in labels])
+
+  return run
+
+
+def make_protocol(config, flags=None) -> Protocol | None:
+  """The large-scale protocol of config.eval, a flag winning over it; None if it has no metrics."""
+  names = ("metrics", "reference", "inception", "dinov2", "vae", "classes")
+  given = {name: getattr(flags, name, None) for name in names}
+  chosen = {name: given[name] or config.eval.get(name) for name in names}  # older runs lack them
+  if not chosen["metrics"]:
+    for name, value in given.items():
+      if value:
+        raise UserError(f"--{name}={value} is for --metrics; add --metrics=fid, or leave it out.")
+    return None
+  chosen["metrics"] = tuple(dict.fromkeys(chosen["metrics"]))
+  return Protocol(seed=config.seed, **{k: v for k, v in chosen.items() if v})
+
+
+def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> benchmark.Benchmark:
+  """The protocol made ready for the network of a run."""
+  shape, classes = tuple(facts["shape"]), len(facts["names"])
+  return benchmark.prepare(protocol, apply, shape, classes, mesh, facts.get("vae", ""))
+
+
 def make_reference(source: data.Source, limit: int = 10_000) -> evaluate.Reference:
   """Features of the data, by a classifier fitted on it; of a random 10k where there are more."""
   chosen = np.sort(np.random.default_rng(0).permutation(len(source.labels))[:limit])
@@ -210,8 +320,12 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   path.check_labels(labels, len(names))
   _, apply = make_network(config, facts)
   sampler = sample.make_sampler(apply, tuple(facts["shape"]))
+  if "vae" in facts:
+    if not flags.vae:
+      raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
+    sampler = latents.decoding(sampler, flags.vae, facts["vae"])
   params, _ = load()
-  labels = np.resize(np.array(labels, np.int32), flags.num)
+  labels = np.resize(np.array(labels, np.int32), flags.num or 64)
   evaluate.write_samples(sampler, params, names, settings, labels, flags.seed, out)
 
 
@@ -228,7 +342,10 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
 
 
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=evaluate`: the metrics of config.eval, or of --nfe and --guidance with w = 0 added."""
+  """`--mode=evaluate`: the metrics of config.eval, or of --nfe and --guidance with w = 0 added.
+
+  With --metrics, those of `benchmark.py` at --num samples instead, which need none of the data.
+  """
   config = copy.deepcopy(config)
   settings = _settings(config, flags)
   if flags.nfe:
@@ -236,9 +353,17 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   if flags.guidance:
     config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
-  source = make_source(config)
   _, apply = make_network(config, facts)
-  run = make_evaluate(config, source, apply)
+  protocol = make_protocol(config, flags)
+  if protocol:
+    mesh = mesh_lib.make_mesh()
+    n = flags.num or 50_000
+    check_number(protocol.metrics, n)
+    large = make_benchmark(protocol, facts, apply, mesh)
+    params, step = load()
+    params = mesh_lib.replicate(params, mesh)
+    return benchmark.report(large, params, step, settings, n, out, flags.save_samples)
+  run = make_evaluate(config, make_source(config), apply)
   params, step = load()
   out.mkdir(parents=True, exist_ok=True)
   results = {}

@@ -206,6 +206,59 @@ def tree(prompt, prompt_length, actions, nodes: int) -> dict:
   }
 
 
+def fold(size: np.ndarray, lanes: int) -> np.ndarray:
+  """Deals trees to rows of about equal size: the largest beside the smallest.
+
+  Args:
+    size: [b], nodes of each tree.
+    lanes: g, trees in a row; divides b.
+
+  Returns:
+    [b / g, g], the trees of each row.
+  """
+  if lanes == 1:
+    return np.arange(len(size))[:, None]
+  order = np.argsort(-size, kind="stable").reshape(lanes, -1)  # one lane after the other,
+  order[1::2] = order[1::2, ::-1]  # there and back
+  return order.T
+
+
+def pack(trees: dict, lanes: int, nodes: int) -> dict:
+  """Puts every `lanes` neighbours of a batch of trees into one row of `nodes` nodes (NumPy).
+
+  They do not see each other: what the nodes of a tree see ends with the tree.
+
+  Args:
+    trees: what `tree` returns, [b, ...].
+
+  Returns:
+    The same with [b / lanes, nodes] and [b / lanes, lanes a].
+
+  Raises:
+    ValueError: a row's trees have more nodes.
+  """
+  size = trees["end"][:, 0].reshape(-1, lanes)  # the first node lives to the end of its tree
+  if size.sum(1).max() > nodes:
+    raise ValueError(f"{int(size.sum(1).max())} nodes do not fit into {nodes}")
+  before = (size.cumsum(1) - size).reshape(-1, 1)
+  used = np.arange(trees["end"].shape[1]) < size.reshape(-1, 1)  # [b, s]
+  row = np.broadcast_to(np.arange(len(used))[:, None] // lanes, used.shape)[used]
+  place = (np.arange(used.shape[1]) + before)[used]
+
+  def put(values, padding=0):
+    out = np.broadcast_to(np.asarray(padding, values.dtype), (len(size), nodes)).copy()
+    out[row, place] = values[used]
+    return out
+
+  by_node = {name: put(trees[name]) for name in ("token", "position", "erasable")}
+  by_node["end"] = put(trees["end"] + before.astype(np.int32), np.arange(1, nodes + 1))
+  real = trees["action"] != PAD
+  by_action = {name: trees[name] for name in ("action", "time", "weight")}
+  for name in ("read", "next"):
+    by_action[name] = np.where(real, trees[name] + before, 0).astype(np.int32)
+  return by_node | {name: x.reshape(len(size), -1) for name, x in by_action.items()}
+
+
 def visible(end):
   """end [..., s] -> bool [..., s, s]: node j (row) sees node k (column) iff k <= j < end[k]."""
   k = np.arange(end.shape[-1])

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from seqmatch_jax.actions import Noise, corrupt, tree
-from seqmatch_jax.tokens import BOS, EOS, PAD, SPECIAL, Vocab
+from seqmatch_jax.actions import Noise, corrupt, fold, pack, tree
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL, Vocab
 from train_jax.errors import UserError
 
 OFFICIAL = Path(__file__).parent / "mathematics_dataset"
@@ -221,28 +221,56 @@ def encode(examples: Sequence[Example], vocab: Vocab, context: int) -> Encoded:
   return Encoded(prompt, prompt_length, _rows([[*x, EOS] for x in answers]), alphabet, candidates)
 
 
+def row_nodes(data: Encoded, noise: Noise, batch: int, lanes: int) -> int:
+  """s of a batch with `lanes` examples in a row: what the fullest of 100 random batches takes."""
+  if lanes == 1:
+    return data.nodes(noise)
+  size = data.prompt_length + np.sum(data.answer >= SPECIAL, axis=1)
+  draws = np.random.default_rng(0).choice(size, (100, batch))
+  fullest = max(int(draw[fold(draw, lanes)].sum(1).max()) for draw in draws)
+  return fullest + lanes * noise.max_errors
+
+
 def stream(
-  data: Encoded, noise: Noise, batch: int, rows: slice, seed: int, position: int
+  data: Encoded,
+  noise: Noise,
+  batch: int,
+  rows: slice,
+  seed: int,
+  position: int,
+  lanes: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
   """This process's rows of batch `position`, `position + 1`, ...
 
   Each epoch is a new permutation, with new noise. MLE is the same call without noise.
 
   Args:
-    batch: global batch size.
-    rows: this process's rows of it.
+    batch: examples in a global batch.
+    rows: this process's rows of it; there are batch / lanes in all.
+    lanes: examples in a row.
 
   Yields:
-    What `actions.tree` returns, with weight 0 at the wrong tokens.
+    What `actions.tree` returns, with weight 0 at the wrong tokens, `lanes` trees packed into a row;
+    and the examples' prompts, `prompt` [b, p] with `prompt_length` [b]. A batch of unusually long
+    rows is wider than the others (and compiled anew) rather than cut off.
   """
   nodes, wrong = data.nodes(noise), data.wrong(noise)
+  usual = row_nodes(data, noise, batch, lanes)
 
   def make(index: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    # Noise is drawn for the global batch: it must not depend on the number of processes.
+    # Noise is drawn and rows are made for the global batch: they must not depend on the number of
+    # processes.
     actions, weight = corrupt(rng, data.answer[index], wrong[index], noise)
-    mine = index[rows]
-    made = tree(data.prompt[mine], data.prompt_length[mine], actions[rows], nodes)
-    return made | {"weight": weight[rows]}
+    size = data.prompt_length[index] + np.sum(actions > BACKSPACE, axis=1)
+    table = fold(size, lanes)
+    width = usual if (fullest := size[table].sum(1).max()) <= usual else -(-fullest // 32) * 32
+    mine = table[rows].reshape(-1)
+    prompts = {
+      "prompt": data.prompt[index[mine]],
+      "prompt_length": data.prompt_length[index[mine]],
+    }
+    made = tree(*prompts.values(), actions[mine], nodes) | {"weight": weight[mine]}
+    return pack(made, lanes, width) | prompts
 
   order = grain.MapDataset.range(len(data.answer)).seed(seed).shuffle().repeat().batch(batch)
   batches = order.random_map(make)

@@ -100,8 +100,12 @@ def force_error(
   return out
 
 
-def likelihood(apply: Callable, params, data: Encoded, config: LossConfig, batch: int) -> float:
-  """Mean log-likelihood of an answer's actions under the policy, in nats an action, <eos> too."""
+def make_likelihood(apply: Callable, config: LossConfig, batch: int) -> Callable:
+  """Returns `likelihood(params, data) -> float`, which computes `batch` examples at a time.
+
+  That is the mean log-likelihood of an answer's actions under the policy, in nats an action, <eos>
+  too.
+  """
   plain = LossConfig("chi2", 0.0, 1.0, config.backspace)
 
   @jax.jit
@@ -109,30 +113,32 @@ def likelihood(apply: Callable, params, data: Encoded, config: LossConfig, batch
     logits = apply(params, rows["token"], rows["position"], rows["end"])
     return -loss(plain, logits, rows)[0] * rows["weight"].sum(), rows["weight"].sum()
 
-  made = tree(data.prompt, data.prompt_length, data.answer, data.nodes(Noise()))
-  sums = np.zeros(2)
-  for start in range(0, len(data.answer), batch):
-    # The last batch is filled with rows that carry no loss: one shape, one compilation.
-    index = np.arange(start, start + batch)
-    rows = {name: x[index % len(x)] for name, x in made.items()}
-    rows["weight"] = rows["weight"] * (index < len(data.answer))[:, None]
-    sums += np.array(total(params, jax.tree.map(jnp.asarray, rows)))
-  return float(sums[0] / sums[1])
+  def likelihood(params, data: Encoded) -> float:
+    made = tree(data.prompt, data.prompt_length, data.answer, data.nodes(Noise()))
+    sums = np.zeros(2)
+    for start in range(0, len(data.answer), batch):
+      # The last batch is filled with rows that carry no loss: one shape, one compilation.
+      index = np.arange(start, start + batch)
+      rows = {name: x[index % len(x)] for name, x in made.items()}
+      rows["weight"] = rows["weight"] * (index < len(data.answer))[:, None]
+      sums += np.array(total(params, jax.tree.map(jnp.asarray, rows)))
+    return float(sums[0] / sums[1])
+
+  return likelihood
 
 
 def measure(
-  generate: Callable, log_likelihood: Callable, data: Encoded, backspace: bool, seed: int
+  generate: Callable, data: Encoded, backspace: bool, seed: int
 ) -> Iterator[tuple[str, float]]:
   """Yields ("exact/greedy", value) and so on.
 
   For each temperature: `exact`, exact match with <backspace> allowed; `forbidden`, without it;
   `recovery`, the final answer is right although a wrong token was forced into it; `rate`,
   `precision`, `recall` of erasures; `finished`, trajectories that came to <eos>. Where the model
-  has no <backspace> there are `exact` and `recovery` only. Last the log-likelihood.
+  has no <backspace> there are `exact`, `recovery` and `finished` only.
 
   Args:
     generate: (temperature, backspace, forced or None, seed) -> actions int32 [e, a].
-    log_likelihood: () -> nats an action.
   """
   rng = np.random.default_rng(seed)
   wrong = data.wrong(Noise())
@@ -150,4 +156,3 @@ def measure(
         if not math.isnan(value):
           yield f"{metric}/{name}", value
     yield f"finished/{name}", float(np.mean(np.any(actions == EOS, axis=1)))
-  yield "log_likelihood/data", log_likelihood()

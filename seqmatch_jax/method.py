@@ -76,7 +76,7 @@ def make_loss_config(config) -> loss.LossConfig:
   return loss.LossConfig(**{k: config.loss[k] for k in loss.LossConfig.__dataclass_fields__})
 
 
-def _check(config) -> None:
+def _check(config, mesh: jax.sharding.Mesh) -> None:
   schedule = config.loss
   for name in ("warmup", "anneal"):
     if schedule[name] < 0:
@@ -85,6 +85,13 @@ def _check(config) -> None:
     raise UserError(
       f"noise.rate={config.noise.rate} types errors that loss.backspace=False cannot erase; "
       "choose noise.rate=0 or loss.backspace=True."
+    )
+  lanes = config.data.lanes
+  if lanes < 1 or config.batch % (lanes * mesh.size):
+    raise UserError(
+      f"data.lanes={lanes}: batch={config.batch} does not divide into rows of {lanes} examples on "
+      f"{mesh.size} devices; choose data.lanes=1, or a batch that is a multiple of "
+      f"{max(lanes, 1) * mesh.size}."
     )
   memory = config.buffer
   for name, most in (("refresh", math.inf), ("draw", math.inf), ("rollouts", config.batch)):
@@ -99,7 +106,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   Raises:
     UserError: the config does not fit itself or the data.
   """
-  _check(config)
+  _check(config, mesh)
   loss_config, noise = make_loss_config(config), Noise(**dict(config.noise))
   train, test = make_examples(config)
   vocab = Vocab.from_texts([text for x in (*train, *test) for text in (x.question, x.answer)])
@@ -123,13 +130,6 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       extra = buffer.create(memory.rows, width, facts["max_actions"])
     return network.init(key), extra
 
-  def own_prompts(batch):
-    """The prompts of the first rows of a batch of trees: [rollouts, p] and their lengths."""
-    few = {name: batch[name][: memory.rollouts] for name in ("token", "end", "erasable")}
-    # The first node lives to the end of the row: its `end` is the number of nodes there are.
-    length = few["end"][:, 0] - jnp.sum(few["erasable"], axis=1)
-    return jnp.where(jnp.arange(width) < length[:, None], few["token"][:, :width], 0), length
-
   def augment(state, batch, key):
     past = state.step - schedule.warmup
     batch = {**batch, "strength": jnp.clip(past / max(schedule.anneal, 1), 0.0, 1.0)}
@@ -138,7 +138,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     key_roll, key_draw = jax.random.split(key)
 
     def refresh(extra):
-      prompt, length = own_prompts(batch)
+      prompt, length = (batch[name][: memory.rollouts] for name in ("prompt", "prompt_length"))
       # Trajectories of the policy itself: temperature 1, no token excluded.
       row = jnp.arange(len(prompt))
       made = generate(
@@ -149,7 +149,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     due = (past >= 0) & (past % memory.refresh == 0)
     extra = jax.lax.cond(due, refresh, lambda extra: extra, state.extra)
     drawn = buffer.draw(extra, key_draw, memory.draw)
-    model = tree(drawn["prompt"], drawn["length"], drawn["actions"], width + facts["max_actions"])
+    # What is typed either stays in the text or is erased.
+    nodes = facts["max_length"] + facts["max_erasures"]
+    model = tree(drawn["prompt"], drawn["length"], drawn["actions"], nodes)
     model["weight"] *= drawn["weight"][:, None]
     return extra, {**batch, "model": model}
 
@@ -158,17 +160,27 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
   def loss_fn(params, ema, batch, key):
     del ema, key
-    model = batch.get("model")
-    own = None if model is None else logits(params, model)
+    model, own = batch.get("model"), None
+    if model is not None:
+      # As long as alpha is 0 their penalty is, too: the pass is saved.
+      shape = jax.eval_shape(logits, params, model)
+      own = jax.lax.cond(
+        batch["strength"] > 0,
+        logits,
+        lambda params, rows: jnp.zeros(shape.shape, shape.dtype),
+        params,
+        model,
+      )
     return loss.loss(loss_config, logits(params, batch), batch, model, own, batch["strength"])
 
   def stream(seed: int, position: int) -> Iterator[dict[str, np.ndarray]]:
-    rows = mesh_lib.process_rows(config.batch)
+    lanes = config.data.lanes
+    rows = mesh_lib.process_rows(config.batch // lanes)
     quiet = Noise(**{**dict(config.noise), "rate": 0.0})
-    plain = data.stream(known, quiet, config.batch, rows, seed, position)
+    plain = data.stream(known, quiet, config.batch, rows, seed, position, lanes)
     yield from itertools.islice(plain, max(schedule.warmup - position, 0))
     position = max(position, schedule.warmup)
-    yield from data.stream(known, noise, config.batch, rows, seed, position)
+    yield from data.stream(known, noise, config.batch, rows, seed, position, lanes)
 
   measure = make_evaluate(config, asked, network, generate, loss_config, facts["max_actions"])
   return Method(init, loss_fn, augment, stream, measure), facts
@@ -176,6 +188,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
 def make_evaluate(config, asked: Encoded, network, generate, loss_config, max_actions: int):
   """`Method.evaluate`: all test examples at the end, a quarter of them on the way."""
+  likelihood = evaluate.make_likelihood(network.apply, loss_config, config.batch)
 
   def run(params, step: int, final: bool):
     del step
@@ -190,10 +203,8 @@ def make_evaluate(config, asked: Encoded, network, generate, loss_config, max_ac
       )
       return np.asarray(made.actions)
 
-    def log_likelihood():
-      return evaluate.likelihood(network.apply, params, few, loss_config, config.batch)
-
-    yield from evaluate.measure(actions, log_likelihood, few, loss_config.backspace, config.seed)
+    yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
+    yield "log_likelihood/data", likelihood(params, few)
 
   return run
 
@@ -208,7 +219,7 @@ def _prompts(config, flags) -> list[str]:
     except (OSError, UnicodeDecodeError) as err:
       raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
     return [line for line in lines if line.strip()]
-  return flags.prompt or [x.question for x in make_examples(config)[1][: flags.num]]
+  return flags.prompt or [x.question for x in make_examples(config)[1][: flags.num or 64]]
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:

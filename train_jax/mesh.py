@@ -86,3 +86,16 @@ def place(arrays: dict[str, np.ndarray], shardings: dict[str, NamedSharding]) ->
     name: jax.make_array_from_callback(a.shape, shardings[name], a.__getitem__)
     for name, a in arrays.items()
   }
+
+
+def to_local(array: jax.Array) -> np.ndarray:
+  """This process's rows of a global array whose leading dimension is split over the devices."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def replicate(tree, mesh: Mesh):
+  """The same arrays on every device of the mesh."""
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -110,7 +110,8 @@ def choose(trained: Trained, wanted, fresh: Sequence[str]) -> tuple[dict[str, np
         f"init_from={trained.origin}: {name!r} {told}, and this network needs {leaf.shape}; "
         + advice
       )
-    notes.append(f"{name} {told}" + (f" and {leaf.shape} here" if shape else ""))
+    # What is missing is told by its first name: an embedding is many tensors.
+    notes.append(f"{name} {told} and {leaf.shape} here" if shape else f"{_group(name)} {told}")
   if extra := sorted(set(found) - set(wanted)):
     raise UserError(
       f"init_from={trained.origin}: {extra[0]!r} has no place in this network; " + advice
@@ -118,7 +119,11 @@ def choose(trained: Trained, wanted, fresh: Sequence[str]) -> tuple[dict[str, np
   return taken, _line(trained.origin, taken, notes)
 
 
+def _group(name: str) -> str:
+  return name.partition(".")[0]
+
+
 def _line(origin: str, taken: Mapping[str, Any], notes: Sequence[str]) -> str:
-  groups = ", ".join(dict.fromkeys(name.partition(".")[0] for name in taken))
-  drawn = f"; drawn afresh: {', '.join(notes)}" if notes else "; nothing drawn afresh"
-  return f"began from {origin}: {len(taken)} tensors taken ({groups}){drawn}"
+  groups = ", ".join(dict.fromkeys(map(_group, taken)))
+  drawn = f"drawn afresh: {', '.join(dict.fromkeys(notes))}" if notes else "nothing drawn afresh"
+  return f"began from {origin}: {len(taken)} tensors taken ({groups}); {drawn}"

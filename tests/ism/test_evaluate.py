@@ -26,6 +26,14 @@ def test_labels_are_balanced():
   assert len(counts) == 10 and counts.max() - counts.min() <= 1
 
 
+def test_random_labels_are_uniform_by_the_seed_and_begin_alike():
+  labels = evaluate.random_labels(20_000, 10, seed=1)
+  assert labels.dtype == np.int32 and set(labels.tolist()) == set(range(10))
+  assert np.abs(np.bincount(labels) - 2000).max() < 6 * np.sqrt(2000)
+  np.testing.assert_array_equal(evaluate.random_labels(77, 10, seed=1), labels[:77])
+  assert np.any(evaluate.random_labels(77, 10, seed=2) != labels[:77])
+
+
 def test_real_images_are_judged_real(reference, source):
   images = source.images(np.arange(1797))
   scores = evaluate.compare(reference, images, source.labels)

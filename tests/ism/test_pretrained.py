@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,8 +12,8 @@ import pytest
 
 import ism_jax
 from configs import ism_digits
+from ism_jax import latents, sample
 from ism_jax import method as ism
-from ism_jax import sample
 from train_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -108,10 +108,7 @@ def test_latents_are_decoded_by_their_autoencoder(config, params, directory, tmp
     assert (path, expected) == ("v.safetensors", "its hash")
     return lambda *args: np.repeat(sampler(*args), 8, axis=1)
 
-  latents = ModuleType("ism_jax.latents")
-  latents.decoding = decoding
-  monkeypatch.setitem(sys.modules, "ism_jax.latents", latents)
-  monkeypatch.setattr(ism_jax, "latents", latents, raising=False)
+  monkeypatch.setattr(latents, "decoding", decoding)
   images = ism_jax.load_pretrained(tmp_path, vae="v.safetensors").sample([0], nfe=1)
   raw = ism_jax.load_pretrained(tmp_path).sample([0], nfe=1)
   np.testing.assert_array_equal(images[:, ::8], raw)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmatch_jax.actions import Noise, corrupt, replay, tree, visible
+from seqmatch_jax.actions import Noise, corrupt, fold, pack, replay, tree, visible
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
 from train_jax.errors import UserError
 
@@ -180,6 +180,42 @@ def test_packing_one_beside_another_leaves_it_as_it_was():
   for i in range(5):
     texts = [seen_text(t, 0, t["read"][0, at]) for t, at in ((both, 5 + i), (alone, i))]
     assert texts[0] == texts[1]
+
+
+def test_trees_that_share_a_row_are_as_they_were_alone():
+  prompts, trajectories = random_batch(5, rows=12, packed=1)
+  alone = grow(prompts, trajectories)
+  together = pack(alone, 3, int(alone["end"][:, 0].reshape(4, 3).sum(1).max()) + 2)
+  width = alone["action"].shape[1]
+  assert {name: x.dtype for name, x in together.items()} == {n: x.dtype for n, x in alone.items()}
+  for tree_number, (prompt, (actions,)) in enumerate(zip(prompts, trajectories, strict=True)):
+    row, lane = divmod(tree_number, 3)
+    for i, action in enumerate(actions):
+      at = lane * width + i
+      for name, text in (("read", actions[:i]), ("next", actions[: i + 1])):
+        assert seen_text(together, row, together[name][row, at]) == replay(prompt, text)
+      node = together["read"][row, at]
+      assert together["erasable"][row, node] == (len(replay(prompt, actions[:i])) > len(prompt))
+      assert (together["action"][row, at], together["time"][row, at]) == (action, i)
+      assert together["weight"][row, at] == 1
+    rest = slice(lane * width + len(actions), (lane + 1) * width)
+    for name in ("action", "read", "next", "time", "weight"):
+      assert not together[name][row, rest].any()
+  for row, used in enumerate(alone["end"][:, 0].reshape(4, 3).sum(1)):
+    mask = visible(together["end"][row])
+    np.testing.assert_array_equal(mask[used:], np.eye(len(mask), dtype=bool)[used:])
+    assert not mask[:used, used:].any() and not together["token"][row, used:].any()
+  with pytest.raises(ValueError, match="do not fit into 9"):
+    pack(alone, 3, 9)
+
+
+def test_folding_puts_the_longest_beside_the_shortest():
+  np.testing.assert_array_equal(fold(np.array([3, 9, 1, 7]), 2), [[1, 2], [3, 0]])
+  np.testing.assert_array_equal(fold(np.array([3, 9, 1]), 1), [[0], [1], [2]])
+  size = np.random.default_rng(0).integers(1, 50, 24)
+  table = fold(size, 4)
+  assert table.shape == (6, 4) and sorted(table.ravel()) == list(range(24))
+  assert size[table].sum(1).max() < np.sort(size)[::-1].reshape(6, 4).sum(1).max()
 
 
 @pytest.mark.parametrize("actions", [[X], [A, X, X, B], [A, B, X, EOS, X, X]])

@@ -313,3 +313,29 @@ def test_processes_share_out_the_same_global_batch(toy):
     for parts in zip(*shares, strict=True)
   ]
   assert_same(joined, whole)
+
+
+def test_lanes_hold_the_same_questions_in_fewer_rows(toy):
+  noise = Noise(0.5, 2)
+  (alone,) = take(1, toy, noise)
+  (packed,) = itertools.islice(data.stream(toy, noise, BATCH, slice(0, 8), 0, 0, lanes=2), 1)
+  assert packed["token"].shape[0] == 8 and packed["action"].shape[1] == 2 * alone["action"].shape[1]
+  assert packed["prompt"].shape == alone["prompt"].shape
+
+  def texts(batch, count):
+    trajectories = batch["action"].reshape(count, -1)
+    return sorted(zip(batch["prompt"].tolist(), trajectories.tolist(), strict=True))
+
+  assert texts(packed, BATCH) == texts(alone, BATCH)
+  assert packed["weight"].sum() == alone["weight"].sum()
+  # Two processes see the halves of the same rows.
+  halves = [next(data.stream(toy, noise, BATCH, rows, 0, 0, 2)) for rows in (slice(4), slice(4, 8))]
+  for name, whole in packed.items():
+    np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), whole)
+
+
+def test_a_batch_that_is_too_wide_is_widened_and_not_cut(toy, monkeypatch):
+  monkeypatch.setattr(data, "row_nodes", lambda *args: 1)
+  batch = next(data.stream(toy, Noise(0.5, 2), BATCH, slice(0, 8), 0, 0, lanes=2))
+  used = (batch["token"] != PAD).sum(1).max()
+  assert used <= batch["token"].shape[1] == -(-used // 32) * 32

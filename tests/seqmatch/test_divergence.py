@@ -29,12 +29,6 @@ def draw(name, count=201):
   return np.linspace(low + 1e-6, 5.0, count)
 
 
-@pytest.fixture
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_phi_is_the_formula_concave_with_value_zero_and_slope_one(name, float64):
   formula, _ = FORMULAS[name]

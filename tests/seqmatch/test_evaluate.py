@@ -81,7 +81,7 @@ def encoded():
 def test_likelihood_of_a_uniform_policy(encoded):
   known, vocab = encoded
   apply = lambda params, token, position, end: jnp.zeros((*token.shape, vocab.size)) * params  # noqa: E731
-  found = evaluate.likelihood(apply, 1.0, known, LossConfig("chi2", 0.5, 0.9, True), 8)
+  found = evaluate.make_likelihood(apply, LossConfig("chi2", 0.5, 0.9, True), 8)(1.0, known)
   # All but <pad> and <bos>; <backspace> too after the first of an answer's three actions.
   legal = vocab.size - 2
   assert found == pytest.approx(-np.mean(np.log([legal - 1, legal, legal])), rel=1e-6)
@@ -94,7 +94,7 @@ def test_likelihood_does_not_depend_on_the_batch(encoded):
     return jax.nn.one_hot(token, vocab.size) * params + position[..., None] / 7
 
   config = LossConfig("kl", 0.1, 0.9, False)
-  found = [evaluate.likelihood(apply, 2.0, known, config, batch) for batch in (1, 8, 64)]
+  found = [evaluate.make_likelihood(apply, config, batch)(2.0, known) for batch in (1, 8, 64)]
   assert found == pytest.approx([found[0]] * 3, rel=1e-5)
 
 
@@ -114,12 +114,11 @@ def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
     ]
     return rows(*rest)
 
-  found = dict(evaluate.measure(generate, lambda: -1.5, known, backspace, 0))
+  found = dict(evaluate.measure(generate, known, backspace, 0))
   for name in evaluate.TEMPERATURES:
     assert found[f"exact/{name}"] == 1
     assert found[f"recovery/{name}"] == float(backspace)
     assert found[f"finished/{name}"] == 1
     assert (f"forbidden/{name}" in found) == backspace
-  assert found["log_likelihood/data"] == -1.5
   assert {allowed for _, allowed, _ in calls} == ({True, False} if backspace else {False})
   assert known.nodes(Noise()) >= 11

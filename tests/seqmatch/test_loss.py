@@ -1,22 +1,11 @@
-"""The objective against the paper's long form, and its optima on an MDP small enough to enumerate.
-
-States of the small MDP are texts of at most three of the tokens 4 and 5. A batch of it need not
-hold trajectories: with one node a state, one action a state-action pair at time 0, and discounted
-occupancies as weights, the loss is the exact expectation.
-"""
-
-from functools import cache
-from itertools import product
-from types import SimpleNamespace
+"""The objective against the paper's long form; its masks; numerics."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import minimize
 
 from seqmatch_jax import loss as lib
-from seqmatch_jax.actions import tree
 from seqmatch_jax.divergence import DIVERGENCES
 from seqmatch_jax.loss import LossConfig
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD
@@ -36,15 +25,9 @@ run_terms = jax.jit(lib.terms, static_argnames="config")
 close = np.testing.assert_allclose
 
 
-@pytest.fixture
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 # ------------------------------------------------------------------------------ trajectories
 
-V, PROMPT = 9, (BOS, 6, 8)
+V = 9
 
 
 def texts_of(actions):
@@ -63,24 +46,6 @@ def draw_actions(rng, length):
     actions.append(BACKSPACE if erase else int(rng.integers(4, V)))
     depth += -1 if erase else 1
   return [*actions, EOS]
-
-
-def make_batch(rows, prompt=PROMPT):
-  """rows of trajectories of actions -> the batch, and the text of each node [b][s]."""
-  group, length = max(map(len, rows)), max(len(t) for row in rows for t in row)
-  actions = np.full((len(rows), group, length), PAD, np.int32)
-  texts = []
-  for i, row in enumerate(rows):
-    nodes = [None] * (len(prompt) - 1) + [()]
-    for j, trajectory in enumerate(row):
-      actions[i, j, : len(trajectory)] = trajectory
-      after = texts_of(trajectory)[1:]
-      nodes += [t for t, a in zip(after, trajectory, strict=True) if a > BACKSPACE]
-    texts.append(nodes)
-  size = max(map(len, texts)) + 1
-  prompts = np.tile(np.int32(prompt), (len(rows), 1))
-  batch = tree(prompts, np.full(len(rows), len(prompt), np.int32), actions, size)
-  return batch, [nodes + [None] * (size - len(nodes)) for nodes in texts]
 
 
 def table_of(texts, seed=0):
@@ -110,7 +75,7 @@ def long_form(name, alpha, gamma, table, row, actions):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_equals_the_long_form_in_value_and_gradient(name, float64):
+def test_equals_the_long_form_in_value_and_gradient(name, float64, make_batch):
   alpha, gamma = 0.03, 0.98
   config = LossConfig(name, alpha, gamma, backspace=True)
   trajectories = [draw_actions(np.random.default_rng(i), n) for i, n in enumerate((11, 1, 6))]
@@ -130,7 +95,7 @@ def test_equals_the_long_form_in_value_and_gradient(name, float64):
   close(got_grad, want_grad, atol=1e-8)
 
 
-def test_values_telescope_to_the_first(float64):
+def test_values_telescope_to_the_first(float64, make_batch):
   """sum_i gamma^i (r_i - log pi_i) = V(s_0) with the absorbing state's rewards in its place."""
   config = LossConfig("chi2", 0.1, 0.9, backspace=True)
   actions = draw_actions(np.random.default_rng(3), 20)
@@ -142,7 +107,7 @@ def test_values_telescope_to_the_first(float64):
   close(total, float(value_of(table[row[()]], False)), rtol=1e-12)
 
 
-def test_maximum_likelihood_is_the_mean_cross_entropy(float64):
+def test_maximum_likelihood_is_the_mean_cross_entropy(float64, make_batch):
   batch, texts = make_batch([[draw_actions(np.random.default_rng(i), 5 + i)] for i in range(3)])
   batch["weight"][0, 1] = batch["weight"][2, :3] = 0
   table, nodes, row = table_of(texts)
@@ -160,7 +125,7 @@ def test_maximum_likelihood_is_the_mean_cross_entropy(float64):
     close(metrics["accuracy"], np.mean(hits))
 
 
-def test_metrics_add_up_and_cover_what_carries_loss(float64):
+def test_metrics_add_up_and_cover_what_carries_loss(float64, make_batch):
   config = LossConfig("chi2_mixture", 0.2, 1.0, backspace=True)
   batch, texts = make_batch([[draw_actions(np.random.default_rng(i), 9)] for i in range(2)])
   batch["weight"][1] = 0
@@ -174,7 +139,7 @@ def test_metrics_add_up_and_cover_what_carries_loss(float64):
   close(metrics["reward_max"], np.max(np.abs(reward)))
 
 
-def test_strength_scales_alpha(float64):
+def test_strength_scales_alpha(float64, make_batch):
   batch, texts = make_batch([[draw_actions(np.random.default_rng(0), 9)]])
   table, nodes, _ = table_of(texts)
   full, half = (LossConfig("chi2_mixture", alpha, 0.9, True) for alpha in (0.2, 0.1))
@@ -183,7 +148,7 @@ def test_strength_scales_alpha(float64):
   close(got, run(half, *args)[0], rtol=1e-12)
 
 
-def test_gamma_one_is_the_limit(float64):
+def test_gamma_one_is_the_limit(float64, make_batch):
   """Without discount <eos> has no penalty, and nothing divides by 1 - gamma."""
   batch, texts = make_batch([[draw_actions(np.random.default_rng(1), 8)]])
   table, nodes, _ = table_of(texts)
@@ -195,7 +160,7 @@ def test_gamma_one_is_the_limit(float64):
     close(near.log_prob, log_prob)
 
 
-def test_packed_trajectories_are_the_sum_of_separate_ones(float64):
+def test_packed_trajectories_are_the_sum_of_separate_ones(float64, make_batch):
   config = LossConfig("chi2_mixture", 0.2, 0.95, backspace=True)
   two = [draw_actions(np.random.default_rng(i), n) for i, n in enumerate((12, 7))]
   packed, apart = (make_batch(rows) for rows in ([two], [[t] for t in two]))
@@ -210,7 +175,7 @@ def test_packed_trajectories_are_the_sum_of_separate_ones(float64):
     close(value, got[1][1][name], rtol=1e-12, err_msg=name)
 
 
-def test_model_trajectories_count_by_their_own_number(float64):
+def test_model_trajectories_count_by_their_own_number(float64, make_batch):
   """Twice the same trajectories say the same about the model; padding rows say nothing."""
   config = LossConfig("chi2_mixture", 0.2, 0.95, backspace=True)
   batch, texts = make_batch([[draw_actions(np.random.default_rng(i), 8)] for i in range(3)])
@@ -229,14 +194,14 @@ def test_model_trajectories_count_by_their_own_number(float64):
 # ----------------------------------------------------------------------------------- numerics
 
 
-def test_illegal_actions_have_no_probability_and_no_gradient():
+def test_illegal_actions_have_no_probability_and_no_gradient(make_batch):
   batch, texts = make_batch([[draw_actions(np.random.default_rng(i), 9)] for i in range(2)])
   table, nodes, _ = table_of(texts)
   logits = np.float32(table[nodes])
   for backspace in (True, False):
     legal = np.asarray(lib.legal_logits(logits, batch["erasable"], backspace))
     prob = np.exp(legal)
-    assert np.all(prob[..., [PAD, BOS]] == 0) and np.all(prob[:, : len(PROMPT), BACKSPACE] == 0)
+    assert np.all(prob[..., [PAD, BOS]] == 0) and np.all(prob[:, :3, BACKSPACE] == 0)
     erasable = batch["erasable"] & backspace
     assert np.all((prob[..., BACKSPACE] > 0) == erasable)
     legal_elsewhere = np.delete(np.arange(V), [PAD, BOS, BACKSPACE])
@@ -253,7 +218,7 @@ def test_illegal_actions_have_no_probability_and_no_gradient():
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_finite_at_any_length_size_and_precision(name):
+def test_finite_at_any_length_size_and_precision(name, make_batch):
   length = 4096
   rng = np.random.default_rng(0)
   batch, texts = make_batch([[draw_actions(rng, length)]])
@@ -271,14 +236,14 @@ def test_finite_at_any_length_size_and_precision(name):
   assert np.max(np.abs(grads)) > 0
 
 
-def test_half_precision_logits_are_summed_in_float32():
+def test_half_precision_logits_are_summed_in_float32(make_batch):
   batch, texts = make_batch([[draw_actions(np.random.default_rng(0), 40)]])
   logits = jnp.asarray(table_of(texts)[0][table_of(texts)[1]], jnp.bfloat16)
   config = LossConfig("kl", 0.05, 0.99, backspace=True)
   assert run(config, logits, batch)[0] == run(config, logits.astype(jnp.float32), batch)[0]
 
 
-def test_no_array_has_a_logit_for_every_action():
+def test_no_array_has_a_logit_for_every_action(make_batch):
   batch, texts = make_batch([[draw_actions(np.random.default_rng(0), 40)]])
   b, s, a = 1, len(texts[0]), 40
   assert s != a
@@ -302,284 +267,3 @@ def test_bad_settings(change, words):
   with pytest.raises(UserError) as error:
     LossConfig(**{"divergence": "chi2", "alpha": 0.1, "gamma": 1.0, "backspace": True, **change})
   assert all(word in str(error.value) for word in words)
-
-
-# ------------------------------------------------------------------------------- the small MDP
-
-GAMMA, LETTERS = 0.9, (4, 5)
-STATES = [text for n in range(4) for text in product(LETTERS, repeat=n)]
-NUMBER = {text: i for i, text in enumerate(STATES)}
-ERASABLE = np.array([bool(text) for text in STATES])[None]
-
-
-def make_mdp(backspace):
-  """Every legal state-action pair: the batch without weights, and who leads where."""
-  legal = np.zeros((len(STATES), 6), bool)
-  legal[:, EOS], legal[:, BACKSPACE] = True, backspace & ERASABLE[0]
-  legal[[len(text) < 3 for text in STATES], 4:] = True
-  read, action = np.nonzero(legal)
-  after = [
-    STATES[i] if a == EOS else STATES[i][:-1] if a == BACKSPACE else (*STATES[i], a)
-    for i, a in zip(read, action, strict=True)
-  ]
-  return SimpleNamespace(
-    read=read,
-    action=action,
-    next=np.array([NUMBER[tuple(int(x) for x in text)] for text in after]),
-    goes_on=1.0 * (action != EOS),
-    series=np.where(action == EOS, 1 / (1 - GAMMA), 1.0),  # with the absorbing state
-  )
-
-
-MDPS = {backspace: make_mdp(backspace) for backspace in (False, True)}
-
-
-def table_of_pairs(mdp, theta):
-  """theta, a logit of each pair -> logits [states, 6]; texts that are too long are illegal."""
-  return jnp.full((len(STATES), 6), lib.ILLEGAL).at[mdp.read, mdp.action].set(theta)
-
-
-def policy_of(mdp, theta):
-  """theta -> log pi of each pair."""
-  return jax.nn.log_softmax(table_of_pairs(mdp, theta))[mdp.read, mdp.action]
-
-
-def occupancy(mdp, prob):
-  """Discounted occupancy of each pair, from a linear system: the policy's exact expectation."""
-  n = len(STATES)
-  step = jnp.zeros((n, n)).at[mdp.next, mdp.read].add(GAMMA * mdp.goes_on * prob)
-  visits = jnp.linalg.solve(jnp.eye(n) - step, jnp.eye(n)[0])
-  return visits[mdp.read] * prob
-
-
-def draw_theta(mdp, seed=0):
-  """A random policy that takes every legal action."""
-  return np.random.default_rng(seed).normal(size=mdp.read.shape)
-
-
-def data_policy(mdp):
-  return np.exp(policy_of(mdp, draw_theta(mdp)))
-
-
-def pairs_batch(mdp, weight):
-  """The batch whose loss is an expectation under the occupancy `weight`."""
-  arrays = {"action": mdp.action, "read": mdp.read, "next": mdp.next}
-  batch = {name: x[None].astype(np.int32) for name, x in arrays.items()}
-  time = np.zeros_like(batch["action"])
-  return {**batch, "time": time, "weight": weight[None], "erasable": ERASABLE}
-
-
-def derivatives(objective):
-  """objective(theta, ...) -> its value, gradient and Hessian, compiled."""
-
-  @jax.jit
-  def all_three(*args):
-    return *jax.value_and_grad(objective)(*args), jax.hessian(objective)(*args)
-
-  return all_three
-
-
-def minimum(compiled, theta, *args):
-  """theta at the minimum of what `derivatives` compiled, by Newton's method in a trust region."""
-
-  def at(x):
-    return [np.asarray(part) for part in compiled(x, *args)]
-
-  options = {"gtol": 1e-10, "maxiter": 200}
-  hessian = lambda x: at(x)[2]  # noqa: E731
-  found = minimize(
-    lambda x: at(x)[:2], theta, jac=True, hess=hessian, method="trust-exact", options=options
-  )
-  assert np.max(np.abs(found.jac)) < 1e-6
-  return found.x
-
-
-@cache
-def expected_loss(name, backspace):
-  """(theta, alpha, data's and model's occupancies) -> the loss, as `derivatives`."""
-  mdp, config = MDPS[backspace], LossConfig(name, 1.0, GAMMA, backspace)
-
-  def objective(theta, alpha, data, model):
-    logits = table_of_pairs(mdp, theta)[None]
-    data, model = pairs_batch(mdp, data), pairs_batch(mdp, model)
-    return lib.loss(config, logits, data, model, logits, strength=alpha)[0]
-
-  return derivatives(objective)
-
-
-@cache
-def optimum(name, backspace, alpha):
-  """The policy at the loss's minimum; with model trajectories, at their fixed point."""
-  mdp = MDPS[backspace]
-  data = model = occupancy(mdp, data_policy(mdp))
-  theta = np.zeros(mdp.read.shape)
-  for _ in range(12 if name == "chi2_mixture" else 1):
-    theta = minimum(expected_loss(name, backspace), theta, alpha, data, model)
-    model = occupancy(mdp, np.exp(policy_of(mdp, theta)))
-  return np.exp(policy_of(mdp, theta))
-
-
-@pytest.mark.parametrize("backspace", [False, True])
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_optimum_tends_to_the_data_with_alpha(name, backspace, float64):
-  prob = data_policy(MDPS[backspace])
-  coarse, fine = (np.max(np.abs(optimum(name, backspace, a) - prob)) for a in (0.1, 0.01))
-  assert fine < 0.02 and 5 < coarse / fine < 15
-
-
-F_DIVERGENCES = {
-  "kl": lambda d, m: d * jnp.log(d / m),
-  "reverse_kl": lambda d, m: m * jnp.log(m / d),
-  "js": lambda d, m: d * jnp.log(2 * d / (d + m)) + m * jnp.log(2 * m / (d + m)),
-  "chi2": lambda d, m: (m - d) ** 2 / d,
-  "chi2_mixture": lambda d, m: (m - d) ** 2 / (m + d),
-}
-
-
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_optimum_is_the_minimum_of_the_divergence_less_the_entropy(name, float64):
-  """D / alpha - H minimised over occupancies, without V, r or phi."""
-  mdp = MDPS[True]
-  data = occupancy(mdp, data_policy(mdp))
-
-  def objective(theta, alpha):
-    log_prob = policy_of(mdp, theta)
-    model = occupancy(mdp, jnp.exp(log_prob))
-    distance = jnp.sum(mdp.series * F_DIVERGENCES[name](data, model))
-    return distance / alpha + jnp.sum(model * log_prob)
-
-  direct, off = derivatives(objective), []
-  for alpha in (0.1, 0.01):
-    exact = np.exp(policy_of(mdp, minimum(direct, np.zeros(mdp.read.shape), alpha)))
-    off.append(np.max(np.abs(optimum(name, True, alpha) - exact)))
-  if name == "chi2_mixture":  # samples of the model pass no gradient: second order in alpha
-    assert off[0] < 1e-2 and off[1] < 1e-4
-  else:
-    assert max(off) < 1e-6
-
-
-def test_the_other_reading_of_alpha_forgets_the_data(float64):
-  """x - x^2 / (4 alpha), our penalty at 1 / alpha, tends to the most random policy instead."""
-  mdp = MDPS[True]
-  value = np.zeros(len(STATES))  # soft value iteration with r = 0; after <eos>, 0
-  for _ in range(500):
-    q = np.full((len(STATES), 6), -np.inf)
-    q[mdp.read, mdp.action] = GAMMA * mdp.goes_on * value[mdp.next]
-    value = np.log(np.exp(q).sum(1))
-  random = np.exp(q - value[:, None])[mdp.read, mdp.action]
-  policy = optimum("chi2", True, 1 / 1e-4)
-  close(policy, random, atol=0.01)
-  assert np.max(np.abs(policy - data_policy(mdp))) > 0.3
-
-
-# ---------------------------------------------------------------------------------- estimation
-
-
-def enumerate_trajectories(prob, least=1e-10):
-  """Every trajectory of a policy {(text, action): prob} that is likelier than `least`."""
-  found, open_ = [], [((), [], 1.0)]
-  while open_:
-    text, actions, p = open_.pop()
-    for (state, action), q in prob.items():
-      if state == text and p * q > least:
-        if action == EOS:
-          found.append(([*actions, action], p * q))
-        else:
-          then = text[:-1] if action == BACKSPACE else (*text, action)
-          open_.append((then, [*actions, action], p * q))
-  return found
-
-
-def lookup(mdp, table):
-  """{(text, action): x} -> x of each pair, 0 where there is none."""
-  pairs = zip(mdp.read, mdp.action, strict=True)
-  return np.array([table.get((STATES[i], int(a)), 0.0) for i, a in pairs])
-
-
-def clean_policy():
-  """A random policy without <backspace>, as {(text, action): prob}."""
-  mdp = MDPS[False]
-  prob = data_policy(mdp)
-  pairs = zip(mdp.read, mdp.action, prob, strict=True)
-  return {(STATES[i], int(a)): float(p) for i, a, p in pairs}
-
-
-def test_trajectories_estimate_the_expectation_without_bias(float64):
-  """Mean over all trajectories, by probability = the exact expectation."""
-  mdp, policy, eraser = MDPS[True], clean_policy(), (4, 5)  # erases in one state: few trajectories
-  policy = {(t, a): p * (0.9 if t == eraser else 1) for (t, a), p in policy.items()}
-  policy[eraser, BACKSPACE] = 0.1
-  actions, p = zip(*enumerate_trajectories(policy), strict=True)
-  assert len(actions) > 50 and abs(sum(p) - 1) < 1e-8
-
-  batch, texts = make_batch([[t] for t in actions], prompt=(BOS,))
-  table = table_of_pairs(mdp, draw_theta(mdp, seed=1))
-  nodes = np.array([[NUMBER.get(text, 0) for text in row] for row in texts])
-  logits = table[nodes]
-  exact = pairs_batch(mdp, occupancy(mdp, lookup(mdp, policy)))
-  for name in DIVERGENCES:
-    config = LossConfig(name, 0.1, GAMMA, backspace=True)
-
-    def total(logits, batch, c=config):
-      return lib.loss(c, logits, batch, batch, logits)[0] * jnp.sum(batch["weight"])
-
-    one = jax.vmap(lambda l, row, f=total: f(l[None], jax.tree.map(lambda x: x[None], row)))
-    want = jax.jit(total)(table[None], exact)
-    close(np.dot(p, jax.jit(one)(logits, batch)), want, rtol=1e-7)
-
-
-def noised_occupancy(policy, rate):
-  """Weights of the actions that carry loss, when errors are typed and erased before a policy's.
-
-  Both the error and its <backspace> take time; the error carries no loss.
-  """
-  arrive, weight = dict.fromkeys(STATES, 0.0) | {(): 1.0}, {}
-  for text in STATES:  # shorter texts first
-    noisy = rate * arrive[text] * (len(text) < 3)
-    for letter in LETTERS * (noisy > 0):
-      weight[(*text, letter), BACKSPACE] = GAMMA * noisy / 2
-    arrive[text] += (GAMMA**2 - 1) * noisy
-    for action in (EOS, *LETTERS):
-      p = arrive[text] * policy.get((text, action), 0.0)
-      if p:
-        weight[text, action] = p
-        if action != EOS:
-          arrive[*text, action] += GAMMA * p
-  return weight
-
-
-def test_noise_actions_without_loss_leave_the_clean_policy(float64):
-  """The sum over the other actions recovers the data; forms with V(s_0) in them do not."""
-  mdp, clean = MDPS[True], clean_policy()
-  config = LossConfig("chi2", 0.01, GAMMA, backspace=True)
-  weight = lookup(mdp, noised_occupancy(clean, 0.3))
-  batch, keep = pairs_batch(mdp, weight), mdp.action != BACKSPACE
-
-  def form(theta):
-    """The right objective, that with V(s_0), and that with half of V(s_0) and half of the drift."""
-    logits = table_of_pairs(mdp, theta)[None]
-    log_prob, penalty, reward = (x[0] for x in lib.terms(config, logits, batch))
-    long = jnp.sum(weight * (mdp.series * reward + penalty))
-    drift = jnp.sum(weight * (mdp.series * reward - log_prob))  # telescopes to V(s_0) if unmasked
-    first = jax.nn.logsumexp(lib.legal_logits(logits, ERASABLE, True)[0, 0])
-    return jnp.stack(
-      [
-        -lib.loss(config, logits, batch)[0] * jnp.sum(weight),
-        long - first,
-        long - (drift + first) / 2,
-      ]
-    )
-
-  off, compiled = [], derivatives(lambda theta, which: -jnp.dot(which, form(theta)))
-  for which in range(3):
-    theta = minimum(compiled, np.zeros(mdp.read.shape), np.eye(3)[which])
-    policy = np.exp(policy_of(mdp, theta))
-    wanted = weight / np.bincount(mdp.read, weight)[mdp.read]
-    kept = policy * keep
-    kept /= np.bincount(mdp.read, kept)[mdp.read]
-    errors = np.abs(policy - wanted), np.abs(kept - lookup(mdp, clean))[keep]
-    off.append([np.max(x) for x in errors])
-  right, masked, halved = off
-  assert max(right) < 0.005
-  assert masked[0] > 0.2 and masked[1] > 0.05
-  assert halved[0] > 0.05 and halved[1] > 0.03

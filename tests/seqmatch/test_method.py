@@ -86,8 +86,8 @@ def test_rollouts_are_legal_trajectories_of_the_batch_s_prompts():
   for row in range(8):
     length = memory["length"][row]
     prompt = memory["prompt"][row][:length]
-    np.testing.assert_array_equal(prompt, batch["token"][row][:length])
-    assert not batch["erasable"][row][:length].any() and batch["erasable"][row][length]
+    np.testing.assert_array_equal(prompt, batch["prompt"][row][:length])
+    assert length == batch["prompt_length"][row] and prompt.min() > 0
     actions = memory["actions"][row]
     replay(prompt, actions)  # raises where a <backspace> meets the prompt
     ends = np.flatnonzero(actions == EOS)
@@ -100,6 +100,18 @@ def test_baselines_keep_no_buffer(options):
   assert state.extra == ()
   assert "penalty_model" not in metrics and float(metrics["penalty"]) == 0
   np.testing.assert_allclose(metrics["loss"], metrics["nll"], rtol=1e-6)
+
+
+def test_the_loss_does_not_depend_on_the_lanes(one_device):
+  batches, losses = [], []
+  for lanes in (1, 2):
+    method, _ = build(get_config(data__lanes=lanes, noise__rate=0.5, loss__warmup=0), one_device)
+    params, _ = jax.jit(method.init)(jax.random.key(0))
+    batches.append(next(method.stream(0, 0)) | {"strength": 1.0})
+    losses.append(jax.jit(method.loss)(params, {}, batches[-1], jax.random.key(0))[1])
+  assert [len(batch["token"]) for batch in batches] == [16, 8]
+  for name, value in losses[0].items():
+    np.testing.assert_allclose(losses[1][name], value, rtol=1e-5, err_msg=name)
 
 
 def test_learns():
@@ -229,7 +241,8 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"data__examples": 0}, r"data.examples=0 and data.tests=40 must be at least 1"),
     ({"data__context": 5}, r"the context of 5 tokens"),
     ({"buffer__refresh": 0}, r"buffer.refresh=0 must be at least 1"),
-    ({"buffer__rollouts": 99}, r"buffer.rollouts=99 must be at least 1 and at most batch=8"),
+    ({"data__lanes": 3}, r"data.lanes=3: batch=16 does not divide into rows of 3 examples"),
+    ({"buffer__rollouts": 99}, r"buffer.rollouts=99 must be at least 1 and at most batch=16"),
     ({"model__heads": 3}, r"model.width=16 must be a multiple of 2 x model.heads=3"),
   ],
 )
