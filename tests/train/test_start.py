@@ -95,7 +95,7 @@ def test_everything_is_taken_where_everything_fits():
 @pytest.mark.parametrize(
   ("table", "told"),
   [
-    (None, "embed.table is not there"),
+    (None, "drawn afresh: embed is not there$"),
     (np.ones((9, 4)), r"shape \(9, 4\) there and \(5, 4\) here"),
   ],
 )
