@@ -1,11 +1,12 @@
-"""Trains, samples, evaluates, and encodes images as latents.
+"""Trains, samples, evaluates, exports, and encodes images as latents.
 
     python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
     python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
     python main.py --mode=evaluate --workdir=runs/ism_digits [--metrics=fid,is --reference=FILE ...]
     python main.py --mode=encode --images=imagenet/train --vae=vae.safetensors --out=latents
+    python main.py --mode=export --workdir=runs/ism_digits --out=exported
 
-Sampling and evaluation need no config: they read the one that is saved with the checkpoint.
+Only training needs a config: the other modes read the one that is saved with the checkpoint.
 """
 
 import importlib
@@ -18,14 +19,16 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from train_jax import config as config_lib
-from train_jax import loop, mesh, optim
+from train_jax import loop, mesh, optim, start
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
-flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "encode"], "What to do.")
+flags.DEFINE_enum(
+  "mode", "train", ["train", "sample", "evaluate", "export", "encode"], "What to do."
+)
 flags.DEFINE_integer(
   "num",
   None,
@@ -50,7 +53,9 @@ flags.DEFINE_string("vae", None, "sample, evaluate, encode latents: weights of t
 flags.DEFINE_string("images", None, "encode: a folder, tars, ArrayRecord files or tfds:NAME.")
 flags.DEFINE_integer("side", 256, "encode: pixels of a side.")
 flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192 images.")
-flags.DEFINE_string("out", None, "Directory of the results; default: WORKDIR/generated.")
+flags.DEFINE_string(
+  "out", None, "Directory of the results; default: WORKDIR/generated, or WORKDIR/exported."
+)
 
 
 def method_module(config):
@@ -59,6 +64,26 @@ def method_module(config):
   if config.method not in names:
     raise UserError(f"config.method={config.method!r} is unknown; choose from {', '.join(names)}.")
   return importlib.import_module(names[config.method])
+
+
+def make_given(config: ConfigDict, facts: dict) -> dict:
+  """The parameters that `config.init_from` gives a fresh run, by name; {} if it is empty."""
+  if not config.init_from:
+    return {}
+  module = method_module(config)
+
+  def abstract(config, facts):
+    init = module.make_network(ConfigDict(config), facts)[0]
+    return jax.eval_shape(init, jax.random.key(0))
+
+  convert = getattr(module, "convert", None)
+  trained = start.read(config.init_from, config.method, abstract, convert)
+  run = {"config": config.to_dict(), "facts": facts}
+  start.check_alike(trained, run, module.SAME)
+  given, line = start.choose(trained, abstract(config, facts), module.FRESH)
+  if jax.process_index() == 0:
+    print(line, flush=True)
+  return given
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
@@ -79,7 +104,8 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
   settings = loop.LoopConfig(clip=hyper.clip, **{name: config[name] for name in names})
   record = {"config": config.to_dict(), "facts": facts}
-  complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record)
+  given = {} if saved else make_given(config, facts)
+  complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record, given)
   if complete and jax.process_index() == 0:
     for grid in sorted((workdir / "samples").glob("*_grid.png"))[-1:]:
       print(f"samples:     {grid}")
@@ -89,7 +115,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
 
 
 def use_checkpoint(workdir: Path) -> None:
-  """Samples or evaluates the newest good checkpoint: its own config, its `sample` average."""
+  """Uses the newest good checkpoint in another mode: its own config, its `sample` average."""
   checkpoints = Checkpoints(workdir)
   saved = checkpoints.require_meta()
   config, facts = ConfigDict(saved["config"]), saved["facts"]
@@ -100,10 +126,14 @@ def use_checkpoint(workdir: Path) -> None:
     init = module.make_network(config, facts)[0]
     return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)))
 
-  out = Path(FLAGS.out) if FLAGS.out else workdir / "generated"
-  {"sample": module.sample_mode, "evaluate": module.evaluate_mode}[FLAGS.mode](
-    config, facts, load, FLAGS, out
-  )
+  mode = getattr(module, f"{FLAGS.mode}_mode", None)
+  if mode is None:
+    raise UserError(
+      f"--mode={FLAGS.mode} is not there for config.method={config.method!r}; choose sample or "
+      "evaluate, which use the checkpoint where it is."
+    )
+  default = workdir / ("exported" if FLAGS.mode == "export" else "generated")
+  mode(config, facts, load, FLAGS, Path(FLAGS.out) if FLAGS.out else default)
   checkpoints.close()
 
 

@@ -19,9 +19,7 @@ from PIL import Image
 
 from ism_jax import fid
 from ism_jax.features import FeatureExtractor
-from ism_jax.path import NFES
 from ism_jax.sample import to_uint8
-from train_jax.errors import UserError
 from train_jax.metrics import progress_bar
 
 matplotlib.use("Agg")
@@ -43,18 +41,6 @@ class Reference:
     """Features of real images [n, h, w, c] in [-1, 1]."""
     features = extract.features(images)
     return cls(images, extract, features, fid.update(fid.no_moments(features.shape[1]), features))
-
-
-def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) -> None:
-  """Raises UserError unless the network was trained for these steps and strengths."""
-  if not nfe:
-    raise UserError(f"nfe has no value; choose from {', '.join(map(str, NFES))}.")
-  for steps in nfe:
-    if steps not in NFES:
-      raise UserError(f"nfe={steps} was not trained; choose from {', '.join(map(str, NFES))}.")
-  for w in guidance:
-    if not 0 <= w <= w_max:
-      raise UserError(f"guidance={w:g} is outside the trained range 0 to {w_max:g}; choose within.")
 
 
 def balanced_labels(n: int, classes: int) -> np.ndarray:

@@ -20,7 +20,9 @@ from ism_jax import (
   loss,
   pairing,
   path,
+  pretrained,
   sample,
+  sit,
   wavelet,
 )
 from ism_jax.features import fit_classifier
@@ -55,13 +57,23 @@ def make_source(config) -> data.Source | latents.Latents:
   return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels)
 
 
+# For config.init_from (see train_jax/start.py): what must be equal there, what may be missing or of
+# another size, and which published weights can be read.
+SAME = ("config.model.heads",)
+FRESH = ("embed_class", "embed_guidance", "embed_step")
+convert = sit.convert
+
+
+def make_sizes(config, facts: dict) -> dit.DiTConfig:
+  """Sizes of the network; `facts` are those saved with a checkpoint."""
+  side, _, channels = facts["shape"]
+  classes = len(facts["names"])
+  return dit.DiTConfig(side=side, channels=channels, classes=classes, **dict(config.model))
+
+
 def make_network(config, facts: dict):
   """(init, apply) of the network; `facts` are those saved with a checkpoint."""
-  side, _, channels = facts["shape"]
-  sizes = dict(config.model)
-  return dit.make_network(
-    dit.DiTConfig(side=side, channels=channels, classes=len(facts["names"]), **sizes)
-  )
+  return dit.make_network(make_sizes(config, facts))
 
 
 def make_loss_config(config, classes: int) -> loss.LossConfig:
@@ -103,7 +115,7 @@ def _check(config, source: data.Source) -> None:
       f"batch={config.batch} is not divisible by {group}, the sum of loss.shares="
       f"{tuple(config.loss.shares)}; choose a multiple of {group}."
     )
-  evaluate.check_settings(config.eval.nfe, config.eval.guidance, config.guidance.w_max)
+  path.check_settings(config.eval.nfe, config.eval.guidance, config.guidance.w_max)
   if config.eval.samples < 16:  # a quarter of it in training, and recall needs 4
     raise UserError(f"eval.samples={config.eval.samples} must be at least 16.")
 
@@ -297,7 +309,7 @@ def _settings(config, flags) -> list[tuple[int, float]]:
   """(nfe, w) pairs that the flags ask for, checked against what was trained."""
   nfe = numbers("nfe", flags.nfe, int) or (1, 4, path.FINEST)
   guidance = numbers("guidance", flags.guidance, float) or (0.0,)
-  evaluate.check_settings(nfe, guidance, config.guidance.w_max)
+  path.check_settings(nfe, guidance, config.guidance.w_max)
   return [(steps, w) for steps in nfe for w in guidance]
 
 
@@ -305,9 +317,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=sample`: see evaluate.write_samples. `load() -> (params, step)` is called last."""
   settings, names = _settings(config, flags), facts["names"]
   labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
-  for label in labels:
-    if not 0 <= label < len(names):
-      raise UserError(f"label {label} is out of range: the classes are 0 to {len(names) - 1}.")
+  path.check_labels(labels, len(names))
   _, apply = make_network(config, facts)
   sampler = sample.make_sampler(apply, tuple(facts["shape"]))
   if "vae" in facts:
@@ -317,6 +327,18 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   params, _ = load()
   labels = np.resize(np.array(labels, np.int32), flags.num or 64)
   evaluate.write_samples(sampler, params, names, settings, labels, flags.seed, out)
+
+
+def export_mode(config, facts: dict, load, flags, out: Path) -> None:
+  """`--mode=export`: the `sample` average as files that `ism_jax.load_pretrained` reads."""
+  del flags
+  params, step = load()
+  run = {"config": config.to_dict(), "facts": facts}
+  guidance = config.guidance
+  pretrained.export(
+    out, params, make_sizes(config, facts), step, run, guidance.w_max, guidance.w_step
+  )
+  print(f"model: {out} (step {step}); ism_jax.load_pretrained({str(out)!r}) samples from it")
 
 
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:

@@ -52,6 +52,11 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
   return made[: source.examples], made[source.examples :]
 
 
+# For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
+SAME = ("config.model.heads", "facts.symbols")
+FRESH = ()
+
+
 def make_network(config, facts: dict) -> transformer.Network:
   """The network; `facts` are those saved with a checkpoint."""
   vocab = Vocab(tuple(facts["symbols"]))

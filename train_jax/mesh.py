@@ -80,6 +80,14 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   }
 
 
+def place(arrays: dict[str, np.ndarray], shardings: dict[str, NamedSharding]) -> dict:
+  """Arrays that every process holds -> global arrays, laid out as `shardings` says by name."""
+  return {
+    name: jax.make_array_from_callback(a.shape, shardings[name], a.__getitem__)
+    for name, a in arrays.items()
+  }
+
+
 def to_local(array: jax.Array) -> np.ndarray:
   """This process's rows of a global array whose leading dimension is split over the devices."""
   if array.is_fully_addressable:
