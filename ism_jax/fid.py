@@ -110,8 +110,10 @@ def frechet_distance(mu1: ArrayLike, cov1: ArrayLike, mu2: ArrayLike, cov2: Arra
       "extractor; recompute one of them."
     )
   cov1, cov2 = _covariance("cov1", cov1, mu1.size), _covariance("cov2", cov2, mu1.size)
-  product = _factor("cov1", cov1).T @ _factor("cov2", cov2)  # [rank 1, rank 2]
-  overlap = np.linalg.svd(product, compute_uv=False).sum()
+  # On two shared cores LAPACK's threads waited for each other: 227 s for 2048 features, 37 with one.
+  with threadpool_limits(1):
+    product = _factor("cov1", cov1).T @ _factor("cov2", cov2)  # [rank 1, rank 2]
+    overlap = np.linalg.svd(product, compute_uv=False).sum()
   distance = np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * overlap
   return max(float(distance), 0.0)  # equal Gaussians may come out at -1e-13
 
