@@ -130,7 +130,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     return data.stream(
       source,
       config.batch,
-      mesh_lib.process_rows(config.batch),
+      mesh_lib.process_rows(config.batch, mesh),
       seed,
       position,
       functools.partial(noise_of_pool, seed),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.path import draw_noise, seen_step
+from train_jax import mesh as mesh_lib
 
 
 def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Array:
@@ -52,7 +53,7 @@ def make_sampler(apply: Callable, shape: tuple[int, int, int], sharding=None) ->
       index = np.arange(start, start + batch, dtype=np.int32)
       rows = np.minimum(index, len(labels) - 1)  # the last batch is filled up
       out = chunk(params, rng, index, labels[rows], w[rows], nfe)
-      images.append(np.asarray(out)[: len(labels) - start])
+      images.append(mesh_lib.fetch(out)[: len(labels) - start])
       if progress is not None:
         progress(len(images[-1]))
     return np.concatenate(images)

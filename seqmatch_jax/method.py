@@ -82,11 +82,12 @@ def _check(config, mesh: jax.sharding.Mesh) -> None:
       "choose noise.rate=0 or loss.backspace=True."
     )
   lanes = config.data.lanes
-  if lanes < 1 or config.batch % (lanes * mesh.size):
+  parts = mesh_lib.batch_parts(mesh)
+  if lanes < 1 or config.batch % (lanes * parts):
     raise UserError(
-      f"data.lanes={lanes}: batch={config.batch} does not divide into rows of {lanes} examples on "
-      f"{mesh.size} devices; choose data.lanes=1, or a batch that is a multiple of "
-      f"{max(lanes, 1) * mesh.size}."
+      f"data.lanes={lanes}: batch={config.batch} does not divide into rows of {lanes} examples in "
+      f"{parts} parts; choose data.lanes=1, or a batch that is a multiple of "
+      f"{max(lanes, 1) * parts}."
     )
   memory = config.buffer
   for name, most in (("refresh", math.inf), ("draw", math.inf), ("rollouts", config.batch)):
@@ -170,7 +171,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
   def stream(seed: int, position: int) -> Iterator[dict[str, np.ndarray]]:
     lanes = config.data.lanes
-    rows = mesh_lib.process_rows(config.batch // lanes)
+    rows = mesh_lib.process_rows(config.batch // lanes, mesh)
     quiet = Noise(**{**dict(config.noise), "rate": 0.0})
     plain = data.stream(known, quiet, config.batch, rows, seed, position, lanes)
     yield from itertools.islice(plain, max(schedule.warmup - position, 0))
@@ -196,7 +197,7 @@ def make_evaluate(config, asked: Encoded, network, generate, loss_config, max_ac
       made = generate(
         params, few.prompt, few.prompt_length, key, row, temperature, backspace, forced=forced
       )
-      return np.asarray(made.actions)
+      return mesh_lib.fetch(made.actions)
 
     yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
     yield "log_likelihood/data", likelihood(params, few)
