@@ -10,6 +10,7 @@ Sampling and evaluation need no config: they read the one that is saved with the
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from train_jax import config as config_lib
-from train_jax import loop, mesh, optim
+from train_jax import distributed, loop, mesh, optim
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
 
@@ -50,7 +51,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   saved = Checkpoints(workdir).newest_meta()
   if saved:
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
-  devices = mesh.make_mesh(config.mesh.fsdp)
+  devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor)
   mesh.check_batch(config.batch, devices)
   method, facts = method_module(config).make_method(config, devices)
   if saved:
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> None:
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
   logging.use_absl_handler()
+  distributed.start()
   workdir = Path(FLAGS.workdir)
   if FLAGS.mode != "train":
     return use_checkpoint(workdir)
@@ -118,8 +120,11 @@ def run(argv: list[str]) -> int:
   except loop.DivergedError as err:
     print(f"stopped: {err}", file=sys.stderr)
     return 1
+  except Exception:
+    traceback.print_exc()
+    return 1
   return 0
 
 
 if __name__ == "__main__":
-  sys.exit(run(sys.argv))
+  sys.exit(distributed.leave(run(sys.argv)))
