@@ -48,6 +48,7 @@ def method_module(config):
 def train(config: ConfigDict, workdir: Path) -> bool:
   """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
+  distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
@@ -96,6 +97,8 @@ def main(argv: list[str]) -> None:
     raise UserError(f"unexpected argument {argv[1]!r}; every option is written --name=value.")
   if not FLAGS.workdir:
     raise UserError("--workdir=DIR is missing: the directory of the run.")
+  if "://" in FLAGS.workdir:
+    raise UserError(f"--workdir={FLAGS.workdir} is no directory; mount the bucket and name that.")
   # Compiled programs are kept between runs: a restart then takes seconds.
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))

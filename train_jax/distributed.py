@@ -1,9 +1,8 @@
-"""Several processes as one run: start-up with a roll call, one decision to stop, and the way out.
+"""Several processes as one run: start-up, one decision to stop, and the way out.
 
-Process 0 is the coordinator. Where a process is missing, JAX's own start-up aborts the interpreter
-and does not say which one; so the roll is called first, over a plain socket at the address that JAX
-uses right after: every process tells process 0 its number and host, and process 0 tells them all to
-go on, or who did not come.
+Process 0 is the coordinator. Where a process is missing or dies, JAX's own service aborts the
+interpreter, late, and does not say which one it was; so a roll is called before it (`rollcall.py`)
+at the address that JAX uses right after.
 
 Read from the environment; `launch.sh` sets them, Slurm's and Cloud TPU's own are the default:
 
@@ -18,40 +17,25 @@ from __future__ import annotations
 
 import collections
 import os
-import socket
 import sys
 import time
-from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.rollcall import Place, Roll
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # A process that sends no sign of life for so many seconds is dead, and the others end.
-HEARTBEAT = 40
+HEARTBEAT = 50
 
-
-@dataclass(frozen=True)
-class Place:
-  """Process `index` of `count`, with process 0 at host:port, all to come within `limit` seconds."""
-
-  host: str
-  port: int
-  count: int
-  index: int
-  limit: float
-
-  def __post_init__(self):
-    if not 0 <= self.index < self.count:
-      raise UserError(
-        f"JAX_PROCESS_ID={self.index} is not one of JAX_NUM_PROCESSES={self.count} processes; "
-        f"number them from 0 to {self.count - 1}."
-      )
+_rolls: list[Roll] = []  # this process's, once it has started beside others
 
 
 def _number(name: str, value: str) -> int:
@@ -81,7 +65,10 @@ def find_place() -> Place | None:
     raise UserError(
       f"{NAMES[0]}={address!r} and {NAMES[2]}={index!r} must be HOST:PORT and a whole number."
     )
-  return Place(host, _number("the port of JAX_COORDINATOR_ADDRESS", port), count, int(index), limit)
+  port = _number("the port of JAX_COORDINATOR_ADDRESS", port)
+  hosts = os.environ.get("PROCESS_HOSTS") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+  planned = tuple(filter(None, hosts.split(",")))
+  return Place(host, port, count, int(index), limit, planned)
 
 
 def _find_cluster(limit: int) -> tuple[str, int, int]:
@@ -97,85 +84,6 @@ def _find_cluster(limit: int) -> tuple[str, int, int]:
   return "", 1, 0
 
 
-def _keep_roll(place: Place) -> str:
-  """Process 0: collects the others' lines until all are there or time is up, and tells the verdict.
-
-  Returns:
-    "" if all came, else a sentence about those that did not.
-  """
-  deadline = time.monotonic() + place.limit
-  both = socket.has_dualstack_ipv6()
-  family = socket.AF_INET6 if both else socket.AF_INET
-  try:
-    server = socket.create_server(("", place.port), family=family, dualstack_ipv6=both)
-  except OSError as err:
-    return f"process 0 cannot use port {place.port} ({err.strerror}); choose another port."
-  hosts, peers, verdict = {0: socket.gethostname()}, [], ""
-  with server:
-    while len(hosts) < place.count and not verdict and (left := deadline - time.monotonic()) > 0:
-      server.settimeout(left)
-      try:
-        peer, _ = server.accept()
-        peer.settimeout(min(left, 5))
-        count, index, host = peer.makefile(encoding="utf-8").readline().split()
-        count, index = int(count), int(index)
-      except (OSError, ValueError):  # time is up, or a stranger
-        continue
-      peers.append(peer)
-      if count != place.count or index in hosts:
-        verdict = (
-          f"{host} says that it is process {index} of {count}, but process 0 waits for "
-          f"{place.count} and has {_listed(hosts)}; give each process a number of its own."
-        )
-      hosts[index] = host
-    if not verdict and len(hosts) < place.count:
-      verdict = _absence(place, hosts)
-    for peer in peers:
-      with peer:
-        peer.sendall(f"{verdict or 'go'}\n".encode())
-  return verdict
-
-
-def _listed(hosts: dict[int, str]) -> str:
-  return ", ".join(f"{index} ({host})" for index, host in sorted(hosts.items())[:20])
-
-
-def _absence(place: Place, hosts: dict[int, str]) -> str:
-  """Names the processes that are not in `hosts`."""
-  planned = os.environ.get("PROCESS_HOSTS") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
-  planned = dict(enumerate(planned.split(",") if planned else ()))
-  absent = [index for index in range(place.count) if index not in hosts]
-  names = ", ".join(f"{i} ({planned[i]})" if i in planned else str(i) for i in absent[:20])
-  more = f" and {len(absent) - 20} more" if len(absent) > 20 else ""
-  return (
-    f"of {place.count} processes, these did not come within {place.limit:g} s: {names}{more}; "
-    f"here are {_listed(hosts)}; look at the logs of those that are missing, or raise START_LIMIT."
-  )
-
-
-def _answer_roll(place: Place) -> str:
-  """Any other process: tells process 0 that it is here; returns the verdict, "" to go on."""
-  deadline, error = time.monotonic() + place.limit, None
-  while (left := deadline - time.monotonic()) > 0:
-    try:
-      with socket.create_connection((place.host, place.port), timeout=left) as peer:
-        peer.sendall(f"{place.count} {place.index} {socket.gethostname()}\n".encode())
-        # Process 0 may have started only now, and waits as long itself.
-        peer.settimeout(place.limit + 5)
-        verdict = peer.makefile(encoding="utf-8").readline().strip()
-        if verdict:
-          return "" if verdict == "go" else verdict
-        error = "it hung up"
-    except OSError as err:
-      error = err.strerror or str(err)
-    time.sleep(0.2)
-  return (
-    f"process {place.index} ({socket.gethostname()}) got no answer from process 0 at "
-    f"{place.host}:{place.port} within {place.limit:g} s ({error}): it is missing or ended, or "
-    "JAX_COORDINATOR_ADDRESS is wrong or closed to this host."
-  )
-
-
 def start() -> None:
   """Joins this process to the others, if there are any; before anything asks JAX for devices.
 
@@ -185,9 +93,10 @@ def start() -> None:
   place = find_place()
   if place is None:
     return
-  verdict = _answer_roll(place) if place.index else _keep_roll(place)
-  if verdict:
-    raise UserError(verdict)
+  roll = Roll(place)
+  roll.call()
+  roll.watch()
+  _rolls.append(roll)
   # The preemption service would take SIGTERM from the loop, which knows what to do (`Agreement`).
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
@@ -197,8 +106,33 @@ def start() -> None:
     cluster_detection_method="deactivate",  # it would leave Slurm's processes one GPU each
     initialization_timeout=place.limit,
     heartbeat_timeout_seconds=HEARTBEAT,
-    shutdown_timeout_seconds=place.limit,
   )
+
+
+def check_shared(workdir: Path, patience: float = 30) -> None:
+  """Makes `workdir`; raises UserError unless all processes see it within `patience` seconds.
+
+  A checkpoint is written by all of them into one place.
+  """
+  if jax.process_count() == 1:
+    return
+  mark = np.int32(time.time_ns() % 2**31)
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / f".start-{mark}").touch()
+  mark = multihost_utils.broadcast_one_to_all(mark)
+  deadline, file = time.monotonic() + patience, workdir / f".start-{mark}"
+  while not (seen := file.exists()) and time.monotonic() < deadline:  # network disks lag behind
+    time.sleep(0.2)
+  everywhere = np.atleast_1d(multihost_utils.process_allgather(np.bool_(seen)))
+  if jax.process_index() == 0:
+    file.unlink()
+  if not everywhere.all():
+    blind = ", ".join(map(str, np.flatnonzero(~everywhere)[:20]))
+    raise UserError(
+      f"--workdir={workdir} of process 0 is not there for processes {blind}; "
+      "choose a directory on a disk that all of them share."
+    )
 
 
 def leave(code: int) -> int:
@@ -206,10 +140,15 @@ def leave(code: int) -> int:
 
   JAX would wait for the others to finish first, and they would wait for this one.
   """
-  if code and jax.distributed.is_initialized():
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+  for roll in _rolls:
+    if code:
+      if code == 1:  # a collective that failed, perhaps
+        time.sleep(0.5)
+        roll.report()
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
+    roll.farewell()
   return code
 
 
