@@ -1,10 +1,12 @@
-"""Trains, samples and evaluates.
+"""Trains, samples, evaluates, exports, and encodes images as latents.
 
     python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
     python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
-    python main.py --mode=evaluate --workdir=runs/ism_digits
+    python main.py --mode=evaluate --workdir=runs/ism_digits [--metrics=fid,is --reference=FILE ...]
+    python main.py --mode=encode --images=imagenet/train --vae=vae.safetensors --out=latents
+    python main.py --mode=export --workdir=runs/ism_digits --out=exported
 
-Sampling and evaluation need no config: they read the one that is saved with the checkpoint.
+Only training needs a config: the other modes read the one that is saved with the checkpoint.
 """
 
 import importlib
@@ -18,15 +20,23 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from train_jax import config as config_lib
-from train_jax import distributed, loop, mesh, optim
+from train_jax import distributed, loop, mesh, optim, start
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
-flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
-flags.DEFINE_integer("num", 64, "sample: images of each row, or test questions.", lower_bound=1)
+flags.DEFINE_enum(
+  "mode", "train", ["train", "sample", "evaluate", "export", "encode"], "What to do."
+)
+flags.DEFINE_integer(
+  "num",
+  None,
+  "sample: images of each row, or test questions; default: 64. "
+  "evaluate with --metrics: images of each row; default: 50000.",
+  lower_bound=1,
+)
 flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", lower_bound=0)
 flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps.")
 flags.DEFINE_list("guidance", None, "sample, evaluate images: guidance strengths w.")
@@ -34,7 +44,19 @@ flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; de
 flags.DEFINE_multi_string("prompt", None, "sample text: a prompt; may be given again.")
 flags.DEFINE_string("prompts", None, "sample text: a file of prompts, one a line.")
 flags.DEFINE_float("temperature", None, "sample text: 0 (default) is greedy.", lower_bound=0)
-flags.DEFINE_string("out", None, "sample: directory of the results; default: WORKDIR/generated.")
+flags.DEFINE_list("metrics", None, "evaluate images: of fid, sfid, fd_dinov2, is, pr.")
+flags.DEFINE_string("reference", None, "evaluate images: ADM .npz, or a folder of images.")
+flags.DEFINE_string("inception", None, "evaluate images: weights of the FID network.")
+flags.DEFINE_string("dinov2", None, "evaluate images: weights of DINOv2.")
+flags.DEFINE_enum("classes", None, ["balanced", "random"], "evaluate images: classes drawn.")
+flags.DEFINE_bool("save_samples", False, "evaluate images: also write them, as ADM .npz.")
+flags.DEFINE_string("vae", None, "sample, evaluate, encode latents: weights of the autoencoder.")
+flags.DEFINE_string("images", None, "encode: a folder, tars, ArrayRecord files or tfds:NAME.")
+flags.DEFINE_integer("side", 256, "encode: pixels of a side.")
+flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192 images.")
+flags.DEFINE_string(
+  "out", None, "Directory of the results; default: WORKDIR/generated, or WORKDIR/exported."
+)
 
 
 def method_module(config):
@@ -43,6 +65,26 @@ def method_module(config):
   if config.method not in names:
     raise UserError(f"config.method={config.method!r} is unknown; choose from {', '.join(names)}.")
   return importlib.import_module(names[config.method])
+
+
+def make_given(config: ConfigDict, facts: dict) -> dict:
+  """The parameters that `config.init_from` gives a fresh run, by name; {} if it is empty."""
+  if not config.init_from:
+    return {}
+  module = method_module(config)
+
+  def abstract(config, facts):
+    init = module.make_network(ConfigDict(config), facts)[0]
+    return jax.eval_shape(init, jax.random.key(0))
+
+  convert = getattr(module, "convert", None)
+  trained = start.read(config.init_from, config.method, abstract, convert)
+  run = {"config": config.to_dict(), "facts": facts}
+  start.check_alike(trained, run, module.SAME)
+  given, line = start.choose(trained, abstract(config, facts), module.FRESH)
+  if jax.process_index() == 0:
+    print(line, flush=True)
+  return given
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
@@ -64,7 +106,8 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
   settings = loop.LoopConfig(clip=hyper.clip, **{name: config[name] for name in names})
   record = {"config": config.to_dict(), "facts": facts}
-  complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record)
+  given = {} if saved else make_given(config, facts)
+  complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record, given)
   if complete and jax.process_index() == 0:
     for grid in sorted((workdir / "samples").glob("*_grid.png"))[-1:]:
       print(f"samples:     {grid}")
@@ -74,7 +117,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
 
 
 def use_checkpoint(workdir: Path) -> None:
-  """Samples or evaluates the newest good checkpoint: its own config, its `sample` average."""
+  """Uses the newest good checkpoint in another mode: its own config, its `sample` average."""
   checkpoints = Checkpoints(workdir)
   saved = checkpoints.require_meta()
   config, facts = ConfigDict(saved["config"]), saved["facts"]
@@ -85,24 +128,31 @@ def use_checkpoint(workdir: Path) -> None:
     init = module.make_network(config, facts)[0]
     return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)))
 
-  out = Path(FLAGS.out) if FLAGS.out else workdir / "generated"
-  {"sample": module.sample_mode, "evaluate": module.evaluate_mode}[FLAGS.mode](
-    config, facts, load, FLAGS, out
-  )
+  mode = getattr(module, f"{FLAGS.mode}_mode", None)
+  if mode is None:
+    raise UserError(
+      f"--mode={FLAGS.mode} is not there for config.method={config.method!r}; choose sample or "
+      "evaluate, which use the checkpoint where it is."
+    )
+  default = workdir / ("exported" if FLAGS.mode == "export" else "generated")
+  mode(config, facts, load, FLAGS, Path(FLAGS.out) if FLAGS.out else default)
   checkpoints.close()
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}; every option is written --name=value.")
-  if not FLAGS.workdir:
+  if not FLAGS.workdir and FLAGS.mode != "encode":
     raise UserError("--workdir=DIR is missing: the directory of the run.")
-  if "://" in FLAGS.workdir:
+  if "://" in (FLAGS.workdir or ""):
     raise UserError(f"--workdir={FLAGS.workdir} is no directory; mount the bucket and name that.")
   # Compiled programs are kept between runs: a restart then takes seconds.
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
   logging.use_absl_handler()
+  if FLAGS.mode == "encode":
+    config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
+    return importlib.import_module("ism_jax.encode").encode_mode(FLAGS)
   distributed.start()
   workdir = Path(FLAGS.workdir)
   if FLAGS.mode != "train":

@@ -9,6 +9,7 @@ def get_common() -> ml_collections.ConfigDict:
   config.method = ""  # ism or seqmatch
   config.backend = ""  # cpu, gpu or tpu: refuse to run on another; "" takes what is there
   config.seed = 0
+  config.init_from = ""  # trained parameters for step 0: an exported model, a workdir, or a file
   config.steps = 0
   config.batch = 64  # global
   config.log_every = 50

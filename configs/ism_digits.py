@@ -63,6 +63,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.eval.nfe = (1, 2, 4, 8, 128)
   config.eval.guidance = (0.0, 0.5, 1.0)
   config.eval.samples = 2000  # half of it at 128 steps
+  config.eval.metrics = ()  # of fid, sfid, fd_dinov2, is, pr; (): by a classifier of the data
+  config.eval.reference = ""  # of the metrics: an ADM .npz, or a folder of images
+  config.eval.inception = ""  # weights: .safetensors
+  config.eval.dinov2 = ""
+  config.eval.vae = ""  # of latents; without metrics, it draws a grid of them in training
+  config.eval.classes = "balanced"  # or random
   apply_options(config, arg, OPTIONS)
   return config
 

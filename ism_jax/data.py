@@ -1,6 +1,7 @@
 """Images and labels from disk to batches, addressed by position.
 
-A source is random access; its order is a shuffle that grain makes anew each epoch. The global batch
+A source is random access, in memory (`Source`) or on disk (`latents.Latents`, with the same labels,
+names, shape, images and rows). Its order is a shuffle that grain makes anew each epoch. The batch
 number `position` is the same rows whatever the number of processes, so the one integer is the whole
 state of the data.
 
@@ -9,20 +10,19 @@ Dimensions: n images, b batch, h w image, c channel.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import grain
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from ism_jax import images as images_lib
 from train_jax.errors import UserError
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Source:
     """float32 images [b, h, w, c] in [-1, 1] at `index` [b]."""
     return self.decode(self.pixels[index])
 
+  def rows(self, index) -> dict[str, np.ndarray]:
+    """What a batch holds of the images at `index` [b], beside label and noise."""
+    return {"image": self.images(index)}
+
 
 def digits() -> Source:
   """scikit-learn's 1797 handwritten digits, 8x8 in 17 grey levels (Alpaydin & Kaynak, 1998)."""
@@ -64,21 +68,62 @@ def digits() -> Source:
   )
 
 
-def _read(path: Path, side: int, mode: str) -> np.ndarray | None:
-  """The centre square of an image file at `side` pixels, or None if it can't be read."""
+def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Source:
+  """n images of noise in `shape`, with nothing to learn but the grey of each class."""
+  rng = np.random.default_rng(0)
+  labels = (np.arange(n) % classes).astype(np.int32)
+  noise = rng.integers(0, 128, (n, *shape))
+  pixels = (noise + (128 * labels // classes)[:, None, None, None]).astype(np.uint8)
+  return Source(pixels, labels, tuple(map(str, range(classes))), _decode_bytes)
+
+
+def _decode_bytes(pixels: np.ndarray) -> np.ndarray:
+  return pixels.astype(np.float32) / 127.5 - 1
+
+
+def _read(images: images_lib.Images, i: int, side: int, mode: str) -> tuple[np.ndarray | None, int]:
+  """The centre square of image i at `side` pixels, None if it can't be read; and its class."""
+  label = -1
   try:
-    with Image.open(path) as image:
+    content, label = images.read(i)
+    with Image.open(io.BytesIO(content)) as image:
       upright = ImageOps.exif_transpose(image)  # as the camera was held
       if upright.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
       image = upright.convert(mode)
-  except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-    return None
+  except images_lib.UNREADABLE:
+    return None, label
   edge = min(image.size)
   left, top = (image.width - edge) // 2, (image.height - edge) // 2
   box = (left, top, left + edge, top + edge)
   image = image.resize((side, side), Image.Resampling.BOX, box=box, reducing_gap=None)
-  return np.asarray(image, np.uint8).reshape(side, side, -1)
+  return np.asarray(image, np.uint8).reshape(side, side, -1), label
+
+
+def _in_memory(images: images_lib.Images, path: str, side: int, channels: int) -> Source:
+  """The centre square of each image; files that can't be read are named, skipped and counted."""
+  if channels not in (1, 3):
+    raise UserError(f"data.channels={channels} must be 1 (grey) or 3 (RGB).")
+  mode, names = "L" if channels == 1 else "RGB", images.names
+  with ThreadPoolExecutor() as pool:
+    read = pool.map(lambda i: _read(images, i, side, mode), range(images.size))
+    found = list(tqdm(read, total=images.size, desc="reading images", unit="img", disable=None))
+
+  bad = [images.name(i) for i, (pixels, _) in enumerate(found) if pixels is None]
+  for name in bad:
+    logging.warning("skipped: cannot read the image %s", name)
+  if bad:
+    logging.warning("skipped %d of %d images that cannot be read", len(bad), images.size)
+  kept = [item for item in found if item[0] is not None]
+  labels = np.array([label for _, label in kept], np.int32)
+  empty = [name for label, name in enumerate(names) if label not in labels]
+  if empty:
+    raise UserError(
+      f"data.path={path!r}: the class folder {empty[0]!r} has no readable image; "
+      "add some or remove the folder."
+    )
+  stacked = np.stack([pixels for pixels, _ in kept])
+  return Source(stacked, labels, names, _decode_bytes)
 
 
 def folder(root: str, side: int, channels: int) -> Source:
@@ -89,45 +134,16 @@ def folder(root: str, side: int, channels: int) -> Source:
   Raises:
     UserError: no such folder, no class folders, or no readable image in one of them.
   """
-  top = Path(root).expanduser()
-  if not top.is_dir():
-    raise UserError(
-      f"data.path={root!r} is not a folder; give a folder with one sub-folder a class."
-    )
-  names = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
-  files = [
-    (path, label)
-    for label, name in enumerate(names)
-    for path in sorted((top / name).rglob("*"))
-    if path.suffix.lower() in SUFFIXES
-  ]
-  if not files:
-    raise UserError(
-      f"data.path={root!r} has no images in sub-folders; expected {root}/<class name>/<image>.png "
-      f"or another of {', '.join(sorted(SUFFIXES))}."
-    )
-  if channels not in (1, 3):
-    raise UserError(f"data.channels={channels} must be 1 (grey) or 3 (RGB).")
-  mode = "L" if channels == 1 else "RGB"
-  with ThreadPoolExecutor() as pool:
-    read = pool.map(lambda item: _read(item[0], side, mode), files)
-    pixels = list(tqdm(read, total=len(files), desc="reading images", unit="img", disable=None))
+  return _in_memory(images_lib.folder(root, "data.path"), root, side, channels)
 
-  bad = [path for (path, _), image in zip(files, pixels, strict=True) if image is None]
-  for path in bad:
-    logging.warning("skipped: cannot read the image %s", path)
-  if bad:
-    logging.warning("skipped %d of %d images that cannot be read", len(bad), len(files))
-  kept = [(im, label) for (_, label), im in zip(files, pixels, strict=True) if im is not None]
-  labels = np.array([label for _, label in kept], np.int32)
-  empty = [name for label, name in enumerate(names) if label not in labels]
-  if empty:
-    raise UserError(
-      f"data.path={root!r}: the class folder {empty[0]!r} has no readable image; "
-      "add some or remove the folder."
-    )
-  stacked = np.stack([image for image, _ in kept])
-  return Source(stacked, labels, tuple(names), lambda p: p.astype(np.float32) / 127.5 - 1)
+
+def tfds(name: str, side: int, channels: int) -> Source:
+  """A prepared TFDS data set of small images, NAME or directory, `@SPLIT` after it; see `folder`.
+
+  Raises:
+    UserError: it is not prepared, or has no labelled images.
+  """
+  return _in_memory(images_lib.tfds(name, "data.path"), name, side, channels)
 
 
 def batches(source: Source, batch: int, seed: int) -> Callable[[int], np.ndarray]:
@@ -158,7 +174,7 @@ def stream(
     pool: batches in a pool.
 
   Yields:
-    {"image": float32 [b, h, w, c], "label": int32 [b], "noise": int32 [b]}.
+    {"label": int32 [b], "noise": int32 [b]} and `source.rows`: "image" float32 [b, h, w, c].
   """
   index = batches(source, batch, seed)
   # One pool is paired ahead on a thread: its cost hides behind the steps of the pool before it.
@@ -170,9 +186,6 @@ def stream(
       waiting = ahead.submit(noise_of_pool, number + 1)
       for i in range(offset, pool):
         mine = index(number * pool + i)[rows]
-        yield {
-          "image": source.images(mine),
-          "label": source.labels[mine],
-          "noise": noise[i, rows],
-        }
+        labels = source.labels[mine]
+        yield {**source.rows(mine), "label": labels, "noise": noise[i, rows]}
       number, offset = number + 1, 0

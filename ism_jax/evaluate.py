@@ -19,9 +19,7 @@ from PIL import Image
 
 from ism_jax import fid
 from ism_jax.features import FeatureExtractor
-from ism_jax.path import NFES
 from ism_jax.sample import to_uint8
-from train_jax.errors import UserError
 from train_jax.metrics import progress_bar
 
 matplotlib.use("Agg")
@@ -45,21 +43,14 @@ class Reference:
     return cls(images, extract, features, fid.update(fid.no_moments(features.shape[1]), features))
 
 
-def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) -> None:
-  """Raises UserError unless the network was trained for these steps and strengths."""
-  if not nfe:
-    raise UserError(f"nfe has no value; choose from {', '.join(map(str, NFES))}.")
-  for steps in nfe:
-    if steps not in NFES:
-      raise UserError(f"nfe={steps} was not trained; choose from {', '.join(map(str, NFES))}.")
-  for w in guidance:
-    if not 0 <= w <= w_max:
-      raise UserError(f"guidance={w:g} is outside the trained range 0 to {w_max:g}; choose within.")
-
-
 def balanced_labels(n: int, classes: int) -> np.ndarray:
   """Class i mod `classes` for sample i: int32 [n]."""
   return (np.arange(n) % classes).astype(np.int32)
+
+
+def random_labels(n: int, classes: int, seed: int) -> np.ndarray:
+  """Uniform draws, the first of which do not depend on n: int32 [n]."""
+  return np.random.default_rng(seed).integers(classes, size=n).astype(np.int32)
 
 
 def compare(reference: Reference, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -11,8 +11,22 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ism_jax import data, dit, evaluate, loss, pairing, path, sample, wavelet
-from ism_jax.features import fit_classifier
+from ism_jax import (
+  benchmark,
+  data,
+  dit,
+  evaluate,
+  evaluators,
+  latents,
+  loss,
+  pairing,
+  path,
+  pretrained,
+  sample,
+  sit,
+  wavelet,
+)
+from ism_jax.protocol import check_number
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
@@ -20,22 +34,46 @@ from train_jax.metrics import table
 from train_jax.step import Method, no_augment
 
 
-def make_source(config) -> data.Source:
-  """The images of `config.data`."""
-  if config.data.source == "digits":
+def make_source(config) -> data.Source | latents.Latents:
+  """The images, or latents, of `config.data`."""
+  kind, where, side = config.data.source, config.data.path, config.data.side
+  shape = (side, side, config.data.channels)
+  if kind == "digits":
     return data.digits()
-  if config.data.source == "folder":
-    return data.folder(config.data.path, config.data.side, config.data.channels)
-  raise UserError(f"data.source={config.data.source!r} is unknown; choose 'digits' or 'folder'.")
+  if kind not in ("folder", "tfds", "latents"):
+    raise UserError(
+      f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'tfds' or 'latents'."
+    )
+  made_up = config.data.get("made_up", 0)
+  if made_up and not where:
+    make = latents.made_up if kind == "latents" else data.made_up
+    return make(made_up, shape)
+  if not where:
+    raise UserError(
+      f"data.path is empty; give --config.data.path=PATH, what data.source={kind!r} is to read."
+    )
+  if kind == "latents":
+    return latents.open_set(where, config.data.get("std", latents.STD_RANGE))
+  return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels)
+
+
+# For config.init_from (see train_jax/start.py): what must be equal there, what may be missing or of
+# another size, and which published weights can be read.
+SAME = ("config.model.heads",)
+FRESH = ("embed_class", "embed_guidance", "embed_step")
+convert = sit.convert
+
+
+def make_sizes(config, facts: dict) -> dit.DiTConfig:
+  """Sizes of the network; `facts` are those saved with a checkpoint."""
+  side, _, channels = facts["shape"]
+  classes = len(facts["names"])
+  return dit.DiTConfig(side=side, channels=channels, classes=classes, **dict(config.model))
 
 
 def make_network(config, facts: dict):
   """(init, apply) of the network; `facts` are those saved with a checkpoint."""
-  side, _, channels = facts["shape"]
-  sizes = dict(config.model)
-  return dit.make_network(
-    dit.DiTConfig(side=side, channels=channels, classes=len(facts["names"]), **sizes)
-  )
+  return dit.make_network(make_sizes(config, facts))
 
 
 def make_loss_config(config, classes: int) -> loss.LossConfig:
@@ -77,7 +115,7 @@ def _check(config, source: data.Source) -> None:
       f"batch={config.batch} is not divisible by {group}, the sum of loss.shares="
       f"{tuple(config.loss.shares)}; choose a multiple of {group}."
     )
-  evaluate.check_settings(config.eval.nfe, config.eval.guidance, config.guidance.w_max)
+  path.check_settings(config.eval.nfe, config.eval.guidance, config.guidance.w_max)
   if config.eval.samples < 16:  # a quarter of it in training, and recall needs 4
     raise UserError(f"eval.samples={config.eval.samples} must be at least 16.")
 
@@ -95,6 +133,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
   facts = {"names": list(source.names), "shape": list(source.shape)}
+  in_latents = isinstance(source, latents.Latents)
+  if in_latents:
+    facts["vae"] = source.vae
   init, apply = make_network(config, facts)
   noise_rng = jax.random.fold_in(jax.random.key(config.seed), 2)
 
@@ -137,59 +178,23 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       pool,
     )
 
+  # On latents the leak would take longer to fit than the run: thousands of inputs and classes.
+  measured = leak if pair_config.pool and not in_latents else None
   method = Method(
     init=lambda key: (init(key), ()),
     loss=loss_fn,
-    augment=no_augment,
+    augment=latents.draw if in_latents else no_augment,
     stream=stream,
-    evaluate=make_evaluate(config, source, apply, leak if pair_config.pool else None),
+    evaluate=evaluators.make_evaluate(config, source, facts, apply, mesh, measured),
   )
   return method, facts
-
-
-def make_evaluate(config, source: data.Source, apply, leak=None):
-  """`Method.evaluate`: a grid, and the metrics at config.eval (a quick part in training).
-
-  `leak()` is the class leak of the pairing, measured once at the end.
-  """
-  sampler = sample.make_sampler(apply, source.shape)
-  reference = functools.cache(lambda: make_reference(source))
-  classes, n = len(source.names), config.eval.samples
-  guidance = sorted({0.0, *config.eval.guidance})
-  quick = max(4, min(config.eval.nfe))  # the most steps in training
-
-  def run(params, step: int, final: bool):
-    del step
-    settings = [
-      (nfe, w, n // 2 if nfe == path.FINEST else n) for nfe in config.eval.nfe for w in guidance
-    ]
-    if not final:
-      settings = [(nfe, w, n // 4) for nfe, w, _ in settings if nfe <= quick]
-    yield from evaluate.measure(sampler, params, reference(), classes, settings, config.seed)
-    if final and leak:
-      yield "class_leak", leak()
-    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
-    nfes = sorted({nfe for nfe, _, _ in settings})
-    yield (
-      "grid",
-      evaluate.sample_grid(sampler, params, source.names, nfes, guidance, labels, config.seed),
-    )
-
-  return run
-
-
-def make_reference(source: data.Source, limit: int = 10_000) -> evaluate.Reference:
-  """Features of the data, by a classifier fitted on it; of a random 10k where there are more."""
-  chosen = np.sort(np.random.default_rng(0).permutation(len(source.labels))[:limit])
-  images = source.images(chosen)
-  return evaluate.Reference.of(fit_classifier(images, source.labels[chosen]), images)
 
 
 def _settings(config, flags) -> list[tuple[int, float]]:
   """(nfe, w) pairs that the flags ask for, checked against what was trained."""
   nfe = numbers("nfe", flags.nfe, int) or (1, 4, path.FINEST)
   guidance = numbers("guidance", flags.guidance, float) or (0.0,)
-  evaluate.check_settings(nfe, guidance, config.guidance.w_max)
+  path.check_settings(nfe, guidance, config.guidance.w_max)
   return [(steps, w) for steps in nfe for w in guidance]
 
 
@@ -197,18 +202,35 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=sample`: see evaluate.write_samples. `load() -> (params, step)` is called last."""
   settings, names = _settings(config, flags), facts["names"]
   labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
-  for label in labels:
-    if not 0 <= label < len(names):
-      raise UserError(f"label {label} is out of range: the classes are 0 to {len(names) - 1}.")
+  path.check_labels(labels, len(names))
   _, apply = make_network(config, facts)
   sampler = sample.make_sampler(apply, tuple(facts["shape"]))
+  if "vae" in facts:
+    if not flags.vae:
+      raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
+    sampler = latents.decoding(sampler, flags.vae, facts["vae"])
   params, _ = load()
-  labels = np.resize(np.array(labels, np.int32), flags.num)
+  labels = np.resize(np.array(labels, np.int32), flags.num or 64)
   evaluate.write_samples(sampler, params, names, settings, labels, flags.seed, out)
 
 
+def export_mode(config, facts: dict, load, flags, out: Path) -> None:
+  """`--mode=export`: the `sample` average as files that `ism_jax.load_pretrained` reads."""
+  del flags
+  params, step = load()
+  run = {"config": config.to_dict(), "facts": facts}
+  guidance = config.guidance
+  pretrained.export(
+    out, params, make_sizes(config, facts), step, run, guidance.w_max, guidance.w_step
+  )
+  print(f"model: {out} (step {step}); ism_jax.load_pretrained({str(out)!r}) samples from it")
+
+
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=evaluate`: the metrics of config.eval, or of --nfe and --guidance with w = 0 added."""
+  """`--mode=evaluate`: the metrics of config.eval, or of --nfe and --guidance with w = 0 added.
+
+  With --metrics, those of `benchmark.py` at --num samples instead, which need none of the data.
+  """
   config = copy.deepcopy(config)
   settings = _settings(config, flags)
   if flags.nfe:
@@ -216,9 +238,20 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   if flags.guidance:
     config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
-  source = make_source(config)
   _, apply = make_network(config, facts)
-  run = make_evaluate(config, source, apply)
+  protocol, mesh = evaluators.make_protocol(config, flags), mesh_lib.make_mesh()
+  if protocol:
+    n = flags.num or 50_000
+    check_number(protocol.metrics, n)
+    large = evaluators.make_benchmark(protocol, facts, apply, mesh)
+    params, step = load()
+    params = mesh_lib.replicate(params, mesh)
+    return benchmark.report(large, params, step, settings, n, out, flags.save_samples)
+  if "vae" in facts:
+    raise UserError(
+      "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
+    )
+  run = evaluators.make_evaluate(config, make_source(config), facts, apply, mesh)
   params, step = load()
   out.mkdir(parents=True, exist_ok=True)
   results = {}

@@ -16,8 +16,12 @@ Dimensions: b batch, h w image, c channel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+from train_jax.errors import UserError
 
 FINEST = 128  # steps of the finest grid
 NFES = tuple(2**k for k in range(FINEST.bit_length()))  # 1, 2, 4, ..., 128
@@ -37,6 +41,25 @@ def velocity(x0: jax.Array, x1: jax.Array) -> jax.Array:
 def seen_step(d: jax.Array) -> jax.Array:
   """The step size as the network is told it: 0 for the finest step, d otherwise."""
   return jnp.where(d <= 1 / FINEST, 0.0, d)
+
+
+def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) -> None:
+  """Raises UserError unless the network was trained for these steps and strengths."""
+  if not nfe:
+    raise UserError(f"nfe has no value; choose from {', '.join(map(str, NFES))}.")
+  for steps in nfe:
+    if steps not in NFES:
+      raise UserError(f"nfe={steps} was not trained; choose from {', '.join(map(str, NFES))}.")
+  for w in guidance:
+    if not 0 <= w <= w_max:
+      raise UserError(f"guidance={w:g} is outside the trained range 0 to {w_max:g}; choose within.")
+
+
+def check_labels(labels: Sequence[int], classes: int) -> None:
+  """Raises UserError unless every label is a class."""
+  for label in labels:
+    if not 0 <= label < classes:
+      raise UserError(f"label {label} is out of range: the classes are 0 to {classes - 1}.")
 
 
 def draw_noise(rng: jax.Array, index: jax.Array, shape: tuple[int, int, int]) -> jax.Array:

@@ -7,11 +7,13 @@ Dimensions: b batch, h w image, c channel, n samples.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ism_jax.path import draw_noise, seen_step
 from train_jax import mesh as mesh_lib
@@ -61,6 +63,39 @@ def make_sampler(apply: Callable, shape: tuple[int, int, int], sharding=None) ->
   return sample
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-  """[-1, 1] -> uint8, rounded to nearest (not truncated) after clipping."""
-  return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+def make_image_sampler(
+  apply: Callable, shape: tuple[int, int, int], mesh: Mesh, seed: int, decoder=None
+) -> Callable:
+  """Returns `draw(params, labels, w, nfe, first)`: samples first, first + 1, ... as 8-bit images.
+
+  They are those of `make_sampler`, spread over the devices of all processes: arrays of the samples'
+  numbers int32 [b], the images uint8 [b, h, w, 3] (grey is three equal channels), and which of them
+  were finite before the rounding, bool [b].
+
+  Args:
+    shape: of what the network makes.
+    decoder: (parameters, decode) of what makes images in [-1, 1] of it; None where it does itself.
+  """
+  rows = mesh_lib.batch_sharding(mesh)
+  split = functools.partial(jax.lax.with_sharding_constraint, shardings=rows)
+  weights, decode = decoder or ((), None)
+
+  def run(params, weights, label, w, nfe, first):
+    numbers = split(first + jnp.arange(len(label), dtype=jnp.int32))
+    x0 = split(draw_noise(jax.random.key(seed), numbers, shape))
+    x = integrate(apply, params, x0, split(label), jnp.full(len(label), w), nfe)
+    finite = jnp.isfinite(x).all(axis=(1, 2, 3))
+    if decode:
+      x = decode(weights, x)
+    images = to_uint8(x)
+    return numbers, jnp.broadcast_to(images, (*images.shape[:3], 3)), finite
+
+  run = jax.jit(run, out_shardings=rows)
+  return lambda params, labels, w, nfe, first: run(
+    params, weights, labels, np.float32(w), np.int32(nfe), np.int32(first)
+  )
+
+
+def to_uint8(images):
+  """[-1, 1] -> uint8, rounded to nearest (not truncated) after clipping; NumPy or JAX arrays."""
+  return ((images.clip(-1, 1) + 1) * 127.5).round().astype("uint8")

@@ -52,6 +52,11 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
   return made[: source.examples], made[source.examples :]
 
 
+# For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
+SAME = ("config.model.heads", "facts.symbols")
+FRESH = ()
+
+
 def make_network(config, facts: dict) -> transformer.Network:
   """The network; `facts` are those saved with a checkpoint."""
   vocab = Vocab(tuple(facts["symbols"]))
@@ -215,7 +220,7 @@ def _prompts(config, flags) -> list[str]:
     except (OSError, UnicodeDecodeError) as err:
       raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
     return [line for line in lines if line.strip()]
-  return flags.prompt or [x.question for x in make_examples(config)[1][: flags.num]]
+  return flags.prompt or [x.question for x in make_examples(config)[1][: flags.num or 64]]
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:

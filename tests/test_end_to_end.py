@@ -1,5 +1,6 @@
 """The program as its users meet it: `python main.py` in a process of its own."""
 
+import functools
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+
+import ism_jax
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=configs/ism_digits.py:debug"
@@ -100,6 +103,22 @@ def test_samples_come_from_a_copied_directory(finished, tmp_path):
   assert Image.open(next((tmp_path / "o").glob("*.png"))).width > 100
 
 
+def test_exported_model_is_the_checkpoint_and_is_gone_on_from(finished, tmp_path):
+  out = tmp_path / "out"
+  code, _, err = call(f"--workdir={finished[0]}", "--mode=export", f"--out={out}")
+  assert code == 0, err
+  model = ism_jax.load_pretrained(out)
+  tree = ocp.StandardCheckpointer().restore(finished[0] / "checkpoints" / "12" / "ema_sample")
+  for name, leaf in ocp.tree.to_flat_dict(tree, sep=".").items():
+    found = functools.reduce(lambda node, key: node[key], name.split("."), model.params)
+    np.testing.assert_array_equal(found, leaf)
+  assert model.record["step"] == 12 and model.sample([0, 3], nfe=4, batch=2).std() > 0.1
+
+  code, text, err = call(CONFIG, f"--workdir={tmp_path / 'w'}", f"--config.init_from={out}")
+  assert code == 0, err
+  assert f"began from {out} (step 12): 29 tensors taken" in text and "drawn afresh" in text
+
+
 def test_evaluation_needs_no_config(finished, tmp_path):
   code, out, err = call(f"--workdir={finished[0]}", "--mode=evaluate", f"--out={tmp_path}")
   assert code == 0, err
@@ -114,6 +133,7 @@ def test_evaluation_needs_no_config(finished, tmp_path):
     ((CONFIG, "--config.model.patch=3"), ("patch", "3", "8")),
     ((CONFIG, "--config.batch=0"), ("batch=0",)),
     (("--config=configs/none.py",), ("configs/none.py", "ism_digits")),
+    ((CONFIG, "--config.init_from=nowhere"), ("init_from='nowhere'", "exported")),
     ((CONFIG, "extra"), ("unexpected argument 'extra'",)),
     (("--mode=sample",), ("no checkpoint",)),
     ((), ("--config",)),
@@ -172,6 +192,7 @@ def test_prompts_are_answered(writer, tmp_path):
     (("--mode=sample", "--prompt=12?"), ("'?'",)),
     (("--mode=sample", "--prompts=nowhere"), ("nowhere",)),
     (("--mode=sample", "--temperature=-1"), ("temperature",)),
+    (("--mode=export",), ("--mode=export", "'seqmatch'")),
   ],
 )
 def test_bad_prompts_cost_one_sentence(flags, words, writer):

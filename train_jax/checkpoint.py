@@ -24,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 
+from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.state import TrainState
 
@@ -194,12 +196,19 @@ class Checkpoints:
     return _state(items), meta
 
   def restore_ema(self, name: str, abstract: PyTree) -> tuple[PyTree, int]:
-    """One average of the newest good step, and that step's number. Reads nothing else.
+    """One average of the newest good step, whole on every device, and that step's number.
+
+    Reads nothing else.
 
     Raises:
       UserError: nothing is stored here, or nothing good.
     """
     self.require_meta()
+    # Without a layout Orbax takes the stored one, which needs as many devices as the run had.
+    everywhere = NamedSharding(mesh_lib.make_mesh(), PartitionSpec())
+    abstract = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract
+    )
     items, meta, _ = self._newest({f"ema_{name}": abstract})
     return items[f"ema_{name}"], meta["step"]
 

@@ -12,7 +12,17 @@ from absl import flags
 from train_jax.errors import UserError
 
 # Changing these does not change what is learned, so a run may go on with other values.
-FREE = ("backend", "log_every", "eval_every", "save_every", "keep", "max_skipped", "mesh.", "eval.")
+FREE = (
+  "backend",
+  "log_every",
+  "eval_every",
+  "save_every",
+  "keep",
+  "max_skipped",
+  "mesh.",
+  "eval.",
+  "init_from",
+)
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

@@ -98,12 +98,14 @@ def train(
   mesh: jax.sharding.Mesh,
   workdir: Path,
   record: dict,
+  given: dict[str, np.ndarray] | None = None,
 ) -> bool:
   """Runs or resumes a run to its end.
 
   Args:
     decays: of the named EMAs; "sample" is the one that is evaluated.
     record: JSON saved with every checkpoint (the config and facts about the data).
+    given: parameters that step 0 begins with instead of drawn ones, by dotted name (see start.py).
 
   Returns:
     Whether the run is complete; False after SIGTERM or SIGINT, with everything saved.
@@ -121,7 +123,10 @@ def train(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), jax.eval_shape(init), shardings
   )
   found = checkpoints.restore(abstract)
-  state, position = (found[0], found[1]["position"]) if found else (init(), 0)
+  if found:
+    state, position = found[0], found[1]["position"]
+  else:
+    state, position = init(mesh_lib.place(given or {}, state_lib.flatten(shardings.params))), 0
   start = int(state.step)
   if found and chief:
     print(f"resumed at step {start} of {config.steps} from {checkpoints.directory}", flush=True)

@@ -132,3 +132,24 @@ def fetch(array: jax.Array) -> np.ndarray:
   if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def place(arrays: dict[str, np.ndarray], shardings: dict[str, NamedSharding]) -> dict:
+  """Arrays that every process holds -> global arrays, laid out as `shardings` says by name."""
+  return {
+    name: jax.make_array_from_callback(a.shape, shardings[name], a.__getitem__)
+    for name, a in arrays.items()
+  }
+
+
+def to_local(array: jax.Array) -> np.ndarray:
+  """This process's rows of a global array whose leading dimension is split over the devices."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(data) for _, data in sorted(shards.items())])
+
+
+def replicate(tree, mesh: Mesh):
+  """The same arrays on every device of the mesh."""
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

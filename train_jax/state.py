@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,16 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
+
+
+def dotted(path) -> str:
+  """The name of a leaf of nested dicts: the keys on the way to it, joined with dots."""
+  return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+  """Nested dicts -> their leaves by dotted name."""
+  return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @jax.tree_util.register_dataclass
@@ -36,18 +46,23 @@ class TrainState:
   rng: jax.Array
 
 
-def create(method, tx, decays: dict[str, float], seed: int) -> Callable[[], TrainState]:
+def create(method, tx, decays: dict[str, float], seed: int) -> Callable[..., TrainState]:
   """Returns the function that makes the state of step 0; call it under jit, with shardings.
+
+  It takes the parameters that are given instead of drawn, by dotted name: none if left out.
 
   One jit for the whole state makes every buffer its own (donation needs that) and lays out the
   optimiser's moments and the EMAs as the parameters are, from the first byte.
   """
 
-  def init() -> TrainState:
+  def init(given: Mapping[str, jax.Array] | None = None) -> TrainState:
     key = jax.random.key(seed)
     # A weakly typed array (`jnp.full(3, 0.1)`) would come back strong: the step compiled twice.
     params, extra = jax.tree.map(
       lambda a: jax.lax.convert_element_type(a, a.dtype), method.init(jax.random.fold_in(key, 0))
+    )
+    params = jax.tree_util.tree_map_with_path(
+      lambda path, drawn: (given or {}).get(dotted(path), drawn), params
     )
     return TrainState(
       step=jnp.zeros((), jnp.int32),

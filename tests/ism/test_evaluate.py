@@ -7,7 +7,6 @@ from PIL import Image
 from ism_jax import data, evaluate
 from ism_jax.features import fit_digits
 from ism_jax.sample import to_uint8
-from train_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -20,33 +19,19 @@ def reference(source):
   return evaluate.Reference.of(fit_digits(), source.images(np.arange(1797)))
 
 
-def test_settings_that_were_trained_pass():
-  evaluate.check_settings((1, 2, 4, 8, 16, 32, 64, 128), (0.0, 0.6, 3.5), 3.5)
-  evaluate.check_settings((1,), (0,), 0.0)
-
-
-@pytest.mark.parametrize(
-  ("nfe", "guidance", "message"),
-  [
-    ((1, 3), (0.0,), r"nfe=3 was not trained; choose from 1, 2, 4, 8, 16, 32, 64, 128\."),
-    ((256,), (0.0,), r"nfe=256 was not trained"),
-    ((0,), (0.0,), r"nfe=0 was not trained"),
-    ((), (0.0,), r"nfe has no value; choose from 1, 2"),
-    ((1,), (0.5, 4.0), r"guidance=4 is outside the trained range 0 to 3.5"),
-    ((1,), (-0.5,), r"guidance=-0.5 is outside the trained range"),
-    ((1,), (float("nan"),), r"guidance=nan is outside the trained range"),
-  ],
-)
-def test_settings_that_were_not_are_refused_with_the_range(nfe, guidance, message):
-  with pytest.raises(UserError, match=message):
-    evaluate.check_settings(nfe, guidance, 3.5)
-
-
 def test_labels_are_balanced():
   labels = evaluate.balanced_labels(23, 10)
   assert labels.dtype == np.int32 and labels[13] == 3
   counts = np.bincount(labels)
   assert len(counts) == 10 and counts.max() - counts.min() <= 1
+
+
+def test_random_labels_are_uniform_by_the_seed_and_begin_alike():
+  labels = evaluate.random_labels(20_000, 10, seed=1)
+  assert labels.dtype == np.int32 and set(labels.tolist()) == set(range(10))
+  assert np.abs(np.bincount(labels) - 2000).max() < 6 * np.sqrt(2000)
+  np.testing.assert_array_equal(evaluate.random_labels(77, 10, seed=1), labels[:77])
+  assert np.any(evaluate.random_labels(77, 10, seed=2) != labels[:77])
 
 
 def test_real_images_are_judged_real(reference, source):

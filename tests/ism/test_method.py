@@ -189,7 +189,7 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"batch": 20}, r"batch=20 is not divisible by 8, the sum of loss.shares=.*multiple of 8"),
     ({"data__side": 32}, r"data.side=32 but for the images of digits it is 8"),
     ({"data__channels": 3}, r"data.channels=3 but for the images of digits it is 1"),
-    ({"data__source": "imagenet"}, r"data.source='imagenet' is unknown; choose 'digits' or"),
+    ({"data__source": "imagenet"}, r"data.source='imagenet' is unknown; choose 'digits', 'folder'"),
     ({"model__patch": 3}, r"model.patch=3 does not divide the image side 8"),
     ({"model__width": 18}, r"model.width=18 must be a multiple of"),
     ({"model__depth": 0}, r"model.depth=0 must be at least 1"),

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from ism_jax import path
+from train_jax.errors import UserError
 
 KEY = jax.random.key(0)
 draw_noise = jax.jit(path.draw_noise, static_argnums=2)
@@ -101,6 +102,28 @@ def test_guidance_strengths_and_the_share_of_zero():
 @pytest.mark.parametrize(("zero", "expected"), [(0.0, {0.5, 1.0}), (1.0, {0.0})])
 def test_guidance_is_never_or_always_zero(zero, expected):
   assert set(np.asarray(sample_guidance(KEY, 500, 1.0, 0.5, zero)).tolist()) == expected
+
+
+def test_settings_that_were_trained_pass():
+  path.check_settings((1, 2, 4, 8, 16, 32, 64, 128), (0.0, 0.6, 3.5), 3.5)
+  path.check_settings((1,), (0,), 0.0)
+
+
+@pytest.mark.parametrize(
+  ("nfe", "guidance", "message"),
+  [
+    ((1, 3), (0.0,), r"nfe=3 was not trained; choose from 1, 2, 4, 8, 16, 32, 64, 128\."),
+    ((256,), (0.0,), r"nfe=256 was not trained"),
+    ((0,), (0.0,), r"nfe=0 was not trained"),
+    ((), (0.0,), r"nfe has no value; choose from 1, 2"),
+    ((1,), (0.5, 4.0), r"guidance=4 is outside the trained range 0 to 3.5"),
+    ((1,), (-0.5,), r"guidance=-0.5 is outside the trained range"),
+    ((1,), (float("nan"),), r"guidance=nan is outside the trained range"),
+  ],
+)
+def test_settings_that_were_not_are_refused_with_the_range(nfe, guidance, message):
+  with pytest.raises(UserError, match=message):
+    path.check_settings(nfe, guidance, 3.5)
 
 
 def test_noise_depends_on_its_number_only():

@@ -346,6 +346,23 @@ def test_restores_on_another_mesh(saved, states, differences, make_mesh, monkeyp
   assert all(a == b for a, b in zip(found, jax.tree.leaves(shardings), strict=True))
 
 
+def test_average_does_not_need_the_devices_of_the_run(
+  tmp_path, states, make_mesh, monkeypatch, differences
+):
+  """Its stored layout would: a run of eight devices could not be sampled on one."""
+  monkeypatch.setattr(mesh_lib, "SMALL", 64)
+  state = jax.device_put(states[1], mesh_lib.state_sharding(states[1], make_mesh(2, 4)))
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state, meta_of(1))
+  checkpoints.wait()
+  abstract = jax.eval_shape(lambda: states[1].ema["sample"])
+  average, _ = checkpoints.restore_ema("sample", abstract)
+  checkpoints.close()
+  assert not state.ema["sample"]["layer"]["kernel"].is_fully_replicated
+  assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(average))
+  assert differences(average, states[1].ema["sample"]) == []
+
+
 def test_dtype_that_changed_is_not_cast_silently(saved, abstract, log):
   """Orbax would."""
   average = jax.tree.map(

@@ -63,6 +63,7 @@ def test_many_differences_are_counted_not_listed():
     {"max_skipped": 1},
     {"mesh": {"fsdp": 4}},
     {"eval": {"samples": 9}},
+    {"init_from": "elsewhere"},
   ],
 )
 def test_what_does_not_change_learning_may_differ(free):

@@ -88,6 +88,23 @@ def test_checkpoint_holds_the_record_and_the_data_position(tmp_path, train, load
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)], ids=["1x1", "4x2"])
+def test_fresh_run_begins_with_given_parameters_and_a_resumed_one_does_not(
+  tmp_path, method, tx, load, make_mesh, settings, monkeypatch, shape
+):
+  monkeypatch.setattr("train_jax.mesh.SMALL", 1)
+
+  def run(steps, value):
+    given = {"layer.kernel": np.full((4, 3), value, np.float32)}
+    config, mesh = settings(steps=steps), make_mesh(*shape)
+    assert loop.train(method, tx, DECAYS, config, mesh, tmp_path, RECORD, given)
+    np.testing.assert_array_equal(given["layer.kernel"], value)  # its buffer was not donated
+    return load(tmp_path)[0].extra["kernel"]  # as the last step found it
+
+  np.testing.assert_array_equal(run(1, 7.0), np.full((4, 3), 7))
+  assert np.all(np.abs(run(2, 3.0) - 7) < 0.1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)], ids=["1x1", "4x2"])
 def test_step_is_compiled_once_also_after_resume(tmp_path, train, make_mesh, monkeypatch, shape):
   monkeypatch.setattr("train_jax.mesh.SMALL", 1)
   jit, jitted = jax.jit, []

@@ -137,6 +137,14 @@ def test_batch_is_laid_out_over_all_devices():
   assert [s.data.shape for s in placed.addressable_shards] == [(2, 2)] * 8
 
 
+def test_local_rows_of_one_process_are_all_of_them_in_order():
+  mesh = mesh_lib.make_mesh(2)
+  rows = np.arange(32).reshape(16, 2)
+  np.testing.assert_array_equal(mesh_lib.to_local(mesh_lib.to_global({"x": rows}, mesh)["x"]), rows)
+  everywhere = mesh_lib.replicate({"x": rows}, mesh)["x"]
+  assert [s.data.shape for s in everywhere.addressable_shards] == [(16, 2)] * 8
+
+
 @pytest.mark.parametrize(
   "owners, tensor, wanted",
   [

@@ -56,3 +56,15 @@ def test_is_a_frozen_pytree_of_all_its_fields(state):
   paths = jax.tree_util.tree_leaves_with_path(state)
   fields = {jax.tree_util.keystr(path).split(".")[1].partition("[")[0] for path, _ in paths}
   assert fields == {f.name for f in dataclasses.fields(state)}
+
+
+def test_given_parameters_are_begun_with_and_averaged(method):
+  given = {"layer.kernel": np.full((4, 3), 7, np.float32)}
+  init = jax.jit(state_lib.create(method, optax.adam(0.1), DECAYS, 0))
+  drawn, state = init(), init(given)
+  for params in (state.params, *state.ema.values()):
+    np.testing.assert_array_equal(params["layer"]["kernel"], given["layer.kernel"])
+    np.testing.assert_array_equal(params["layer"]["bias"], drawn.params["layer"]["bias"])
+  np.testing.assert_array_equal(state.rng, drawn.rng)
+  leaves = jax.tree.leaves(state)
+  assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)

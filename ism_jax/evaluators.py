@@ -1,0 +1,136 @@
+"""Which evaluation a config asks for: small images, latents, or the large-scale protocol."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from ism_jax import benchmark, data, evaluate, latents, path, sample
+from ism_jax.features import fit_classifier
+from ism_jax.protocol import Protocol, check_number
+from train_jax.errors import UserError
+
+
+def make_evaluate(config, source, facts: dict, apply, mesh, leak=None) -> Callable:
+  """`Method.evaluate` of a run: pictures and numbers, a quick part of them in training.
+
+  Args:
+    source: images or latents, see data.py.
+    facts: those saved with a checkpoint.
+    apply: the network s(params, x, t, d, c, w).
+    leak: () -> the class leak of the pairing, measured once at the end; None for not at all.
+  """
+  if config.eval.get("metrics"):
+    return _make_large(config, facts, apply, mesh, leak)
+  if isinstance(source, latents.Latents):
+    return _make_latent(config, source, apply)
+  return _make_small(config, source, apply, leak)
+
+
+def _make_small(config, source: data.Source, apply, leak):
+  """A grid, and the metrics of evaluate.py by a classifier of the data."""
+  sampler = sample.make_sampler(apply, source.shape)
+  reference = functools.cache(lambda: make_reference(source))
+  classes, n = len(source.names), config.eval.samples
+  guidance = sorted({0.0, *config.eval.guidance})
+  quick = max(4, min(config.eval.nfe))  # the most steps in training
+
+  def run(params, step: int, final: bool):
+    del step
+    settings = [
+      (nfe, w, n // 2 if nfe == path.FINEST else n) for nfe in config.eval.nfe for w in guidance
+    ]
+    if not final:
+      settings = [(nfe, w, n // 4) for nfe, w, _ in settings if nfe <= quick]
+    yield from evaluate.measure(sampler, params, reference(), classes, settings, config.seed)
+    if final and leak:
+      yield "class_leak", leak()
+    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
+    nfes = sorted({nfe for nfe, _, _ in settings})
+    yield (
+      "grid",
+      evaluate.sample_grid(sampler, params, source.names, nfes, guidance, labels, config.seed),
+    )
+
+  return run
+
+
+def _make_latent(config, source: latents.Latents, apply):
+  """A grid of decoded samples if config.eval.vae is given.
+
+  The small classifier of `make_reference` is for small images, so there are no numbers.
+  """
+  if not config.eval.vae:
+    return lambda params, step, final: iter(())
+  sampler = latents.decoding(sample.make_sampler(apply, source.shape), config.eval.vae, source.vae)
+  classes, guidance = len(source.names), sorted({0.0, *config.eval.guidance})
+
+  def run(params, step: int, final: bool):
+    del step
+    quick = max(4, min(config.eval.nfe))
+    nfes = sorted(nfe for nfe in config.eval.nfe if final or nfe <= quick)
+    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
+    yield (
+      "grid",
+      evaluate.sample_grid(sampler, params, source.names, nfes, guidance, labels, config.seed),
+    )
+
+  return run
+
+
+def _make_large(config, facts: dict, apply, mesh, leak):
+  """A grid, and the metrics of benchmark.py that config.eval.metrics asks for.
+
+  In training a quarter of the samples is drawn, and the columns say so.
+  """
+  protocol, n, names = make_protocol(config), config.eval.samples, facts["names"]
+  check_number(protocol.metrics, n // 4)
+  large = make_benchmark(protocol, facts, apply, mesh)
+  guidance = sorted({0.0, *config.eval.guidance})
+  quick = max(4, min(config.eval.nfe))  # the most steps in training
+
+  def run(params, step: int, final: bool):
+    nfes = sorted({nfe for nfe in config.eval.nfe if final or nfe <= quick})
+    settings = [(nfe, w) for nfe in nfes for w in guidance]
+    number = n if final else n // 4
+    if jax.process_index() == 0:
+      print(benchmark.header({"step": step, "samples": number, **large.facts()}), flush=True)
+    yield from large.measure(params, settings, number)
+    if final and leak:
+      yield "class_leak", leak()
+    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(len(names), 8)), len(names))
+    rows = [evaluate.row_name(*setting) for setting in settings]
+    pictures = large.pictures(params, settings, labels)
+    yield "grid", evaluate.grid(pictures, rows, [names[i][:10] for i in labels])
+
+  return run
+
+
+def make_protocol(config, flags=None) -> Protocol | None:
+  """The large-scale protocol of config.eval, a flag winning over it; None if it has no metrics."""
+  names = ("metrics", "reference", "inception", "dinov2", "vae", "classes")
+  given = {name: getattr(flags, name, None) for name in names}
+  chosen = {name: given[name] or config.eval.get(name) for name in names}  # older runs lack them
+  if not chosen["metrics"]:
+    for name, value in given.items():
+      if value:
+        raise UserError(f"--{name}={value} is for --metrics; add --metrics=fid, or leave it out.")
+    return None
+  chosen["metrics"] = tuple(dict.fromkeys(chosen["metrics"]))
+  return Protocol(seed=config.seed, **{k: v for k, v in chosen.items() if v})
+
+
+def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> benchmark.Benchmark:
+  """The protocol made ready for the network of a run."""
+  shape, classes = tuple(facts["shape"]), len(facts["names"])
+  return benchmark.prepare(protocol, apply, shape, classes, mesh, facts.get("vae", ""))
+
+
+def make_reference(source: data.Source, limit: int = 10_000) -> evaluate.Reference:
+  """Features of the data, by a classifier fitted on it; of a random 10k where there are more."""
+  chosen = np.sort(np.random.default_rng(0).permutation(len(source.labels))[:limit])
+  images = source.images(chosen)
+  return evaluate.Reference.of(fit_classifier(images, source.labels[chosen]), images)

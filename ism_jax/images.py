@@ -1,0 +1,259 @@
+"""Encoded images with labels, in random access: a folder, TFDS, ArrayRecord files, tars of JPEGs.
+
+A source knows how many images there are, where each lies, and its class; they are read one by one,
+and cut as in ADM (arXiv 2105.05233).
+
+Dimensions: n images.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from train_jax.errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+# What Pillow raises on a file that is not a whole image.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Images:
+  """n encoded images.
+
+  Attributes:
+    size: n.
+    names: one name for each class; () where the source does not say.
+    read: i -> (the file's bytes, its class).
+    name: i -> where it is from, the same wherever the source lies.
+  """
+
+  size: int
+  names: tuple[str, ...]
+  read: Callable[[int], tuple[bytes, int]]
+  name: Callable[[int], str]
+
+
+def folder(root: str, flag: str = "--images") -> Images:
+  """`root/<class name>/*.png|jpg|...`; classes are numbered in the order of their names.
+
+  Raises:
+    UserError: no such folder, or no image in class folders; it names the option `flag`.
+  """
+  top = Path(root).expanduser()
+  if not top.is_dir():
+    raise UserError(f"{flag}={root!r} is not a folder; give a folder with one sub-folder a class.")
+  names = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
+  files = [
+    (path, label)
+    for label, name in enumerate(names)
+    for path in sorted((top / name).rglob("*"))
+    if path.suffix.lower() in SUFFIXES
+  ]
+  if not files:
+    raise UserError(
+      f"{flag}={root!r} has no images in sub-folders; expected {root}/<class name>/<image>.png "
+      f"or another of {', '.join(sorted(SUFFIXES))}."
+    )
+  return Images(
+    len(files),
+    tuple(names),
+    lambda i: (files[i][0].read_bytes(), files[i][1]),
+    lambda i: str(files[i][0].relative_to(top)),
+  )
+
+
+def _members(path: Path) -> list[tuple[Path, str, int, int, int]]:
+  """(tar, key, offset, bytes, class) of each image of one tar, in its order."""
+  images, classes = {}, {}
+  try:
+    with tarfile.open(path, "r:") as tar:  # not compressed: members are read where they lie
+      for member in tar:
+        folder_, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        key = f"{folder_}/{stem}".lstrip("/")
+        if f".{extension.lower()}" in SUFFIXES:
+          images[key] = (member.offset_data, member.size)
+        elif extension == "cls":
+          classes[key] = int(tar.extractfile(member).read())
+  except (tarfile.TarError, ValueError) as err:
+    raise UserError(
+      f"{path} cannot be read as a tar of KEY.jpg and KEY.cls, a class number ({err}); give whole "
+      "tars that are not compressed."
+    ) from err
+  for key in images:
+    if key not in classes:
+      raise UserError(
+        f"{path}: the image {key!r} has no {key}.cls beside it; add its class number."
+      )
+  return [(path, key, *where, classes[key]) for key, where in images.items()]
+
+
+def tars(paths: list[Path]) -> Images:
+  """WebDataset's layout: uncompressed tars with `KEY.jpg` (or .png, ...) and `KEY.cls`, a number.
+
+  Only the tars' headers are read now; the images are read later where they lie.
+
+  Raises:
+    UserError: a damaged tar, an image without its class, or no image.
+  """
+  found = [member for path in paths for member in _members(path)]
+  if not found:
+    raise UserError(f"{paths[0]} has no images; expected members KEY.jpg and KEY.cls.")
+
+  def read(i: int) -> tuple[bytes, int]:
+    path, _, offset, size, label = found[i]
+    with path.open("rb") as file:
+      file.seek(offset)
+      return file.read(size), label
+
+  return Images(len(found), (), read, lambda i: f"{found[i][0].name}:{found[i][1]}")
+
+
+def array_records(paths: list[Path]) -> Images:
+  """ArrayRecord files of tf.train.Example with `image` (bytes) and `label`, as TFDS writes them.
+
+  Raises:
+    UserError: the files cannot be read, or their records hold something else.
+  """
+  from array_record.python.array_record_data_source import ArrayRecordDataSource
+  from google.protobuf.message import DecodeError
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  try:
+    source = ArrayRecordDataSource([str(path) for path in paths])
+  except (RuntimeError, ValueError, OSError) as err:
+    raise UserError(f"{paths[0]} cannot be read as ArrayRecord: {err}") from err
+
+  def read(i: int) -> tuple[bytes, int]:
+    try:
+      feature = tf_example_pb2.Example.FromString(source[i]).features.feature
+      return feature["image"].bytes_list.value[0], feature["label"].int64_list.value[0]
+    except (DecodeError, IndexError) as err:
+      raise UserError(
+        f"record {i} of {paths[0].parent} is not a tf.train.Example with an encoded 'image' and an "
+        "integer 'label'; write the records so, or give the images in another form."
+      ) from err
+
+  if not len(source):
+    raise UserError(f"{paths[0]} has no ArrayRecord records; give whole .array_record files.")
+  read(0)
+  return Images(len(source), (), read, lambda i: f"record {i} from {paths[0].name} on")
+
+
+def tfds(name: str, flag: str = "--images") -> Images:
+  """A prepared TensorFlow Datasets builder, by name or directory, `@SPLIT` after it (train).
+
+  Read through `data_source`: TensorFlow is not imported.
+
+  Raises:
+    UserError: not prepared, not in ArrayRecord files, or without `image` and `label`.
+  """
+  import tensorflow_datasets
+
+  where, _, split = name.partition("@")
+  undecoded = {"image": tensorflow_datasets.decode.SkipDecoding()}
+  options = {"split": split or "train", "decoders": undecoded}
+  try:
+    if (directory := Path(where).expanduser()).is_dir():
+      source = tensorflow_datasets.builder_from_directory(directory).as_data_source(**options)
+    else:
+      source = tensorflow_datasets.data_source(where, download=False, **options)
+    features = source.dataset_info.features
+    names, _ = features["label"].names, features["image"]  # KeyError where there is none
+  except (AssertionError, AttributeError, KeyError, NotImplementedError, ValueError) as err:
+    reason = (str(err).strip() or type(err).__name__).splitlines()[0]
+    raise UserError(
+      f"{flag}={name!r} is not a prepared set of labelled images in ArrayRecord files ({reason}); "
+      f"prepare it with `tfds build {where} --file_format=array_record`."
+    ) from err
+
+  def read(i: int) -> tuple[bytes, int]:
+    example = source[i]
+    return example["image"], int(example["label"])
+
+  return Images(len(source), tuple(names), read, lambda i: f"{where}@{options['split']} {i}")
+
+
+def find(source: str) -> Images:
+  """Whatever `--images=SOURCE` names.
+
+  Args:
+    source: a folder with one sub-folder a class; a directory, file or pattern of `.tar` or
+      `.array_record` files; a TFDS builder's directory; or `tfds:NAME[@SPLIT]`.
+
+  Raises:
+    UserError: it is none of these.
+  """
+  if source.startswith("tfds:"):
+    return tfds(source.removeprefix("tfds:"))
+  path = Path(source).expanduser()
+  if (path / "dataset_info.json").is_file():
+    return tfds(source)
+  inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
+  files = sorted(file for file in inside if file.is_file())
+  if chosen := [file for file in files if file.suffix == ".tar"]:
+    return tars(chosen)
+  if chosen := [file for file in files if ".array_record" in file.name]:
+    return array_records(chosen)
+  if path.is_dir():
+    return folder(source)
+  raise UserError(
+    f"--images={source!r} is not there; give a folder with one sub-folder a class, .tar or "
+    ".array_record files, a TFDS directory, or tfds:NAME."
+  )
+
+
+def center_crop(image: Image.Image, side: int) -> np.ndarray:
+  """The centre square of an RGB image at `side` pixels, as guided-diffusion's `center_crop_arr`.
+
+  Halved by box averages while both sides stay above twice the size; then bicubic; then cut.
+
+  Returns:
+    uint8 [side, side, 3].
+  """
+  while min(image.size) >= 2 * side:
+    image = image.resize(tuple(x // 2 for x in image.size), Image.Resampling.BOX)
+  scale = side / min(image.size)
+  size = tuple(round(x * scale) for x in image.size)
+  pixels = np.array(image.resize(size, Image.Resampling.BICUBIC))
+  top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+  return pixels[top : top + side, left : left + side]
+
+
+def read_image(images: Images, i: int, side: int) -> tuple[np.ndarray | None, int]:
+  """(uint8 [side, side, 3], class) of image i; None where it cannot be read."""
+  label = -1
+  try:
+    content, label = images.read(i)
+    with Image.open(io.BytesIO(content)) as image:
+      return center_crop(image.convert("RGB"), side), label
+  except UserError:
+    raise
+  except UNREADABLE:
+    return None, label
+
+
+def read_batches(
+  images: Images, rows: range, batch: int, side: int, pool: ThreadPoolExecutor
+) -> Iterator[list[tuple[int, np.ndarray | None, int]]]:
+  """(number, pixels, class) of the images `rows`, `batch` at a time, one batch read ahead."""
+
+  def start(first: int) -> list:
+    numbers = rows[first : first + batch]
+    return [(i, pool.submit(read_image, images, i, side)) for i in numbers]
+
+  ahead = start(0)
+  for first in range(0, len(rows), batch):
+    ready, ahead = ahead, start(first + batch)
+    yield [(i, *future.result()) for i, future in ready]

@@ -1,0 +1,263 @@
+"""Stored latents as training data: posteriors of an autoencoder, sampled anew at every step.
+
+A latent set is a directory that `--mode=encode` writes (see encode.py):
+
+    manifest.json                            what it is: counts, classes, statistics, autoencoder
+    latents-00003-of-00157.array_record      the records of one shard, uncompressed
+    latents-00003-of-00157.json              its labels, in order, and its part of the statistics
+
+A record is `record_dtype`, little-endian and without padding: the class (int32), then float16 mean
+and standard deviation of the image's posterior, then those of its mirror image. They are not
+scaled. Training sees the image and its mirror image as two examples: example 2 i + f is image i,
+mirrored if f = 1.
+
+The host only reads. The latent x1 = SCALE (mean + std noise) is drawn on the device, inside the
+step, from the step's own key: a function of (seed, position).
+
+Dimensions: n images, b batch, h w latent, c channel.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax import autoencoder
+from ism_jax.autoencoder import SCALE
+from train_jax.errors import UserError
+
+VERSION = 1  # of the layout above
+MEAN_LIMIT = 1.0  # of a channel of scaled latents
+STD_RANGE = (0.5, 2.0)  # sd-vae-ft-mse on ImageNet: about 0.7 to 1
+
+
+def record_dtype(shape: tuple[int, int, int]) -> np.dtype:
+  """One image's record; `posterior[f, 0]` is the mean and `posterior[f, 1]` the std of view f."""
+  return np.dtype([("label", "<i4"), ("posterior", "<f2", (2, 2, *shape))])
+
+
+def shard_name(number: int, shards: int) -> str:
+  """File name of a shard, without its suffix."""
+  return f"latents-{number:05d}-of-{shards:05d}"
+
+
+def file_hash(path: str | Path) -> str:
+  """SHA-256 of a file; UserError if it cannot be read."""
+  try:
+    with Path(path).expanduser().open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as err:
+    raise UserError(f"the file {str(path)!r} cannot be read: {err.strerror}.") from err
+
+
+def moments(posterior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and mean square of the scaled latents of each image, by channel.
+
+  posterior [b, 2, 2, h, w, c] -> two float64 [b, c], over both views and all pixels.
+  """
+  mean, std = (posterior[:, :, i].astype(np.float64) for i in (0, 1))
+  axes = (1, 2, 3)
+  return SCALE * mean.mean(axes), SCALE**2 * (mean**2 + std**2).mean(axes)
+
+
+@dataclass(frozen=True)
+class Latents:
+  """A source of examples (see data.Source): image 2 i + f is view f of the stored image i.
+
+  Attributes:
+    read: images [b] and their views [b] -> float16 [2, b, h, w, c], mean and std, not scaled.
+    labels: int32 [2 n], of the examples.
+    names: one name for each class.
+    shape: (h, w, c) of one latent.
+    vae: SHA-256 of the autoencoder's file; "" for made-up latents.
+  """
+
+  read: Callable[[np.ndarray, np.ndarray], np.ndarray]
+  labels: np.ndarray
+  names: tuple[str, ...]
+  shape: tuple[int, int, int]
+  vae: str
+
+  def images(self, index) -> np.ndarray:
+    """The scaled posterior means, float32 [b, h, w, c]: what noise is paired with.
+
+    The draw around them is far smaller than the distances that the pairing compares.
+    """
+    return SCALE * self.read(*np.divmod(index, 2))[0].astype(np.float32)
+
+  def rows(self, index) -> dict[str, np.ndarray]:
+    """What a batch holds of its examples: float16 `mean` and `std` [b, h, w, c], not scaled."""
+    mean, std = self.read(*np.divmod(index, 2))
+    return {"mean": mean, "std": std}
+
+
+def draw(state, batch: dict, key: jax.Array) -> tuple:
+  """`Method.augment`: `mean` and `std` of a batch become `image`, a draw of the scaled latents."""
+  batch = dict(batch)
+  mean, std = (batch.pop(name).astype(jnp.float32) for name in ("mean", "std"))
+  image = SCALE * (mean + std * jax.random.normal(key, mean.shape))
+  return state.extra, {**batch, "image": image}
+
+
+def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
+  """n random records: the shapes and scales of real ones, and nothing to learn but the class."""
+  rng = np.random.default_rng(0)
+  label = (np.arange(n) % classes).astype(np.int32)
+  shift = rng.normal(size=(classes, 1, 1, shape[2]))
+  mean = rng.normal(0, 1 / SCALE, (n, *shape)) + shift[label]
+  views = np.stack([mean, mean[:, :, ::-1]]).astype(np.float16)
+
+  def read(image, view):
+    chosen = views[view, image]
+    return np.stack([chosen, np.full_like(chosen, 0.1)])
+
+  names = tuple(map(str, range(classes)))
+  return Latents(read, np.repeat(label, 2), names, shape, "")
+
+
+def _read_json(path: Path) -> dict:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError) as err:
+    raise UserError(
+      f"{path} is missing or damaged, so {path.parent} is not a whole latent set; run the "
+      "--mode=encode command that makes it, again: what is done is kept."
+    ) from err
+
+
+def make_reader(files: list[Path], counts: list[int], shape: tuple[int, int, int]) -> Callable:
+  """Returns `read(image, view)`, see `Latents`: random access, nothing is kept in memory.
+
+  Raises:
+    UserError: a shard is missing, damaged, or of another length than `counts` says.
+  """
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  def open_shard(file: Path, count: int) -> ArrayRecordReader:
+    options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+    try:
+      reader = ArrayRecordReader(str(file), **options)
+      found = reader.num_records() if reader.ok() else 0
+    except (OSError, RuntimeError, ValueError):
+      found = 0
+    if found != count:
+      raise UserError(
+        f"{file} holds {found} whole records and its manifest says {count}; delete it and run the "
+        "--mode=encode command again, which makes only what is missing."
+      )
+    return reader
+
+  readers = [open_shard(file, count) for file, count in zip(files, counts, strict=True)]
+  starts = np.concatenate([[0], np.cumsum(counts)])
+
+  dtype = record_dtype(shape)
+  start = dtype.fields["posterior"][1]
+  bytes_of_view = (dtype.itemsize - start) // 2
+
+  def read(image: np.ndarray, view: np.ndarray) -> np.ndarray:
+    out = np.empty((2, len(image), *shape), np.float16)
+    shard = np.searchsorted(starts, image, side="right") - 1
+    places = zip(shard.tolist(), (image - starts[shard]).tolist(), view.tolist(), strict=True)
+    for i, (number, position, side) in enumerate(places):
+      # One by one: a list of positions costs the library twice the processor time.
+      record = readers[number].read([position])[0]
+      values = np.frombuffer(record, "<f2", bytes_of_view // 2, start + side * bytes_of_view)
+      out[:, i] = values.reshape(2, *shape)
+    return out
+
+  return read
+
+
+def _check_statistics(path: str, manifest: dict, read: Callable, std: tuple[float, float]) -> None:
+  """Raises UserError unless the set's statistics are sane, and are those of its records."""
+  mean, spread = (np.array(manifest[name]) for name in ("mean", "std"))
+  if not (np.all(np.abs(mean) <= MEAN_LIMIT) and np.all((std[0] <= spread) & (spread <= std[1]))):
+    raise UserError(
+      f"the scaled latents of data.path={path!r} have the means {np.round(mean, 3).tolist()} and "
+      f"stds {np.round(spread, 3).tolist()} by channel, which must be within {MEAN_LIMIT:g} of 0 "
+      f"and in data.std={tuple(std)}; encode with the right autoencoder, or set data.std for "
+      "another one."
+    )
+  n = manifest["count"]
+  chosen = np.unique(np.linspace(0, n - 1, 256).astype(np.int64))
+  expected = (mean, spread**2 + mean**2)
+  views = np.stack([read(chosen, np.full_like(chosen, view)) for view in (0, 1)])  # [f, 2, b, ...]
+  posterior = np.moveaxis(views, 2, 0)
+  for values, whole in zip(moments(posterior), expected, strict=True):
+    # Six standard errors of a sample of k images out of n, and one per cent for rounding.
+    k = len(values)
+    error = values.std(0) * np.sqrt((1 - k / n) / k)
+    if not np.all(np.abs(values.mean(0) - whole) <= 6 * error + 0.01 * spread**2 + 0.001):
+      raise UserError(
+        f"the records of data.path={path!r} do not have the statistics of its manifest.json; the "
+        "files do not belong together: encode into an empty directory."
+      )
+
+
+def open_set(path: str, std: tuple[float, float] = STD_RANGE) -> Latents:
+  """The latent set in the directory `path`.
+
+  Args:
+    std: what is accepted as the standard deviation of a channel of scaled latents.
+
+  Raises:
+    UserError: not a whole latent set, of another layout, or its statistics are off.
+  """
+  top = Path(path).expanduser()
+  manifest = _read_json(top / "manifest.json")
+  if manifest.get("version") != VERSION:
+    raise UserError(
+      f"data.path={path!r} has the layout version {manifest.get('version')}, and this program "
+      f"reads {VERSION}; encode it again."
+    )
+  shards, shape = manifest["shards"], tuple(manifest["shape"])
+  parts = [_read_json(top / f"{shard_name(i, shards)}.json") for i in range(shards)]
+  labels = np.concatenate([part["labels"] for part in parts]).astype(np.int32)
+  files = [top / f"{shard_name(i, shards)}.array_record" for i in range(shards)]
+  read = make_reader(files, [len(part["labels"]) for part in parts], shape)
+  if not 0 < len(labels) == manifest["count"]:
+    raise UserError(
+      f"data.path={path!r} has labels of {len(labels)} images and its manifest.json says "
+      f"{manifest['count']}; encode into an empty directory."
+    )
+  _check_statistics(path, manifest, read, std)
+  names = tuple(manifest["names"])
+  return Latents(read, np.repeat(labels, 2), names, shape, manifest["vae"])
+
+
+def decoding(sample: Callable, path: str, expected: str) -> Callable:
+  """`sample` (see sample.make_sampler) of latents -> the same, of images in [-1, 1].
+
+  Args:
+    path: the autoencoder's safetensors file.
+    expected: its SHA-256, of the latents that were trained on; "" takes any.
+
+  Raises:
+    UserError: no such file, or another autoencoder.
+  """
+  if expected and (found := file_hash(path)) != expected:
+    raise UserError(
+      f"{path} (SHA-256 {found[:12]}) is not the autoencoder that the latents were encoded with "
+      f"({expected[:12]}); give that one."
+    )
+  model = autoencoder.load(path)
+  decode = jax.jit(model.decode)
+
+  @functools.wraps(sample)
+  def decoded(*args, **kwargs) -> np.ndarray:
+    latents = sample(*args, **kwargs)
+    images = []
+    for start in range(0, len(latents), 16):
+      rows = np.minimum(np.arange(start, start + 16), len(latents) - 1)  # the last one is filled up
+      images.append(np.asarray(decode(model.params, latents[rows]))[: len(latents) - start])
+    return np.concatenate(images)
+
+  return decoded

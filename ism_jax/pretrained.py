@@ -1,0 +1,130 @@
+"""A trained model without its training stack: written by `--mode=export`, used from anywhere.
+
+    import ism_jax
+    model = ism_jax.load_pretrained("exported")
+    images = model.sample(labels=[0, 3, 5], nfe=4, guidance=1.0, seed=0)
+
+Needs jax, flax, numpy and safetensors; nothing else is imported. The files: train_jax/exported.py.
+
+Dimensions: n samples, h w image, c channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ism_jax import dit, path, sample
+from train_jax import exported
+from train_jax.errors import UserError
+
+METHOD = "ism"
+
+
+def export(
+  directory: Path,
+  params,
+  sizes: dit.DiTConfig,
+  step: int,
+  run: dict,
+  w_max: float,
+  w_step: float,
+) -> None:
+  """Writes a model that `load_pretrained` reads.
+
+  Args:
+    step: at which `params` were averaged.
+    run: {"config": ..., "facts": ...} of the run they come from.
+    w_max, w_step: guidance strengths trained: 0, w_step, 2 w_step, ..., w_max.
+  """
+  record = {
+    "method": METHOD,
+    "step": step,
+    "network": dataclasses.asdict(sizes),
+    "shape": run["facts"]["shape"],
+    "names": run["facts"]["names"],
+    "w_max": w_max,
+    "w_step": w_step,
+    "run": run,
+  }
+  exported.save(directory, params, record)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+  """A trained model.
+
+  Attributes:
+    names: of the classes, by label.
+    shape: (h, w, c) of what the network makes.
+    w_max: strongest guidance that was trained.
+    record: config.json: sizes, step, and the config of the run.
+    params: the network's parameters, nested dicts of float32 arrays.
+    apply: (params, x, t, d, label, w) -> step direction (see dit.DiT).
+    sampler: see sample.make_sampler; decodes if an autoencoder was given.
+  """
+
+  names: tuple[str, ...]
+  shape: tuple[int, int, int]
+  w_max: float
+  record: dict = field(repr=False)
+  params: dict = field(repr=False)
+  apply: Callable = field(repr=False)
+  sampler: Callable = field(repr=False)
+
+  def sample(
+    self,
+    labels: Sequence[int],
+    nfe: int = 4,
+    guidance: float = 0.0,
+    seed: int = 0,
+    batch: int = 256,
+  ) -> np.ndarray:
+    """One image for each label, those of `--mode=sample` at the same seed, bit for bit.
+
+    Args:
+      labels: [n] classes by number.
+      nfe: number of steps, a power of two up to 128.
+      guidance: strength w, 0 for none.
+      batch: images at a time, always so many; less is faster for a few images, and rounds
+        differently.
+
+    Returns:
+      float32 [n, h, w, c], around [-1, 1]; latents, if that is what the model makes and no
+      autoencoder was given.
+
+    Raises:
+      UserError: the model was not trained for what is asked.
+    """
+    path.check_settings((nfe,), (guidance,), self.w_max)
+    path.check_labels(labels, len(self.names))
+    return self.sampler(self.params, seed, labels, guidance, nfe, batch)
+
+
+def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Pretrained:
+  """The model that `--mode=export` wrote.
+
+  Args:
+    directory: with model.safetensors and config.json.
+    vae: safetensors file of the autoencoder, for a model that makes latents: samples are decoded.
+
+  Raises:
+    UserError: no such model, or an autoencoder that is not the model's.
+  """
+  record, stored = exported.load(directory, METHOD)
+  init, apply = dit.make_network(dit.DiTConfig(**record["network"]))
+  params = exported.fill(stored, jax.eval_shape(init, jax.random.key(0)))
+  shape, facts = tuple(record["shape"]), record["run"]["facts"]
+  sampler = sample.make_sampler(apply, shape)
+  if vae is not None:
+    if "vae" not in facts:
+      raise UserError(f"vae={str(vae)!r} decodes latents, but {directory} makes images; omit it.")
+    from ism_jax import latents
+
+    sampler = latents.decoding(sampler, vae, facts["vae"])
+  return Pretrained(tuple(record["names"]), shape, record["w_max"], record, params, apply, sampler)

@@ -1,0 +1,222 @@
+"""Images from folders, tars, ArrayRecord files and TFDS; ADM's crop."""
+
+import io
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from ism_jax import data, images
+from train_jax.errors import UserError
+
+NAMES = ("cat", "dog", "eel")
+
+
+def encoded(i: int, kind: str = "png", shape=(20, 30)) -> bytes:
+  """An image whose first pixel is i, as a file's bytes."""
+  pixels = np.random.default_rng(i).integers(0, 256, (*shape, 3)).astype(np.uint8)
+  pixels[0, 0] = i
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, kind)
+  return file.getvalue()
+
+
+def add(tar, name, content):
+  info = tarfile.TarInfo(name)
+  info.size = len(content)
+  tar.addfile(info, io.BytesIO(content))
+
+
+def write_tars(top, count=7, size=3):
+  """`count` images in tars of `size`, classes i mod 3."""
+  for first in range(0, count, size):
+    with tarfile.open(top / f"train-{first:03d}.tar", "w") as tar:
+      for i in range(first, min(first + size, count)):
+        add(tar, f"part/{i:05d}.json", b"{}")
+        add(tar, f"part/{i:05d}.cls", str(i % 3).encode())
+        add(tar, f"part/{i:05d}.png", encoded(i))
+  return top
+
+
+def write_folder(top, count=7):
+  for i in range(count):
+    (top / NAMES[i % 3]).mkdir(exist_ok=True)
+    (top / NAMES[i % 3] / f"{i}.png").write_bytes(encoded(i))
+  return top
+
+
+def write_records(top, count=7):
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  for part, numbers in enumerate(np.array_split(np.arange(count), 2)):
+    writer = ArrayRecordWriter(str(top / f"train.array_record-{part:05d}-of-00002"), "group_size:1")
+    for i in numbers:
+      example = tf_example_pb2.Example()
+      example.features.feature["image"].bytes_list.value.append(encoded(i))
+      example.features.feature["label"].int64_list.value.append(i % 3)
+      writer.write(example.SerializeToString())
+    writer.close()
+  return top
+
+
+def write_tfds(top, count=7):
+  """The directory of a TFDS builder; returns it."""
+  import tensorflow_datasets as tfds
+
+  class SmallAnimals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=NAMES),
+      }
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, manager):
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      for i in range(count):
+        yield i, {"image": io.BytesIO(encoded(i)), "label": i % 3}
+
+  builder = SmallAnimals(data_dir=str(top), file_format="array_record")
+  builder.download_and_prepare()
+  return builder.data_dir
+
+
+WRITERS = {
+  "folder": write_folder,
+  "tars": write_tars,
+  "records": write_records,
+  "tfds": write_tfds,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_source_has_every_image_with_its_class(kind, tmp_path):
+  found = images.find(str(WRITERS[kind](tmp_path)))
+  assert found.size == 7
+  assert found.names == (NAMES if kind in ("folder", "tfds") else ())
+  items = [found.read(i) for i in range(7)]
+  seen = {}
+  for content, label in items:
+    number = int(np.asarray(Image.open(io.BytesIO(content)))[0, 0, 0])
+    assert content == encoded(number)
+    seen[number] = label
+  assert seen == {i: i % 3 for i in range(7)}
+  assert len({found.name(i) for i in range(7)}) == 7
+  assert "tensorflow" not in sys.modules
+
+
+def test_tars_and_patterns_may_be_named(tmp_path):
+  write_tars(tmp_path)
+  assert images.find(str(tmp_path / "train-000.tar")).size == 3
+  assert images.find(str(tmp_path / "train-00[36].tar")).size == 4
+
+
+def test_names_do_not_depend_on_where_the_source_lies(tmp_path):
+  for kind, write in WRITERS.items():
+    if kind == "tfds":
+      continue
+    pair = []
+    for place in ("a", "b"):
+      top = tmp_path / kind / place
+      top.mkdir(parents=True)
+      found = images.find(str(write(top)))
+      pair.append([found.name(i) for i in range(found.size)])
+    assert pair[0] == pair[1]
+
+
+def test_bad_sources_are_refused_in_a_sentence(tmp_path):
+  with pytest.raises(UserError, match=r"--images='no/where' is not there; give a folder"):
+    images.find("no/where")
+  with pytest.raises(UserError, match=r"has no images in sub-folders"):
+    images.find(str(tmp_path))
+  with pytest.raises(UserError, match=r"'tfds_that_is_not' is not a prepared set.*tfds build"):
+    images.find("tfds:tfds_that_is_not")
+  bad = tmp_path / "bad.tar"
+  bad.write_bytes(b"not a tar" * 100)
+  with pytest.raises(UserError, match=r"bad.tar cannot be read as a tar"):
+    images.find(str(bad))
+  with tarfile.open(bad, "w") as tar:
+    add(tar, "1.jpg", encoded(1))
+  with pytest.raises(UserError, match=r"the image '1' has no 1.cls beside it"):
+    images.find(str(bad))
+  records = tmp_path / "bad.array_record"
+  records.write_bytes(b"not records" * 100)
+  with pytest.raises(UserError, match=r"bad.array_record cannot be read as ArrayRecord"):
+    images.find(str(records))
+  ArrayRecordWriter(str(records), "group_size:1").close()
+  with pytest.raises(UserError, match=r"has no ArrayRecord records"):
+    images.find(str(records))
+  writer = ArrayRecordWriter(str(records), "group_size:1")
+  writer.write(b"\xff\xff something else")
+  writer.close()
+  with pytest.raises(UserError, match=r"record 0 of .* is not a tf.train.Example"):
+    images.find(str(records))
+
+
+def test_split_of_tfds_is_named_after_an_at(tmp_path):
+  where = write_tfds(tmp_path)
+  assert images.find(f"tfds:{where}@train[:3]").size == 3
+  with pytest.raises(UserError, match=r"'.*@test' is not a prepared set.*Unknown split"):
+    images.find(f"tfds:{where}@test")
+
+
+def test_tfds_is_a_source_of_pixels(tmp_path):
+  source = data.tfds(str(write_tfds(tmp_path)), side=4, channels=3)
+  assert source.shape == (4, 4, 3) and source.names == NAMES
+  assert sorted(source.labels.tolist()) == [0, 0, 0, 1, 1, 2, 2]
+  assert np.abs(source.images(np.arange(7))).max() <= 1
+
+
+# --- the crop -------------------------------------------------------------------------------------
+
+
+def center_crop_arr(pil_image, image_size):
+  """guided_diffusion/image_datasets.py, as published."""
+  while min(*pil_image.size) >= 2 * image_size:
+    pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.BOX)
+  scale = image_size / min(*pil_image.size)
+  pil_image = pil_image.resize(
+    tuple(round(x * scale) for x in pil_image.size), resample=Image.BICUBIC
+  )
+  arr = np.array(pil_image)
+  crop_y = (arr.shape[0] - image_size) // 2
+  crop_x = (arr.shape[1] - image_size) // 2
+  return arr[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (33, 64), (200, 131), (128, 257), (65, 17), (511, 90)])
+def test_the_crop_is_adms(shape):
+  pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+  image = Image.fromarray(pixels)
+  ours = images.center_crop(image, 32)
+  assert ours.shape == (32, 32, 3) and ours.dtype == np.uint8
+  np.testing.assert_array_equal(ours, center_crop_arr(image, 32))
+
+
+def test_grey_palette_and_alpha_become_rgb():
+  for mode in ("L", "P", "RGBA", "CMYK"):
+    file, colour = io.BytesIO(), Image.new("RGB", (40, 32), (200, 100, 50))
+    colour.convert(mode).save(file, "jpeg" if mode == "CMYK" else "png")
+    content = [file.getvalue()]
+    one = images.Images(1, (), lambda i, content=content: (content[i], 5), str)
+    pixels, label = images.read_image(one, 0, 32)
+    assert pixels.shape == (32, 32, 3) and label == 5
+
+
+def test_what_cannot_be_read_is_none_and_order_is_kept():
+  contents = [encoded(0, "jpeg"), b"no image", encoded(2, "jpeg")[:300], encoded(3), b""]
+  source = images.Images(5, (), lambda i: (contents[i], i), str)
+  with ThreadPoolExecutor(2) as pool:
+    batches = list(images.read_batches(source, range(5), 2, 16, pool))
+  assert [[i for i, *_ in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
+  flat = [item for batch in batches for item in batch]
+  assert [pixels is None for _, pixels, _ in flat] == [False, True, True, False, True]
+  assert [label for *_, label in flat] == [0, 1, 2, 3, 4]

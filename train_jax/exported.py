@@ -1,0 +1,79 @@
+"""An exported model: a directory that holds one network and what is needed to use it elsewhere.
+
+    model.safetensors   the parameters by dotted name, such as `blocks.mlp.inner.kernel`, float32
+    config.json         `format`, `method`, `step`, `run` (config and facts of the run that it comes
+                        from), and what the method adds
+
+config.json is removed first and written last, so that a directory that has one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train_jax import weights
+from train_jax.errors import UserError
+from train_jax.state import flatten
+
+FORMAT = 1
+MODEL, CONFIG = "model.safetensors", "config.json"
+
+
+def save(directory: Path, params, record: dict) -> None:
+  """Writes `params` (nested dicts) and `record` (JSON); replaces an older export.
+
+  Args:
+    record: with `method`, `step` and `run`; `format` is added.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
+  config, partial = directory / CONFIG, directory / f"{CONFIG}.partial"
+  config.unlink(missing_ok=True)
+  tensors = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+  partial.write_text(json.dumps({"format": FORMAT, **record}, indent=1))
+  weights.save(directory / MODEL, tensors, {"method": record["method"]})
+  shutil.copymode(partial, directory / MODEL)  # safetensors lets no one else read its files
+  os.replace(partial, config)
+
+
+def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
+  """(record, weights) of an exported model of `method`.
+
+  Raises:
+    UserError: it is not there, not whole, of another method, or of a later format.
+  """
+  path = Path(directory).expanduser() / CONFIG
+  try:
+    record = json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError) as err:
+    raise UserError(
+      f"{str(directory)!r} is no exported model: {path} cannot be read; make one with "
+      "--mode=export --workdir=RUN."
+    ) from err
+  if record.get("format") != FORMAT or record.get("method") != method:
+    raise UserError(
+      f"{path} is of format {record.get('format')} and method {record.get('method')!r}, where "
+      f"format {FORMAT} and method {method!r} are expected; export the model again, or give "
+      "another one."
+    )
+  return record, weights.Weights(path.with_name(MODEL))
+
+
+def fill(stored: weights.Weights, abstract):
+  """The tensors of `stored` in the structure of `abstract`, as jax arrays of its dtypes.
+
+  Raises:
+    UserError: one is missing or has another shape.
+  """
+  leaves, structure = jax.tree.flatten(abstract)
+  arrays = [
+    jnp.asarray(stored.get(name, leaf.shape), leaf.dtype)
+    for name, leaf in zip(flatten(abstract), leaves, strict=True)
+  ]
+  return jax.tree.unflatten(structure, arrays)
