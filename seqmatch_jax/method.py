@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from seqmatch_jax import buffer, data, evaluate, loss, rollout, show, transformer
 from seqmatch_jax.actions import Noise, tree
@@ -99,6 +100,14 @@ def _check(config, mesh: jax.sharding.Mesh) -> None:
     if not 1 <= memory[name] <= most:
       limit = "" if most == math.inf else f" and at most batch={most}"
       raise UserError(f"buffer.{name}={memory[name]} must be at least 1{limit}.")
+
+
+def without_data(config) -> tuple[ConfigDict, int]:
+  """For `--mode=compile`: a config that reads nothing but the files here, and a batch's number.
+
+  The batch is the first with noise: rows are wider then.
+  """
+  return config, config.loss.warmup
 
 
 def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
