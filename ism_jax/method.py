@@ -85,7 +85,7 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
   )
   return aot.compile_program(
     "sampler, one step",
-    functools.partial(sample.integrate, apply),
+    mesh_lib.within(mesh, functools.partial(sample.integrate, apply)),
     (params, x0, label, w, jax.ShapeDtypeStruct((), np.int32)),
     {"parameters": params},
     mesh.size,

@@ -90,7 +90,7 @@ def make_image_sampler(
     images = to_uint8(x)
     return numbers, jnp.broadcast_to(images, (*images.shape[:3], 3)), finite
 
-  run = jax.jit(run, out_shardings=rows)
+  run = jax.jit(mesh_lib.within(mesh, run), out_shardings=rows)
   return lambda params, labels, w, nfe, first: run(
     params, weights, labels, np.float32(w), np.int32(nfe), np.int32(first)
   )

@@ -207,7 +207,7 @@ def compile_step(
   }
   return compile_program(
     "train step",
-    make_train_step(method, tx, decays, clip),
+    mesh_lib.within(mesh, make_train_step(method, tx, decays, clip)),
     (state, abstract_batch(method, position, mesh)),
     groups,
     mesh.size,

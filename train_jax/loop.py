@@ -132,7 +132,7 @@ def train(
     print(f"resumed at step {start} of {config.steps} from {checkpoints.directory}", flush=True)
 
   step_fn = jax.jit(
-    make_train_step(method, tx, decays, config.clip),
+    mesh_lib.within(mesh, make_train_step(method, tx, decays, config.clip)),
     donate_argnums=0,
     out_shardings=(shardings, None),
   )

@@ -9,7 +9,9 @@ GPU hosts) are arranged so that `data` crosses that network first, `fsdp` only w
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -91,6 +93,29 @@ def state_sharding(abstract, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading dimension of every batch array is split over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def within(mesh: Mesh, fn: Callable) -> Callable:
+  """`fn`, traced so that `by_rows` inside it knows the mesh."""
+
+  @functools.wraps(fn)
+  def run(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args)
+
+  return run
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+  """x [b, ...], held to be split by rows as the batch is; as it comes outside `within`.
+
+  Between layers it keeps the compiler from splitting activations as the next layer's parameters
+  are, and so from moving activations where it should gather parameters.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.shape[0] % batch_parts(mesh):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
 
 
 def batch_parts(mesh: Mesh) -> int:
