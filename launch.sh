@@ -7,11 +7,23 @@
 #   ./launch.sh test [pytest options]            installs what the tests need and runs them
 #   ./launch.sh install                          installs and stops
 #
+# --on=PLACE before any of these runs it elsewhere, as many processes; --dry-run prints the commands instead:
+#
+#   --on=local:N            N processes on this machine, a GPU each if it has GPUs
+#   --on=slurm:NODES        submits a job of one process a node; SBATCH_OPTIONS='--gpus-per-node=8 --time=24:00:00'
+#   --on=tpu:NAME:ZONE      all workers of a TPU VM: copies this directory, installs, starts, shows worker 0's log
+#   --on=gke:KIND:TOPOLOGY  prints a JobSet for kubectl, such as gke:tpu-v5-lite-podslice:4x4; IMAGE=registry/name
+#                           has this directory at /app, the volume claim CLAIM (default runs) is its runs/
+#
+# Many processes need a --workdir that all of them see. START_LIMIT=50 is how many seconds they wait for each other,
+# PORT the coordinator's port.
+#
 # ACCELERATOR=cpu|cuda12|cuda13|tpu overrides what is detected; PYTHON=/path/to/python3.11 and VENV=DIR
 # override the interpreter and the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+dry=""
 say() { printf 'launch.sh: %s\n' "$*" >&2; }
 die() {
   say "$*"
@@ -59,11 +71,169 @@ install() {
   printf '%s' "$wanted" >"$stamp"
 }
 
+# quote WORD...: one line that a shell reads as these words.
+quote() {
+  local word line=""
+  for word in "$@"; do
+    [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+=" $word"
+  done
+  printf '%s\n' "${line# }"
+}
+
+# run COMMAND...: or only print it.
+run() {
+  if [[ -n "$dry" ]]; then quote "$@"; else "$@"; fi
+}
+
+# run_local N COMMAND...: processes 0 to N - 1. When one fails the others are stopped, and its exit code is ours.
+run_local() {
+  local n=$1 i code first=0 deadline=0 pids=() command
+  shift
+  for ((i = 0; i < n; i++)); do
+    command=(env PYTHONUNBUFFERED=1 "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$n" "JAX_PROCESS_ID=$i")
+    [[ "$accelerator" != cuda* ]] || command+=("JAX_LOCAL_DEVICE_IDS=$i")
+    command+=("$@")
+    if [[ -n "$dry" ]]; then
+      run "${command[@]}"
+      continue
+    elif ((i == 0)); then
+      "${command[@]}" &
+    else
+      "${command[@]}" > >(sed -u "s/^/[$i] /") 2>&1 &
+    fi
+    pids+=($!)
+  done
+  trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+  while ((${#pids[@]})); do
+    for i in "${!pids[@]}"; do
+      kill -0 "${pids[i]}" 2>/dev/null && continue
+      wait "${pids[i]}" && code=0 || code=$?
+      unset 'pids[i]'
+      if ((code && !first)); then
+        say "process $i ended with exit code $code; the others are stopped."
+        first=$code deadline=$((SECONDS + 15))
+        kill -TERM "${pids[@]}" 2>/dev/null || true
+      fi
+    done
+    # One that waits for the dead in a collective hears no signal but this.
+    if ((first && SECONDS > deadline)); then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
+    sleep 0.2
+  done
+  return "$first"
+}
+
+run_slurm() {
+  local nodes=$1 again options=()
+  shift
+  read -ra options <<<"${SBATCH_OPTIONS:-}"
+  again=$(quote ./launch.sh "$@")
+  run mkdir -p runs
+  # Slurm's TERM comes early enough for a last checkpoint.
+  run sbatch "--nodes=$nodes" --ntasks-per-node=1 "--job-name=$name" "--output=runs/%x-%j.log" --signal=TERM@120 \
+    "${options[@]}" --wrap "./launch.sh install && export START_LIMIT=$limit JAX_COORDINATOR_PORT=$port \
+PROCESS_HOSTS=\$(scontrol show hostnames | paste -sd,) && srun --kill-on-bad-exit=1 $again"
+}
+
+run_tpu() {
+  local vm=$1 zone=$2 tree again ssh
+  shift 2
+  tree="${TMPDIR:-/tmp}/ism-jax.tgz"
+  again=$(quote env "START_LIMIT=$limit" "JAX_COORDINATOR_PORT=$port" ./launch.sh "$@")
+  ssh=(gcloud compute tpus tpu-vm ssh "$vm" "--zone=$zone")
+  run tar -czf "$tree" --exclude=./.venv --exclude=./.git --exclude=./.cache --exclude=./runs .
+  run gcloud compute tpus tpu-vm scp "$tree" "$vm:ism-jax.tgz" "--zone=$zone" --worker=all
+  run "${ssh[@]}" --worker=all --command 'mkdir -p ism-jax && tar -xzf ism-jax.tgz -C ism-jax && cd ism-jax && ./launch.sh install'
+  # The run outlives this connection.
+  run "${ssh[@]}" --worker=all --command "cd ism-jax && { nohup $again >run.log 2>&1 </dev/null & echo \$! >run.pid; }"
+  say "stop it with: ${ssh[*]} --worker=all --command 'kill \$(cat ism-jax/run.pid)'"
+  # shellcheck disable=SC2016
+  run "${ssh[@]}" --worker=0 --command 'tail -n +1 --pid="$(cat ism-jax/run.pid)" -F ism-jax/run.log'
+}
+
+print_gke() {
+  local kind=$1 topology=$2 hosts command
+  shift 2
+  hosts=$(((${topology//x/*} + 3) / 4)) # four chips a host
+  command=$(printf '"%s", ' ./launch.sh "${@//\"/\\\"}")
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: ${name//_/-}
+spec:
+  failurePolicy:
+    maxRestarts: 10
+  replicatedJobs:
+    - name: slice
+      replicas: 1
+      template:
+        spec:
+          parallelism: $hosts
+          completions: $hosts
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 120
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $kind
+                cloud.google.com/gke-tpu-topology: $topology
+              containers:
+                - name: run
+                  image: ${IMAGE:-IMAGE}
+                  workingDir: /app
+                  command: [${command%, }]
+                  env:
+                    - {name: START_LIMIT, value: "$limit"}
+                    - {name: JAX_COORDINATOR_PORT, value: "$port"}
+                    - {name: ACCELERATOR, value: tpu}
+                  resources:
+                    limits: {google.com/tpu: 4}
+                  volumeMounts:
+                    - {name: runs, mountPath: /app/runs}
+              volumes:
+                - name: runs
+                  persistentVolumeClaim: {claimName: ${CLAIM:-runs}}
+YAML
+}
+
+place=local
+while [[ "${1:-}" == --on=* || "${1:-}" == --dry-run ]]; do
+  [[ "$1" == --dry-run ]] && dry=yes || place="${1#--on=}"
+  shift
+done
 case "${1:-}" in
 -h | --help)
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$0"
   exit 0
   ;;
+esac
+
+config=""
+[[ "${1:-configs/ism_digits.py}" == -* ]] || config="${1:-configs/ism_digits.py}"
+name="${config%%:*}" name="${name##*/}" name="${name%.py}"
+[[ "$config" == *:* ]] && name+="_${config#*:}"
+name="${name//[^A-Za-z0-9_.-]/_}"
+name="${name:-run}"
+limit="${START_LIMIT:-50}"
+port="${PORT:-$((20000 + RANDOM % 20000))}"
+IFS=: read -r where what which <<<"$place"
+case "$where/$what/$which" in
+local// | local/[1-9]*/) ;;
+slurm/[1-9]*/)
+  run_slurm "$what" "$@"
+  exit
+  ;;
+tpu/?*/?*)
+  run_tpu "$what" "$which" "$@"
+  exit
+  ;;
+gke/?*/[1-9]*x*)
+  print_gke "$what" "$which" "$@"
+  exit
+  ;;
+*) die "--on=$place is unknown; choose local, local:N, slurm:NODES, tpu:NAME:ZONE or gke:KIND:TOPOLOGY." ;;
 esac
 
 accelerator="${ACCELERATOR:-$(detect)}"
@@ -72,15 +242,16 @@ cpu) jax=jax ;;
 cuda12 | cuda13 | tpu) jax="jax[$accelerator]" ;;
 *) die "ACCELERATOR=$accelerator is unknown; choose cpu, cuda12, cuda13 or tpu." ;;
 esac
-say "wheels for $accelerator"
-
 venv="${VENV:-.venv}"
-if [[ ! -x "$venv/bin/python" ]]; then
-  python=$(find_python)
-  say "making $venv with $("$python" --version)"
-  "$python" -m venv "$venv"
+if [[ -z "$dry" ]]; then
+  say "wheels for $accelerator"
+  if [[ ! -x "$venv/bin/python" ]]; then
+    python=$(find_python)
+    say "making $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+  fi
+  install run -r requirements.txt "$jax"
 fi
-install run -r requirements.txt "$jax"
 
 case "${1:-}" in
 install) exit 0 ;;
@@ -94,14 +265,18 @@ esac
 
 # CONFIG -> --config=CONFIG, and a working directory of its name unless one is given.
 if [[ "$1" != -* ]]; then
-  config=$1
   shift
   [[ -f "${config%%:*}" ]] || die "$config is neither a command nor a config file; see ./launch.sh --help."
-  name=$(basename "${config%%:*}" .py)
-  [[ "$config" == *:* ]] && name+="_${config#*:}"
   case " $*" in
   *" --workdir"*) set -- "--config=$config" "$@" ;;
-  *) set -- "--config=$config" "--workdir=runs/${name//[^A-Za-z0-9_.-]/_}" "$@" ;;
+  *) set -- "--config=$config" "--workdir=runs/$name" "$@" ;;
   esac
 fi
-exec "$venv/bin/python" main.py "$@"
+set -- "$venv/bin/python" main.py "$@"
+if [[ "$where/$what" == local/?* ]]; then
+  [[ "$accelerator" != tpu ]] || die "--on=local:N is for CPUs and GPUs; one process drives all TPU chips of a host."
+  run_local "$what" "$@"
+else
+  [[ -n "$dry" ]] || exec "$@"
+  run "$@"
+fi

@@ -1,25 +1,27 @@
-"""Trains, samples, evaluates, exports, and encodes images as latents.
+"""Trains, samples, evaluates, exports, encodes images as latents, compiles for other hardware.
 
     python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
     python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
     python main.py --mode=evaluate --workdir=runs/ism_digits [--metrics=fid,is --reference=FILE ...]
     python main.py --mode=encode --images=imagenet/train --vae=vae.safetensors --out=latents
     python main.py --mode=export --workdir=runs/ism_digits --out=exported
+    python main.py --mode=compile --config=configs/ism_digits.py --topology=v5e:4x4
 
-Only training needs a config: the other modes read the one that is saved with the checkpoint.
+Only training and compiling need a config: the others read the one saved with the checkpoint.
 """
 
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from train_jax import aot, distributed, loop, mesh, optim, start
 from train_jax import config as config_lib
-from train_jax import loop, mesh, optim, start
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
 
@@ -27,7 +29,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum(
-  "mode", "train", ["train", "sample", "evaluate", "export", "encode"], "What to do."
+  "mode", "train", ["train", "sample", "evaluate", "export", "encode", "compile"], "What to do."
 )
 flags.DEFINE_integer(
   "num",
@@ -58,6 +60,9 @@ flags.DEFINE_string(
 )
 
 
+flags.DEFINE_string("topology", None, "compile: v5e:16x16, v5p:2x2x2, v6e:4x4, ... or cpu:8.")
+
+
 def method_module(config):
   """The package that `config.method` names, as its `method` module."""
   names = {"ism": "ism_jax.method", "seqmatch": "seqmatch_jax.method"}
@@ -86,26 +91,55 @@ def make_given(config: ConfigDict, facts: dict) -> dict:
   return given
 
 
+def make_optimizer(config: ConfigDict):
+  """The optimiser that `config.optim` describes."""
+  hyper = config.optim
+  rate = optim.schedule(hyper.lr, hyper.warmup, config.steps, hyper.final)
+  return optim.adamw(rate, hyper.b1, hyper.b2, hyper.weight_decay)
+
+
+def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
+  """Compiles the train step, and the sampler if the method has one, for `topology`; prints."""
+  chip = aot.CHIPS.get(topology.partition(":")[0])
+  devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor, aot.find_devices(topology))
+  mesh.check_batch(config.batch, devices)
+  module = method_module(config)
+  config, position = module.without_data(config)
+  method, facts = module.make_method(config, devices)
+  shape = " ".join(f"{axis}={size}" for axis, size in devices.shape.items())
+  print(
+    f"{topology}: {devices.size} chips, {shape}, batch {config.batch}; of one chip:", flush=True
+  )
+  tx, decays = make_optimizer(config), dict(config.ema)
+  programs = [aot.compile_step(method, tx, decays, config.optim.clip, position, devices, chip)]
+  print(aot.describe(programs[0], chip), flush=True)
+  if hasattr(module, "sampler_program"):
+    programs.append(module.sampler_program(config, facts, devices, chip))
+    print(aot.describe(programs[1], chip), flush=True)
+  print(aot.ASSUMPTIONS)
+  return programs
+
+
 def train(config: ConfigDict, workdir: Path) -> bool:
   """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
+  distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
-  devices = mesh.make_mesh(config.mesh.fsdp)
+  devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor)
   mesh.check_batch(config.batch, devices)
   method, facts = method_module(config).make_method(config, devices)
   if saved:
     config_lib.check_same(facts, saved["facts"], workdir)
 
-  hyper = config.optim
-  rate = optim.schedule(hyper.lr, hyper.warmup, config.steps, hyper.final)
-  tx = optim.adamw(rate, hyper.b1, hyper.b2, hyper.weight_decay)
   names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
-  settings = loop.LoopConfig(clip=hyper.clip, **{name: config[name] for name in names})
+  settings = loop.LoopConfig(clip=config.optim.clip, **{name: config[name] for name in names})
   record = {"config": config.to_dict(), "facts": facts}
   given = {} if saved else make_given(config, facts)
-  complete = loop.train(method, tx, dict(config.ema), settings, devices, workdir, record, given)
+  complete = loop.train(
+    method, make_optimizer(config), dict(config.ema), settings, devices, workdir, record, given
+  )
   if complete and jax.process_index() == 0:
     for grid in sorted((workdir / "samples").glob("*_grid.png"))[-1:]:
       print(f"samples:     {grid}")
@@ -140,8 +174,10 @@ def use_checkpoint(workdir: Path) -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}; every option is written --name=value.")
-  if not FLAGS.workdir and FLAGS.mode != "encode":
+  if not FLAGS.workdir and FLAGS.mode not in ("encode", "compile"):
     raise UserError("--workdir=DIR is missing: the directory of the run.")
+  if "://" in (FLAGS.workdir or ""):
+    raise UserError(f"--workdir={FLAGS.workdir} is no directory; mount the bucket and name that.")
   # Compiled programs are kept between runs: a restart then takes seconds.
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
@@ -149,12 +185,15 @@ def main(argv: list[str]) -> None:
   if FLAGS.mode == "encode":
     config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
     return importlib.import_module("ism_jax.encode").encode_mode(FLAGS)
-  workdir = Path(FLAGS.workdir)
-  if FLAGS.mode != "train":
-    return use_checkpoint(workdir)
+  if FLAGS.mode not in ("train", "compile"):
+    distributed.start()
+    return use_checkpoint(Path(FLAGS.workdir))
   if FLAGS.config is None:
     raise UserError("--config=configs/NAME.py is missing, such as --config=configs/ism_digits.py.")
-  train(FLAGS.config, workdir)
+  if FLAGS.mode == "compile":
+    return compile_for(FLAGS.config, FLAGS.topology or "cpu:8")
+  distributed.start()
+  train(FLAGS.config, Path(FLAGS.workdir))
 
 
 def run(argv: list[str]) -> int:
@@ -168,8 +207,11 @@ def run(argv: list[str]) -> int:
   except loop.DivergedError as err:
     print(f"stopped: {err}", file=sys.stderr)
     return 1
+  except Exception:
+    traceback.print_exc()
+    return 1
   return 0
 
 
 if __name__ == "__main__":
-  sys.exit(run(sys.argv))
+  sys.exit(distributed.leave(run(sys.argv)))

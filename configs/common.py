@@ -32,6 +32,7 @@ def get_common() -> ml_collections.ConfigDict:
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.fsdp = 1  # devices that share one copy of the parameters
+  config.mesh.tensor = 1  # devices that share the work of one row
   return config
 
 

@@ -159,7 +159,7 @@ def batches(source: Source, batch: int, seed: int) -> Callable[[int], np.ndarray
 def stream(
   source: Source,
   batch: int,
-  rows: slice,
+  rows: slice | np.ndarray,
   seed: int,
   position: int,
   noise_of_pool: Callable[[int], np.ndarray],

@@ -19,6 +19,7 @@ from flax import nnx
 from ism_jax.path import FINEST
 from train_jax.errors import UserError
 from train_jax.layers import Dense, Mlp, sinusoidal, sinusoidal_grid
+from train_jax.mesh import by_rows
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class DiT(nnx.Module):
     config = self.config
     level = jnp.where(d > 0, jnp.log2(jnp.maximum(d, 1 / FINEST) * FINEST) + 1, 0.0)
     c = self.embed_time(t) + self.embed_step(level) + self.embed_guidance(w)
-    c = nnx.silu(c + self.embed_class(label))  # [b, k]
+    c = by_rows(nnx.silu(c + self.embed_class(label)))  # [b, k]
 
     grid, p = config.side // config.patch, config.patch
     b = x.shape[0]
@@ -175,7 +176,7 @@ class DiT(nnx.Module):
     graphdef, stacked = nnx.split(self.blocks)
 
     def body(x, block):
-      return nnx.merge(graphdef, block)(x, c), None
+      return nnx.merge(graphdef, block)(by_rows(x), c), None
 
     body = jax.checkpoint(body) if config.remat else body
     x, _ = jax.lax.scan(body, x, stacked, unroll=config.depth if config.unroll else 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from ism_jax import (
@@ -27,6 +28,7 @@ from ism_jax import (
   wavelet,
 )
 from ism_jax.protocol import check_number
+from train_jax import aot
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
@@ -47,7 +49,7 @@ def make_source(config) -> data.Source | latents.Latents:
   made_up = config.data.get("made_up", 0)
   if made_up and not where:
     make = latents.made_up if kind == "latents" else data.made_up
-    return make(made_up, shape)
+    return make(made_up, shape, config.data.get("classes", 10))
   if not where:
     raise UserError(
       f"data.path is empty; give --config.data.path=PATH, what data.source={kind!r} is to read."
@@ -55,6 +57,41 @@ def make_source(config) -> data.Source | latents.Latents:
   if kind == "latents":
     return latents.open_set(where, config.data.get("std", latents.STD_RANGE))
   return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels)
+
+
+def without_data(config) -> tuple[ConfigDict, int]:
+  """For `--mode=compile`: `config` on made-up images, and the number of a batch.
+
+  Where classes come from the data, there are a thousand. Pairing is a part of the data stream.
+  """
+  config = config.copy_and_resolve_references()
+  config.pairing.pool = 0
+  if config.data.source != "digits":
+    config.data.path = ""
+    with config.unlocked():
+      config.data.made_up, config.data.classes = 2000, 1000
+      config.eval.metrics, config.eval.vae = (), ""
+  return config, 0
+
+
+def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
+  """For `--mode=compile`: the sampler, a batch of `config.batch` at a time."""
+  init, apply = make_network(config, facts)
+  params = aot.lay_out(jax.eval_shape(init, jax.random.key(0)), mesh)
+  rows = mesh_lib.batch_sharding(mesh)
+  x0, label, w = (
+    jax.ShapeDtypeStruct((config.batch, *shape), kind, sharding=rows)
+    for shape, kind in ((facts["shape"], np.float32), ((), np.int32), ((), np.float32))
+  )
+  return aot.compile_program(
+    "sampler, one step",
+    mesh_lib.within(mesh, functools.partial(sample.integrate, apply)),
+    (params, x0, label, w, jax.ShapeDtypeStruct((), np.int32)),
+    {"parameters": params},
+    mesh.size,
+    chip,
+    out_shardings=rows,
+  )
 
 
 # For config.init_from (see train_jax/start.py): what must be equal there, what may be missing or of
@@ -171,7 +208,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     return data.stream(
       source,
       config.batch,
-      mesh_lib.process_rows(config.batch),
+      mesh_lib.process_rows(config.batch, mesh),
       seed,
       position,
       functools.partial(noise_of_pool, seed),

@@ -201,7 +201,7 @@ def _compute(images: adm.Images, network: extract.Network, mesh, per_device: int
 def _batches(images: adm.Images, network: extract.Network, mesh, per_device: int) -> Iterator:
   """(numbers, features) of the images, batch by batch, the last one filled up."""
   b = per_device * mesh.size
-  rows = mesh_lib.process_rows(b)
+  rows = mesh_lib.process_rows(b, mesh)
   for i, pixels in enumerate(images.batches(b, rows)):
     numbers = np.arange(i * b, (i + 1) * b, dtype=np.int32)[rows]
     filled = np.zeros((len(numbers), *images.shape), np.uint8)

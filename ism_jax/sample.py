@@ -55,7 +55,7 @@ def make_sampler(apply: Callable, shape: tuple[int, int, int], sharding=None) ->
       index = np.arange(start, start + batch, dtype=np.int32)
       rows = np.minimum(index, len(labels) - 1)  # the last batch is filled up
       out = chunk(params, rng, index, labels[rows], w[rows], nfe)
-      images.append(np.asarray(out)[: len(labels) - start])
+      images.append(mesh_lib.fetch(out)[: len(labels) - start])
       if progress is not None:
         progress(len(images[-1]))
     return np.concatenate(images)
@@ -90,7 +90,7 @@ def make_image_sampler(
     images = to_uint8(x)
     return numbers, jnp.broadcast_to(images, (*images.shape[:3], 3)), finite
 
-  run = jax.jit(run, out_shardings=rows)
+  run = jax.jit(mesh_lib.within(mesh, run), out_shardings=rows)
   return lambda params, labels, w, nfe, first: run(
     params, weights, labels, np.float32(w), np.int32(nfe), np.int32(first)
   )

@@ -235,7 +235,7 @@ def stream(
   data: Encoded,
   noise: Noise,
   batch: int,
-  rows: slice,
+  rows: slice | np.ndarray,
   seed: int,
   position: int,
   lanes: int = 1,

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from seqmatch_jax import buffer, data, evaluate, loss, rollout, show, transformer
 from seqmatch_jax.actions import Noise, tree
@@ -87,17 +88,26 @@ def _check(config, mesh: jax.sharding.Mesh) -> None:
       "choose noise.rate=0 or loss.backspace=True."
     )
   lanes = config.data.lanes
-  if lanes < 1 or config.batch % (lanes * mesh.size):
+  parts = mesh_lib.batch_parts(mesh)
+  if lanes < 1 or config.batch % (lanes * parts):
     raise UserError(
-      f"data.lanes={lanes}: batch={config.batch} does not divide into rows of {lanes} examples on "
-      f"{mesh.size} devices; choose data.lanes=1, or a batch that is a multiple of "
-      f"{max(lanes, 1) * mesh.size}."
+      f"data.lanes={lanes}: batch={config.batch} does not divide into rows of {lanes} examples in "
+      f"{parts} parts; choose data.lanes=1, or a batch that is a multiple of "
+      f"{max(lanes, 1) * parts}."
     )
   memory = config.buffer
   for name, most in (("refresh", math.inf), ("draw", math.inf), ("rollouts", config.batch)):
     if not 1 <= memory[name] <= most:
       limit = "" if most == math.inf else f" and at most batch={most}"
       raise UserError(f"buffer.{name}={memory[name]} must be at least 1{limit}.")
+
+
+def without_data(config) -> tuple[ConfigDict, int]:
+  """For `--mode=compile`: a config that reads nothing but the files here, and a batch's number.
+
+  The batch is the first with noise: rows are wider then.
+  """
+  return config, config.loss.warmup
 
 
 def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
@@ -175,7 +185,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
   def stream(seed: int, position: int) -> Iterator[dict[str, np.ndarray]]:
     lanes = config.data.lanes
-    rows = mesh_lib.process_rows(config.batch // lanes)
+    rows = mesh_lib.process_rows(config.batch // lanes, mesh)
     quiet = Noise(**{**dict(config.noise), "rate": 0.0})
     plain = data.stream(known, quiet, config.batch, rows, seed, position, lanes)
     yield from itertools.islice(plain, max(schedule.warmup - position, 0))
@@ -201,7 +211,7 @@ def make_evaluate(config, asked: Encoded, network, generate, loss_config, max_ac
       made = generate(
         params, few.prompt, few.prompt_length, key, row, temperature, backspace, forced=forced
       )
-      return np.asarray(made.actions)
+      return mesh_lib.fetch(made.actions)
 
     yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
     yield "log_likelihood/data", likelihood(params, few)

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
@@ -105,18 +104,17 @@ def batch():
 
 @pytest.fixture(scope="session")
 def make_mesh():
-  """(data, fsdp) -> a mesh of the first of the eight devices."""
+  """(data, fsdp, tensor=1) -> a mesh of the first of the eight devices."""
 
-  def make(data: int, fsdp: int) -> jax.sharding.Mesh:
-    kinds, devices = (AxisType.Auto,) * 2, jax.devices()[: data * fsdp]
-    return jax.make_mesh((data, fsdp), mesh_lib.AXES, axis_types=kinds, devices=devices)
+  def make(data: int, fsdp: int, tensor: int = 1) -> jax.sharding.Mesh:
+    return mesh_lib.make_mesh(fsdp, tensor, jax.devices()[: data * fsdp * tensor])
 
   return make
 
 
 @pytest.fixture(scope="session")
 def one_device(make_mesh):
-  """The mesh 1 x 1."""
+  """The mesh of one device."""
   return make_mesh(1, 1)
 
 

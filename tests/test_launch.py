@@ -1,13 +1,16 @@
-"""launch.sh: what it detects, what it calls, and that a second start installs nothing.
+"""launch.sh: what it detects, what it calls, where it runs, that a second start installs nothing.
 
 The interpreter of its environment is a script that writes down how it was called.
 """
 
 import os
+import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PYTHON = """#!/bin/sh
@@ -133,3 +136,150 @@ def test_help_lists_the_commands(machine):
 
 def test_scripts_have_the_run_bit():
   assert os.access(ROOT / "launch.sh", os.X_OK) and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_dry_run_installs_and_starts_nothing(machine):
+  done = machine("--dry-run", "configs/ism_digits.py", "--prompt=it's", ACCELERATOR="cpu")
+  line = done.stdout.strip()
+  assert shlex.split(line)[1:] == [
+    "main.py",
+    "--config=configs/ism_digits.py",
+    "--workdir=runs/ism_digits",
+    "--prompt=it's",
+  ]
+  assert machine.calls() == []
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda12"])
+def test_local_processes_differ_in_their_number(machine, accelerator):
+  env = {"ACCELERATOR": accelerator, "PORT": "2222"}
+  done = machine("--on=local:2", "--dry-run", "configs/ism_digits.py:debug", **env)
+  for i, line in enumerate(done.stdout.splitlines()):
+    words = shlex.split(line)
+    assert {
+      "JAX_COORDINATOR_ADDRESS=127.0.0.1:2222",
+      "JAX_NUM_PROCESSES=2",
+      f"JAX_PROCESS_ID={i}",
+    } < set(words)
+    assert (f"JAX_LOCAL_DEVICE_IDS={i}" in words) == (accelerator == "cuda12")
+    assert words[-2:] == ["--config=configs/ism_digits.py:debug", "--workdir=runs/ism_digits_debug"]
+  assert i == 1 and machine.calls() == []
+
+
+@pytest.fixture
+def processes(machine, tmp_path):
+  """(shell code, n) -> `--on=local:n` with a main.py that is this code, after its installation."""
+  machine("install", ACCELERATOR="cpu")
+  python = tmp_path / "venv" / "bin" / "python"
+
+  def run(code: str, n: int):
+    python.write_text(f"#!/bin/bash\n{code}\n")
+    return machine(f"--on=local:{n}", "configs/ism_digits.py", ACCELERATOR="cpu")
+
+  return run
+
+
+def test_output_of_local_processes_is_told_apart(processes):
+  done = processes('echo "here is $JAX_PROCESS_ID of $JAX_NUM_PROCESSES"', 3)
+  assert done.returncode == 0
+  assert sorted(done.stdout.splitlines()) == [
+    "[1] here is 1 of 3",
+    "[2] here is 2 of 3",
+    "here is 0 of 3",
+  ]
+
+
+def test_one_that_fails_stops_the_others_and_gives_its_exit_code(processes):
+  code = """trap 'echo stopped $JAX_PROCESS_ID; exit 9' TERM
+((JAX_PROCESS_ID == 1)) && { sleep 0.5; exit 7; }
+for ((i = 0; i < 300; i++)); do sleep 0.1; done"""
+  started = time.monotonic()
+  done = processes(code, 3)
+  assert done.returncode == 7 and time.monotonic() - started < 20
+  assert "process 1 ended with exit code 7" in done.stderr
+  assert sorted(done.stdout.splitlines()) == ["[2] stopped 2", "stopped 0"]
+
+
+def test_a_signal_reaches_all_local_processes(machine, processes, tmp_path):
+  processes("exit 0", 1)
+  python = tmp_path / "venv" / "bin" / "python"
+  python.write_text(
+    """#!/bin/bash
+trap 'echo told $JAX_PROCESS_ID; exit 0' TERM
+[[ $JAX_PROCESS_ID != 0 ]] || kill -TERM "$PPID"
+for ((i = 0; i < 300; i++)); do sleep 0.1; done
+"""
+  )
+  done = machine("--on=local:2", "configs/ism_digits.py", ACCELERATOR="cpu")
+  assert done.returncode == 0, done.stderr
+  assert sorted(done.stdout.splitlines()) == ["[1] told 1", "told 0"]
+
+
+def test_slurm_submits_a_process_a_node(machine):
+  env = {"PORT": "2222", "START_LIMIT": "90", "SBATCH_OPTIONS": "--gpus-per-node=8 --time=1-0"}
+  done = machine("--on=slurm:4", "--dry-run", "configs/ism_digits.py", "--prompt=a b", **env)
+  words = shlex.split(done.stdout.splitlines()[-1])
+  assert words[:3] == ["sbatch", "--nodes=4", "--ntasks-per-node=1"]
+  assert {"--gpus-per-node=8", "--time=1-0", "--job-name=ism_digits"} < set(words)
+  install, export, srun = words[words.index("--wrap") + 1].split(" && ")
+  assert install == "./launch.sh install"
+  assert {"START_LIMIT=90", "JAX_COORDINATOR_PORT=2222"} < set(export.split())
+  again = ["./launch.sh", "configs/ism_digits.py", "--prompt=a b"]
+  assert shlex.split(srun) == ["srun", "--kill-on-bad-exit=1", *again]
+
+
+def test_tpu_copies_installs_starts_and_shows(machine):
+  env = {"PORT": "2222", "TMPDIR": "/tmp"}
+  done = machine("--on=tpu:pod:us-east5-a", "--dry-run", "configs/ism_digits.py", "-x=a b", **env)
+  pack, copy, install, start, show = map(shlex.split, done.stdout.splitlines())
+  assert pack[:3] == ["tar", "-czf", "/tmp/ism-jax.tgz"] and "--exclude=./runs" in pack
+  tpu = ["gcloud", "compute", "tpus", "tpu-vm"]
+  everywhere = ["--zone=us-east5-a", "--worker=all"]
+  assert copy == [*tpu, "scp", "/tmp/ism-jax.tgz", "pod:ism-jax.tgz", *everywhere]
+  assert install[:-1] == [*tpu, "ssh", "pod", *everywhere, "--command"] == start[:-1]
+  assert install[-1].endswith("-C ism-jax && cd ism-jax && ./launch.sh install")
+  wanted = "env START_LIMIT=50 JAX_COORDINATOR_PORT=2222 ./launch.sh configs/ism_digits.py '-x=a b'"
+  assert f"nohup {wanted} >run.log 2>&1" in start[-1]
+  assert show[4:-2] == ["ssh", "pod", "--zone=us-east5-a", "--worker=0"] and "tail" in show[-1]
+
+
+def test_commands_for_the_workers_are_shell(machine, tmp_path):
+  """Run where gcloud is a shell that does what it is told, here."""
+  tools = tmp_path / "tools"
+  tools.mkdir(exist_ok=True)
+  for name, text in (
+    ("gcloud", 'case "$5" in -*) ;; esac; [[ "$4" != ssh ]] || bash -c "${@: -1}"'),
+    ("tar", "mkdir -p ism-jax; cp -f launcher ism-jax/launch.sh"),
+  ):
+    (tools / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{text}\n")
+    (tools / name).chmod(0o755)
+  (tmp_path / "launcher").write_text('#!/bin/bash\necho "ran $*; $START_LIMIT"\n')
+  (tmp_path / "launcher").chmod(0o755)
+  done = machine("--on=tpu:pod:zone", "configs/ism_digits.py", "--prompt=a b", START_LIMIT="70")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[-1] == "ran configs/ism_digits.py --prompt=a b; 70"
+
+
+def test_gke_prints_a_jobset(machine):
+  args = ("--on=gke:tpu-v5-lite-podslice:8x8", "configs/ism_digits.py", '--prompt="a"')
+  done = machine(*args, IMAGE="registry/run", PORT="2222")
+  (job,) = yaml.safe_load_all(done.stdout)
+  assert (job["kind"], job["metadata"]["name"]) == ("JobSet", "ism-digits")
+  work = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+  assert work["parallelism"] == work["completions"] == 16
+  pod = work["template"]["spec"]
+  assert pod["nodeSelector"] == {
+    "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+    "cloud.google.com/gke-tpu-topology": "8x8",
+  }
+  (container,) = pod["containers"]
+  assert container["image"] == "registry/run"
+  assert container["command"] == ["./launch.sh", *args[1:]]
+  assert {"name": "START_LIMIT", "value": "50"} in container["env"]
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+@pytest.mark.parametrize("place", ["pod", "local:0", "local:x", "tpu:pod", "gke:v5e", "slurm:"])
+def test_unknown_places_are_one_sentence(machine, place):
+  done = machine(f"--on={place}", "configs/ism_digits.py")
+  assert done.returncode == 2 and f"--on={place} is unknown; choose" in done.stderr

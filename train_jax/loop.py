@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from absl import logging
 
+from train_jax import distributed
 from train_jax import mesh as mesh_lib
 from train_jax import metrics as metrics_lib
 from train_jax import state as state_lib
@@ -131,7 +132,7 @@ def train(
     print(f"resumed at step {start} of {config.steps} from {checkpoints.directory}", flush=True)
 
   step_fn = jax.jit(
-    make_train_step(method, tx, decays, config.clip),
+    mesh_lib.within(mesh, make_train_step(method, tx, decays, config.clip)),
     donate_argnums=0,
     out_shardings=(shardings, None),
   )
@@ -152,6 +153,7 @@ def train(
 
   bar = metrics_lib.progress_bar(config.steps, start, active=chief, unit="step", desc="training")
   stream = method.stream(config.seed, position)
+  agree, stop = distributed.Agreement(mesh), False
   clock = metrics_lib.StepClock(start)
   # Metrics are read two steps late: the device is never waited for, nor run away from.
   pending: collections.deque = collections.deque()
@@ -175,7 +177,7 @@ def train(
         pending.append((step, values))
         read()
         last = step == config.steps
-        stop = bool(stopped)  # read once: what is left without a save must not be broken off
+        stop = agree(bool(stopped))  # once: what is left without a save must not be broken off
         due_save = step % config.save_every == 0 or last or stop
         due_eval = config.eval_every and step % config.eval_every == 0 and not last
         if due_save or due_eval:
@@ -189,8 +191,9 @@ def train(
           break
     checkpoints.wait()
     bar.close()
-    if stopped and state.step < config.steps:
-      logging.warning("%s: saved step %d; the same command goes on.", stopped[0], int(state.step))
+    if stop and state.step < config.steps:
+      reason = stopped[0] if stopped else "another process was told to stop"
+      logging.warning("%s: saved step %d; the same command goes on.", reason, int(state.step))
       return False
     results = evaluate(final=True)
     if chief:

@@ -1,75 +1,147 @@
 """Devices as a mesh, one rule that lays every array out on it, and batches from many processes.
 
-Axes: `data` replicates the parameters, `fsdp` splits them; a batch is split over both. One device
-is the mesh 1 x 1 and the same code.
+Axes: `data` replicates the parameters, `fsdp` splits them and is gathered layer by layer, `tensor`
+splits them and the work on them. A batch is split over `data` and `fsdp`. One device is the mesh
+1 x 1 x 1 and the same code. Devices in several slices (TPU pods joined by a data-centre network,
+GPU hosts) are arranged so that `data` crosses that network first, `fsdp` only where it must,
+`tensor` never.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train_jax.errors import UserError
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")
 
 # Below this many elements an array is cheaper to replicate than to gather.
 SMALL = 2**14
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-  """All devices of all processes as `(n / fsdp, fsdp)`.
+def arrange(devices: list, fsdp: int, tensor: int) -> np.ndarray:
+  """Devices as an array `(n / (fsdp tensor), fsdp, tensor)`, neighbours close to each other.
 
   Raises:
-    UserError: `fsdp` does not divide the number of devices.
+    UserError: the sizes do not fit the number of devices, or the slices.
   """
-  n = jax.device_count()
-  if fsdp < 1 or n % fsdp:
-    raise UserError(f"mesh.fsdp={fsdp} does not divide the {n} devices; choose a divisor of {n}.")
-  # Auto axes: the compiler places the collectives (jax.make_mesh defaults to Explicit ones).
-  return jax.make_mesh((n // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  n, slices = len(devices), len({getattr(d, "slice_index", 0) for d in devices})
+  for name, size in (("fsdp", fsdp), ("tensor", tensor)):
+    if size < 1 or n % size:
+      raise UserError(
+        f"mesh.{name}={size} does not divide the {n} devices; choose a divisor of {n}."
+      )
+  if n % (fsdp * tensor):
+    raise UserError(
+      f"mesh.fsdp={fsdp} times mesh.tensor={tensor} does not divide the {n} devices; "
+      f"choose a product that divides {n}."
+    )
+  each = n // slices
+  if each % tensor:
+    raise UserError(
+      f"mesh.tensor={tensor} does not divide the {each} devices of one of {slices} slices; "
+      f"choose a divisor of {each}."
+    )
+  near = math.gcd(fsdp, each // tensor)  # of fsdp, inside a slice
+  inside = (each // (near * tensor), near, tensor)
+  if slices == 1:
+    return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+  across = (slices // (fsdp // near), fsdp // near, 1)
+  return mesh_utils.create_hybrid_device_mesh(
+    inside, across, devices, allow_split_physical_axes=True
+  )
 
 
-def param_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-  """The one rule: the largest dimension that `fsdp` divides is split, small arrays are not."""
-  if fsdp == 1 or math.prod(shape) < SMALL:
-    return PartitionSpec()
-  divisible = [i for i, size in enumerate(shape) if size % fsdp == 0]
-  if not divisible:
-    return PartitionSpec()
-  largest = max(divisible, key=lambda i: shape[i])
-  return PartitionSpec(*("fsdp" if i == largest else None for i in range(largest + 1)))
+def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+  """The mesh of `devices`, all devices of all processes by default; raises as `arrange` does."""
+  # Auto axes: the compiler places the collectives.
+  kinds = (AxisType.Auto,) * len(AXES)
+  return Mesh(arrange(devices or jax.devices(), fsdp, tensor), AXES, axis_types=kinds)
+
+
+def param_spec(shape: tuple[int, ...], fsdp: int, tensor: int = 1) -> PartitionSpec:
+  """The one rule: `tensor` splits the largest dimension that it divides, `fsdp` the next one.
+
+  Without tensor, fsdp splits the largest. Small arrays are not split. The largest dimension of a
+  block's matrices is its inner one, so that up-projections are split by columns and the
+  down-projections after them by rows (Megatron-LM, arXiv 1909.08053, section 3).
+  """
+  names: list[str | None] = [None] * len(shape)
+  if math.prod(shape) >= SMALL:
+    for axis, size in (("tensor", tensor), ("fsdp", fsdp)):
+      free = [i for i, n in enumerate(shape) if names[i] is None and n % size == 0]
+      if size > 1 and free:
+        names[max(free, key=lambda i: shape[i])] = axis
+  while names and names[-1] is None:
+    names.pop()
+  return PartitionSpec(*names)
 
 
 def state_sharding(abstract, mesh: Mesh):
   """NamedSharding for each leaf; parameters, moments and averages alike: the rule sees shapes."""
-  return jax.tree.map(
-    lambda a: NamedSharding(mesh, param_spec(a.shape, mesh.shape["fsdp"])), abstract
-  )
+  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+  return jax.tree.map(lambda a: NamedSharding(mesh, param_spec(a.shape, fsdp, tensor)), abstract)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading dimension of every batch array is split over all devices."""
-  return NamedSharding(mesh, PartitionSpec(AXES))
+  """The leading dimension of every batch array is split over `data` and `fsdp`."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def within(mesh: Mesh, fn: Callable) -> Callable:
+  """`fn`, traced so that `by_rows` inside it knows the mesh."""
+
+  @functools.wraps(fn)
+  def run(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args)
+
+  return run
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+  """x [b, ...], held to be split by rows as the batch is; as it comes outside `within`.
+
+  Between layers it keeps the compiler from splitting activations as the next layer's parameters
+  are, and so from moving activations where it should gather parameters.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.shape[0] % batch_parts(mesh):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+
+
+def batch_parts(mesh: Mesh) -> int:
+  """Into how many parts a batch is split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
   """Raises UserError unless the global batch divides over the devices."""
-  n = mesh.size
+  n = batch_parts(mesh)
   if batch < 1 or batch % n:
+    what = f"{n} devices" if n == mesh.size else f"{n} groups of {mesh.shape['tensor']} devices"
     raise UserError(
-      f"batch={batch} is not divisible by the {n} devices; "
+      f"batch={batch} is not divisible by the {what}; "
       f"choose a multiple of {n}, such as {max(n, batch // n * n)}."
     )
 
 
-def process_rows(batch: int) -> slice:
-  """The rows of a global batch that this process loads: a contiguous share, in process order."""
-  share = batch // jax.process_count()
-  return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+def process_rows(batch: int, mesh: Mesh) -> np.ndarray:
+  """The rows of a global batch that this process loads, ascending: those of its devices' parts.
+
+  Processes whose devices share a part over `tensor` load the same rows.
+  """
+  parts = mesh.devices.reshape(batch_parts(mesh), -1)
+  mine = [any(d.process_index == jax.process_index() for d in group) for group in parts]
+  return np.arange(batch).reshape(len(parts), -1)[mine].reshape(-1)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -78,6 +150,13 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   return {
     name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
   }
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+  """The whole of a global array, on every process; all of them must call it."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def place(arrays: dict[str, np.ndarray], shardings: dict[str, NamedSharding]) -> dict:
@@ -92,8 +171,8 @@ def to_local(array: jax.Array) -> np.ndarray:
   """This process's rows of a global array whose leading dimension is split over the devices."""
   if array.is_fully_addressable:
     return np.asarray(array)
-  shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-  return np.concatenate([np.asarray(shard.data) for shard in shards])
+  shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(data) for _, data in sorted(shards.items())])
 
 
 def replicate(tree, mesh: Mesh):

@@ -1,16 +1,20 @@
 """The sharding rule, batches that do not fit the devices, sharded against unsharded steps."""
 
 import functools
+import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import ism_digits
-from ism_jax.method import make_method
+from configs import ism_digits, seqmatch_arithmetic
+from ism_jax import method as ism
+from seqmatch_jax import method as seqmatch
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.step import make_train_step
@@ -35,15 +39,77 @@ def test_rule_splits_the_largest_divisible_dimension_unless_small(shape, fsdp, w
   assert mesh_lib.param_spec(shape, fsdp) == wanted
 
 
-@pytest.mark.parametrize("fsdp", [1, 2, 8])
-def test_mesh_has_all_devices(fsdp):
-  assert dict(mesh_lib.make_mesh(fsdp).shape) == {"data": 8 // fsdp, "fsdp": fsdp}
+@pytest.mark.parametrize(
+  "shape, fsdp, tensor, wanted",
+  [
+    ((28, 256, 1024), 2, 4, P(None, "fsdp", "tensor")),  # up: columns
+    ((28, 1024, 256), 2, 4, P(None, "tensor", "fsdp")),  # down: rows
+    ((28, 256, 256), 2, 4, P(None, "tensor", "fsdp")),
+    ((28, 256, 1024), 1, 4, P(None, None, "tensor")),
+    ((256, 1022), 2, 4, P("tensor", "fsdp")),  # tensor does not divide the largest
+    ((255, 1023), 2, 4, P()),
+    ((2**14,), 2, 4, P("tensor")),
+    ((64, 64), 2, 4, P()),  # small
+  ],
+)
+def test_rule_with_tensor_splits_the_largest_over_it_and_the_next_over_fsdp(
+  shape, fsdp, tensor, wanted
+):
+  assert mesh_lib.param_spec(shape, fsdp, tensor) == wanted
+
+
+@pytest.mark.parametrize("fsdp, tensor", [(1, 1), (2, 1), (8, 1), (2, 2), (4, 2), (1, 8)])
+def test_mesh_has_all_devices(fsdp, tensor):
+  mesh = mesh_lib.make_mesh(fsdp, tensor)
+  assert dict(mesh.shape) == {"data": 8 // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+  assert set(mesh.devices.flat) == set(jax.devices())
 
 
 @pytest.mark.parametrize("fsdp", [0, 3, 16, -1])
 def test_mesh_that_does_not_fit_the_devices_is_refused(fsdp):
   with pytest.raises(UserError, match=rf"mesh.fsdp={fsdp} .* 8 devices; choose a divisor of 8"):
     mesh_lib.make_mesh(fsdp)
+  with pytest.raises(UserError, match=rf"mesh.tensor={fsdp} .* 8 devices; choose a divisor of 8"):
+    mesh_lib.make_mesh(1, fsdp)
+
+
+def test_mesh_with_too_many_splits_is_refused():
+  with pytest.raises(UserError, match=r"mesh.fsdp=4 times mesh.tensor=4 .* 8 devices"):
+    mesh_lib.make_mesh(4, 4)
+
+
+def sliced(slices: int, each: int) -> list[SimpleNamespace]:
+  """Devices of several slices, as JAX describes them, out of order."""
+  make = functools.partial(SimpleNamespace, device_kind="cpu", platform="cpu", process_index=0)
+  found = [make(id=i, slice_index=i // each) for i in range(slices * each)]
+  return found[1::2] + found[::2]
+
+
+@pytest.mark.parametrize(
+  "slices, each, fsdp, tensor",
+  [
+    (2, 4, 4, 1),
+    (2, 4, 2, 2),
+    (4, 2, 2, 1),
+    (2, 4, 8, 1),
+    (4, 4, 4, 2),
+    (2, 4, 4, 2),
+    (2, 4, 1, 4),
+  ],
+)
+def test_slices_are_crossed_by_data_first_and_by_tensor_never(slices, each, fsdp, tensor):
+  mesh = mesh_lib.arrange(sliced(slices, each), fsdp, tensor)
+  where = np.vectorize(lambda d: d.slice_index)(mesh)
+  assert mesh.shape == (slices * each // (fsdp * tensor), fsdp, tensor)
+  assert len({d.id for d in mesh.flat}) == slices * each
+  assert (where == where[..., :1]).all()  # one slice along tensor
+  crossed = max(len(set(row)) for row in where[..., 0])
+  assert crossed == max(1, fsdp * tensor // each)  # along fsdp as few as can be
+
+
+def test_tensor_wider_than_a_slice_is_refused():
+  with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide the 4 devices of one of 6"):
+    mesh_lib.arrange(sliced(6, 4), 1, 8)
 
 
 @pytest.mark.parametrize("batch, near", [(12, 8), (20, 16), (3, 8), (0, 8), (-8, 8)])
@@ -53,10 +119,19 @@ def test_batch_that_does_not_divide_is_refused(batch, near):
     mesh_lib.check_batch(batch, mesh_lib.make_mesh())
 
 
+def test_batch_of_a_mesh_with_tensor_divides_over_its_groups():
+  mesh = mesh_lib.make_mesh(2, 2)
+  mesh_lib.check_batch(12, mesh)
+  placed = mesh_lib.to_global({"x": np.arange(12)}, mesh)["x"]
+  assert sorted(s.data.tolist() for s in placed.addressable_shards)[:2] == [[0, 1, 2]] * 2
+  with pytest.raises(UserError, match="batch=6 is not divisible by the 4 groups of 2 devices"):
+    mesh_lib.check_batch(6, mesh)
+
+
 def test_batch_is_laid_out_over_all_devices():
   mesh = mesh_lib.make_mesh(2)
   mesh_lib.check_batch(16, mesh)
-  assert mesh_lib.process_rows(16) == slice(0, 16)
+  assert mesh_lib.process_rows(16, mesh).tolist() == list(range(16))
   rows = np.arange(32).reshape(16, 2)
   placed = mesh_lib.to_global({"x": rows}, mesh)["x"]
   np.testing.assert_array_equal(placed, rows)
@@ -71,41 +146,80 @@ def test_local_rows_of_one_process_are_all_of_them_in_order():
   assert [s.data.shape for s in everywhere.addressable_shards] == [(16, 2)] * 8
 
 
-def test_rows_of_the_processes_are_the_batch_in_order(monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 4)
-  parts = []
-  for i in range(4):
+@pytest.mark.parametrize(
+  "owners, tensor, wanted",
+  [
+    ([0, 0, 1, 1, 2, 2, 3, 3], 1, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]),
+    ([0, 1, 0, 1, 0, 1, 0, 1], 1, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]),
+    ([0, 0, 0, 0, 1, 1, 1, 1], 2, [[*range(8)], [*range(8, 16)]]),
+    ([0, 1, 0, 1, 0, 1, 0, 1], 2, [[*range(16)], [*range(16)]]),  # each part on both
+  ],
+)
+def test_processes_load_the_rows_of_their_devices(monkeypatch, owners, tensor, wanted):
+  devices = np.array([SimpleNamespace(process_index=i) for i in owners]).reshape(-1, 1, tensor)
+  shape = {"data": 8 // tensor, "fsdp": 1, "tensor": tensor}
+  mesh = SimpleNamespace(devices=devices, shape=shape)
+  for i, rows in enumerate(wanted):
     monkeypatch.setattr(jax, "process_index", lambda i=i: i)
-    parts.extend(range(16)[mesh_lib.process_rows(16)])
-  assert parts == list(range(16))
+    assert mesh_lib.process_rows(16, mesh).tolist() == rows
+
+
+def test_by_rows_splits_rows_where_a_mesh_is_known():
+  mesh = mesh_lib.make_mesh(2, 2)
+  plain = jnp.ones((8, 4))
+  assert mesh_lib.by_rows(plain) is plain
+  # The operand is split by columns; without `by_rows` the result would be, too.
+  columns = jax.device_put(plain, NamedSharding(mesh, P(None, "fsdp")))
+  split = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns)
+  assert split.sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)
+  np.testing.assert_array_equal(split, plain + 1)
+  odd = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns[:6])
+  np.testing.assert_array_equal(odd, plain[:6] + 1)
+
+
+def ism_method(mesh):
+  config = ism_digits.get_config("debug")
+  config.pairing.pool = 0
+  return ism.make_method(config, mesh)[0], dict(config.ema)
+
+
+def seqmatch_method(mesh):
+  """Rollouts at the second step, the objective and the replay buffer from the first one on."""
+  config = seqmatch_arithmetic.get_config("two_sum,debug")
+  config.loss.warmup = 1
+  return seqmatch.make_method(config, mesh)[0], dict(config.ema)
 
 
 @pytest.fixture(scope="module")
 def run(make_state, make_mesh, perturb):
-  """(data, fsdp) -> (state, losses) after three steps of iSM on a tiny DiT.
+  """(make, mesh) -> (state, losses) after four steps of a tiny network.
 
   Zeros are filled, and eps is large: Adam would blow a gradient that is zero but for rounding (of
   the keys' bias, say) up to a whole step.
   """
-  config = ism_digits.get_config("debug")
-  config.pairing.pool = 0
   tx = optax.adam(1e-2, eps=1e-3)
-  decays = dict(config.ema)
-
-  method, _ = make_method(config, make_mesh(1, 1))
-  quiet = method.init
-  method = method._replace(init=lambda key: (perturb(quiet(key)[0]), ()))
-  initial = make_state(method, tx, make_mesh(1, 1), decays)
 
   @functools.cache
-  def train(mesh):
-    shardings = mesh_lib.state_sharding(initial, mesh)
-    state, losses = jax.device_put(initial, shardings), []
-    step = make_train_step(method, tx, decays, config.optim.clip)
+  def initial(make):
+    method, decays = make(make_mesh(1, 1))
+    quiet = method.init
+
+    def init(key):
+      params, extra = quiet(key)
+      return perturb(params), extra
+
+    return make_state(method._replace(init=init), tx, make_mesh(1, 1), decays)
+
+  @functools.cache
+  def train(make, mesh):
+    method, decays = make(mesh)
+    shardings = mesh_lib.state_sharding(initial(make), mesh)
+    state, losses = jax.device_put(initial(make), shardings), []
+    step = mesh_lib.within(mesh, make_train_step(method, tx, decays, 1.0))
     step = jax.jit(step, out_shardings=(shardings, None))
     stream = method.stream(0, 0)
-    for _ in range(3):
-      state, metrics = step(state, mesh_lib.to_global(next(stream), mesh))
+    for batch in itertools.islice(stream, 4):
+      state, metrics = step(state, mesh_lib.to_global(batch, mesh))
       losses.append(float(metrics["loss"]))
     stream.close()
     return state, losses
@@ -113,15 +227,16 @@ def run(make_state, make_mesh, perturb):
   return train
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4)], ids=["8x1", "4x2", "2x4"])
-def test_sharded_step_equals_unsharded(run, make_mesh, monkeypatch, shape):
+@pytest.mark.parametrize("make", [ism_method, seqmatch_method])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_sharded_steps_equal_unsharded(run, make_mesh, monkeypatch, make, shape):
   monkeypatch.setattr(mesh_lib, "SMALL", 64)
-  alone, alone_losses = run(make_mesh(1, 1))
-  state, losses = run(make_mesh(*shape))
+  alone, alone_losses = run(make, make_mesh(1, 1))
+  state, losses = run(make, make_mesh(*shape))
   for tree in (state.params, state.opt_state, *state.ema.values()):
     kernels = [a for a in jax.tree.leaves(tree) if a.ndim > 1]
     shares = [a.size / a.addressable_shards[0].data.size for a in kernels]
-    assert np.mean(np.equal(shares, shape[1])) > 0.5
+    assert np.mean(np.equal(shares, shape[1] * shape[2])) >= 0.5
   np.testing.assert_allclose(losses, alone_losses, rtol=1e-5)
   moved = [float(jnp.abs(a).max()) for a in jax.tree.leaves(state.opt_state[0].mu)]
   assert max(moved) > 1e-3
@@ -129,3 +244,4 @@ def test_sharded_step_equals_unsharded(run, make_mesh, monkeypatch, shape):
     pairs = zip(*(jax.tree.leaves(getattr(s, name)) for s in (state, alone)), strict=True)
     for found, wanted in pairs:
       np.testing.assert_allclose(jax.device_get(found), jax.device_get(wanted), atol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.extra, alone.extra)))

@@ -1,0 +1,117 @@
+"""Two processes on loopback as one run: the same numbers, one end, no orphan."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--config.eval.nfe=(1,)", "--config.eval.samples=16", "--config.eval_every=0")
+RUN = ("--config=configs/ism_digits.py:debug", *SMALL)
+ENDLESS = (*RUN, "--config.steps=100000", "--config.save_every=100000")
+
+
+@pytest.fixture
+def start():
+  """(n, *arguments) -> n processes of `python main.py arguments`; none outlives the test."""
+  started = []
+
+  def run(n: int, *args: str) -> list[subprocess.Popen]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+      address = f"127.0.0.1:{server.getsockname()[1]}"
+    for i in range(n):
+      place = {"JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
+      env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **place}
+      env["JAX_COORDINATOR_ADDRESS"] = address
+      command, pipe = [sys.executable, "main.py", *map(str, args)], subprocess.PIPE
+      started.append(
+        subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=pipe)
+      )
+    return started[-n:]
+
+  yield run
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+def finish(processes) -> list[tuple[int, str]]:
+  """(exit code, output) of each, in at most five minutes."""
+  outputs = ["".join(process.communicate(timeout=300)) for process in processes]
+  return [(process.returncode, text) for process, text in zip(processes, outputs, strict=True)]
+
+
+def history(workdir: Path) -> list[dict]:
+  file = workdir / "metrics.jsonl"
+  return [json.loads(row) for row in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for_steps(workdir: Path, count: int, processes) -> None:
+  deadline = time.monotonic() + 300
+  while len(history(workdir)) < count:
+    assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(start, tmp_path):
+  found = []
+  for n in (1, 2):
+    workdir = tmp_path / str(n)
+    (first, *others) = finish(start(n, *RUN, "--config.steps=4", f"--workdir={workdir}"))
+    assert [code for code, _ in (first, *others)] == [0] * n, first
+    assert f"{n} device(s)" in first[1] and "checkpoint:" in first[1]
+    assert all("checkpoint:" not in text for _, text in others)
+    found.append({row["step"]: row for row in history(workdir) if "loss" in row})
+  assert sorted(found[0]) == sorted(found[1]) == [1, 2, 3, 4]
+  for step, row in found[0].items():
+    for name in ("loss", "grad_norm", "velocity", "consistency"):
+      np.testing.assert_allclose(found[1][step][name], row[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_makes_both_save_the_same_step_and_one_goes_on(start, tmp_path):
+  processes = start(2, *ENDLESS, f"--workdir={tmp_path}")
+  wait_for_steps(tmp_path, 2, processes)
+  processes[1].send_signal(signal.SIGTERM)
+  told = time.monotonic()
+  (one, first), (two, second) = finish(processes)
+  assert (one, two) == (0, 0) and time.monotonic() - told < 60
+  (step,) = (path.name for path in (tmp_path / "checkpoints").iterdir())
+  assert f"another process was told to stop: saved step {step};" in first
+  assert f"SIGTERM: saved step {step};" in second
+  # Fewer processes go on from what more of them have saved.
+  known, (alone,) = len(history(tmp_path)), start(1, *ENDLESS, f"--workdir={tmp_path}")
+  wait_for_steps(tmp_path, known + 1, [alone])
+  alone.send_signal(signal.SIGTERM)
+  ((code, text),) = finish([alone])
+  assert code == 0 and f"resumed at step {step} of" in text
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named_and_ends_the_other(start, tmp_path):
+  processes = start(2, *ENDLESS, f"--workdir={tmp_path}")
+  wait_for_steps(tmp_path, 2, processes)
+  processes[1].kill()
+  died = time.monotonic()
+  (code, text), _ = finish(processes)
+  assert code == 1 and time.monotonic() - died < 60
+  assert f"stopped: process 1 ({socket.gethostname()}) died." in text
+
+
+def test_a_process_that_never_comes_is_named(start, tmp_path, monkeypatch):
+  monkeypatch.setenv("START_LIMIT", "3")
+  monkeypatch.setenv("PROCESS_HOSTS", "here,elsewhere")
+  present, absent = start(2, *RUN, f"--workdir={tmp_path / 'w'}")
+  absent.kill()
+  ((code, text),) = finish([present])
+  assert code == 2 and "Traceback" not in text
+  assert "error: of 2 processes, these did not come within 3 s: 1 (elsewhere)" in text
+  assert not (tmp_path / "w").exists()

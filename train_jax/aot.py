@@ -1,0 +1,238 @@
+"""`--mode=compile`: compiles a run's programs for hardware that is not here; what they need of it.
+
+XLA's compiler for TPUs is in the package libtpu and needs no TPU. The memory is what it allots; the
+bytes between chips are in the program that it makes (`cost.py`); the time is estimated from peaks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from train_jax import cost
+from train_jax import mesh as mesh_lib
+from train_jax import state as state_lib
+from train_jax.errors import UserError
+from train_jax.step import Method, make_train_step
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+  """Of one chip: memory in bytes, its bandwidth, bfloat16 FLOP/s, bytes/s from the other chips."""
+
+  memory: float
+  bandwidth: float
+  flops: float
+  network: float
+
+
+# docs.cloud.google.com/tpu/docs/{v5e,v5p-training,v6e}; `network` is half of what they call
+# bidirectional inter-chip bandwidth.
+CHIPS = {
+  "v5e": Chip(16 * GIB, 819e9, 197e12, 200e9),
+  "v5p": Chip(95 * GIB, 2765e9, 459e12, 600e9),
+  "v6e": Chip(32 * GIB, 1638e9, 918e12, 400e9),
+}
+
+# Of peak FLOP/s, in matrix products: what good training runs reach.
+EFFICIENCY = 0.5
+ASSUMPTIONS = (
+  f"Estimated time: the larger of FLOPs at {EFFICIENCY:.0%} of the bfloat16 peak and one pass over "
+  "the memory in use, plus the collectives over all links of a chip; nothing overlaps, and a loop "
+  "whose length is not known (sampling steps, rollouts) counts once."
+)
+
+
+def find_devices(topology: str) -> list:
+  """Devices of `v5e:16x16`, `v5p:2x2x2`, `v6e:4x4` (`*2`: two slices of that) or `cpu:8`.
+
+  Raises:
+    UserError: there is no such topology, or libtpu is not installed.
+  """
+  kind, _, shape = topology.partition(":")
+  if not re.fullmatch(r"cpu:[1-9]\d*|(v5e|v5p|v6e):\d+(x\d+)+(\*[1-9]\d*)?", topology):
+    raise UserError(
+      f"--topology={topology} is unknown; write v5e:16x16, v5p:2x2x2, v6e:4x4 (with *2 for two "
+      "slices) or cpu:8."
+    )
+  if kind == "cpu":
+    return _fake_devices(int(shape))
+  shape, _, slices = shape.partition("*")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
+  jax.config.update("jax_platforms", "cpu")
+  extra = {"num_slices": int(slices)} if slices else {}
+  try:
+    return topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **extra).devices
+  except Exception as err:  # of many kinds, from the plug-in
+    try:
+      import libtpu  # noqa: F401
+    except ImportError:
+      raise UserError(
+        f"--topology={topology} needs TPU's compiler, which needs no TPU; pip install 'jax[tpu]'."
+      ) from err
+    raise UserError(f"--topology={topology} is refused by libtpu: {str(err)[:200]}") from err
+
+
+def _fake_devices(n: int) -> list:
+  try:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", n)
+  except RuntimeError:  # JAX has started already
+    pass
+  if len(jax.devices()) < n:
+    raise UserError(f"--topology=cpu:{n} is more than the {len(jax.devices())} devices here.")
+  return jax.devices()[:n]
+
+
+@dataclass(frozen=True)
+class Program:
+  """A compiled program; bytes and FLOPs are of one chip.
+
+  Attributes:
+    arguments: bytes of each group of arguments: parameters, optimiser, averages, ...
+    peak: bytes of memory, or of what was asked for where it does not fit.
+    fits: whether the compiler and the chip's table agree that it does; None for chips unknown.
+    flops: of matrix products.
+    received: bytes from other chips, by kind of collective.
+    seconds: of compilation.
+  """
+
+  name: str
+  arguments: dict[str, float]
+  peak: float
+  fits: bool | None
+  flops: float
+  received: dict[str, float]
+  seconds: float
+
+  def estimate(self, chip: Chip) -> tuple[float, float, float]:
+    """Seconds of compute, memory and network in one run; see ASSUMPTIONS."""
+    return (
+      self.flops / (EFFICIENCY * chip.flops),
+      self.peak / chip.bandwidth,
+      sum(self.received.values()) / chip.network,
+    )
+
+
+def lay_out(abstract, mesh: Mesh):
+  """Shapes of a state or of parameters, with the shardings that they have on `mesh`."""
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    abstract,
+    mesh_lib.state_sharding(abstract, mesh),
+  )
+
+
+def abstract_batch(method: Method, position: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """The global batch number `position` as shapes, from this process's share of it."""
+  parts = mesh_lib.batch_parts(mesh)
+  share = parts // len(mesh_lib.process_rows(parts, mesh))
+  stream = method.stream(0, position)
+  rows, sharding = next(stream), mesh_lib.batch_sharding(mesh)
+  stream.close()
+  return {
+    name: jax.ShapeDtypeStruct((share * len(a), *a.shape[1:]), a.dtype, sharding=sharding)
+    for name, a in rows.items()
+  }
+
+
+def bytes_per_chip(tree) -> float:
+  """Of the leaves of an abstract tree with shardings."""
+  return float(
+    sum(
+      math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
+  )
+
+
+def compile_program(
+  name: str, fn: Callable, args: tuple, groups: dict, chips: int, chip: Chip | None, **options
+) -> Program:
+  """Compiles `fn(*args)`; `args` are abstract and laid out, `options` are jit's.
+
+  Args:
+    groups: trees of which the bytes are reported.
+    chip: None where its limits are not known.
+  """
+  start = time.perf_counter()
+  traced = jax.jit(fn, **options).trace(*args)
+  sizes = {group: bytes_per_chip(tree) for group, tree in groups.items()}
+  known = {"name": name, "arguments": sizes, "flops": cost.flops(traced.jaxpr) / chips}
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as err:
+    used = re.search(r"Used ([\d.]+)([KMGT]) of", str(err))
+    if "RESOURCE_EXHAUSTED" not in str(err) or not used:
+      raise
+    peak = float(used.group(1)) * 1024 ** (1 + "KMGT".index(used.group(2)))
+    return Program(**known, peak=peak, fits=False, received={}, seconds=time.perf_counter() - start)
+  found = compiled.memory_analysis()
+  peak = (
+    found.argument_size_in_bytes
+    + found.output_size_in_bytes
+    - found.alias_size_in_bytes
+    + found.temp_size_in_bytes
+    + found.generated_code_size_in_bytes
+  )
+  return Program(
+    **known,
+    peak=peak,
+    fits=peak <= chip.memory if chip else None,
+    received=cost.collectives(compiled.as_text(), chips),
+    seconds=time.perf_counter() - start,
+  )
+
+
+def compile_step(
+  method: Method, tx, decays: dict, clip: float, position: int, mesh: Mesh, chip: Chip | None
+) -> Program:
+  """The train step of a run, as the loop compiles it; `position` is that of the batch."""
+  state = lay_out(jax.eval_shape(state_lib.create(method, tx, decays, 0)), mesh)
+  shardings = jax.tree.map(lambda a: a.sharding, state)
+  groups = {
+    "parameters": state.params,
+    "optimiser": state.opt_state,
+    "averages": state.ema,
+    "side-car": state.extra,
+  }
+  return compile_program(
+    "train step",
+    mesh_lib.within(mesh, make_train_step(method, tx, decays, clip)),
+    (state, abstract_batch(method, position, mesh)),
+    groups,
+    mesh.size,
+    chip,
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+
+
+def describe(program: Program, chip: Chip | None) -> str:
+  """The program's numbers, a line each."""
+  rows = [f"{program.name}: compiled in {program.seconds:.0f} s"]
+  rows += [
+    f"  {name:<12} {size / GIB:9.3f} GiB" for name, size in program.arguments.items() if size
+  ]
+  verdict = "fits" if program.fits else "DOES NOT FIT"
+  limit = f" of {chip.memory / GIB:.0f} GiB: {verdict}" if chip else ""
+  rows.append(f"  {'memory peak':<12} {program.peak / GIB:9.3f} GiB{limit}")
+  rows.append(f"  {'FLOPs':<12} {program.flops / 1e12:9.3f} TFLOP")
+  rows += [f"  {kind:<18} {size / GIB:.3f} GiB" for kind, size in sorted(program.received.items())]
+  if chip and program.fits:
+    compute, memory, network = program.estimate(chip)
+    total = max(compute, memory) + network
+    rows.append(
+      f"  {'estimate':<12} {1e3 * total:9.1f} ms = max(compute {1e3 * compute:.1f}, memory "
+      f"{1e3 * memory:.1f}) + network {1e3 * network:.1f}"
+    )
+  return "\n".join(rows)
