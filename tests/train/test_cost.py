@@ -76,13 +76,19 @@ def test_groups_are_read_in_every_notation():
 
 HLO = """HloModule jit_f, is_scheduled=true
 
-%condition.1 (p: (s32[], f32[8])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(7)
+%condition.1 (p: (f32[8], s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(15), metadata={}
+  %i = s32[] get-tuple-element(%p), index=1
   ROOT %compare = pred[] compare(%i, %limit), direction=LT
 }
 
-%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %r = (f32[16]{0}, /*index=1*/bf16[8,2]{1,0}) all-reduce(%a), channel_id=1, replica_groups=[2,4]<=[8]
+%body.1 (p: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %r = (f32[16], /*index=1*/bf16[8,2]{1,0}) all-reduce(%a), channel_id=1, replica_groups=[2,4]<=[8]
+  %i = s32[] get-tuple-element(%p), index=1
+  %step = s32[] constant(2)
+  %add = s32[] add(%i, %step)
+  %copy = s32[] copy(%add)
+  ROOT %tuple = (f32[8], s32[]) tuple(%x, /*index=1*/%copy)
 }
 
 %fusion.a (p: f32[8]) -> f32[64] {
@@ -102,7 +108,7 @@ HLO = """HloModule jit_f, is_scheduled=true
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %while = (s32[], f32[8]) while(%t), condition=%condition.1, body=%body.1
+  %while = (f32[8], s32[]) while(%t), condition=%condition.1, body=%body.1
   %one = f32[64]{0} fusion(%p), kind=kCustom, calls=%fusion.a
   %two = f32[64]{0} fusion(%p), kind=kCustom, calls=%fusion.b
   %start = (f32[8]{0}, f32[64]{0}) all-gather-start(%p), channel_id=3, replica_groups=[1,8]<=[8]
@@ -113,9 +119,22 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
 
 
+def test_loops_of_unknown_length_count_once():
+  computations, entry = cost.parse(HLO)
+  condition, body = computations["condition.1"], computations["body.1"]
+  (loop,) = (o for o in computations[entry].values() if o.opcode == "while")
+  assert cost.trips(loop, condition, body) == 7
+  known = loop._replace(rest=loop.rest + ', backend_config={"known_trip_count":{"n":"9"}}')
+  assert cost.trips(known, condition, body) == 9
+  condition["limit"] = condition["limit"]._replace(opcode="get-tuple-element", rest="%p), index=3")
+  assert cost.trips(loop, condition, body) == 1
+
+
 def test_traffic_of_a_program_is_that_counted_by_hand():
   found = cost.collectives(HLO, 8)
-  assert found["all-reduce"] == 7 * 2 * (16 * 4 + 16 * 2) * 3 / 4  # in a loop of 7
+  assert (
+    found["all-reduce"] == 7 * 2 * (16 * 4 + 16 * 2) * 3 / 4
+  )  # in a loop that counts to 15 by 2
   assert found["all-gather"] == 2 * 64 * 4 * 7 / 8  # the fused one once, the started one
   assert found["reduce-scatter"] == 8 * 4 * 7  # the dearer branch
   assert found["collective-permute"] == pytest.approx(8 * 4, abs=8)
