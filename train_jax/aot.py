@@ -68,7 +68,8 @@ def find_devices(topology: str) -> list:
   if kind == "cpu":
     return _fake_devices(int(shape))
   shape, _, slices = shape.partition("*")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
+  for name, value in {"SKIP_MDS_QUERY": "1", "WORKER_HOSTNAMES": "localhost"}.items():
+    os.environ.setdefault(f"TPU_{name}", value)  # there is no TPU machine to ask
   jax.config.update("jax_platforms", "cpu")
   extra = {"num_slices": int(slices)} if slices else {}
   try:

@@ -10,16 +10,17 @@ import functools
 import math
 import re
 from collections import Counter
+from typing import NamedTuple
 
-# Of an element of each HLO type; the digits are its bits.
-_BITS = re.compile(r"\d+")
-_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+\d+)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))(?:e\d+m\d+\w*)?\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
-_LOOP = re.compile(r"condition=%?([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)")
+_OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
+_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
-_LIMIT = re.compile(r"= s(?:32|64)\[\]\S* constant\((\d+)\)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_INDEX = re.compile(r"index=(\d+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[(.*?)\] \{(.*?)\})")
 _AXIS = re.compile(r"'(\w+)'(?:=|:\(\d+\))?(\d*)")
@@ -53,9 +54,8 @@ def flops(jaxpr) -> float:
 def _bytes(types: str) -> float:
   """Of all arrays in an HLO type, such as `(f32[2,3]{1,0}, bf16[4])`."""
   total = 0.0
-  for kind, shape in _ARRAY.findall(types):
-    bits = 8 if kind == "pred" else int(_BITS.search(kind).group())
-    total += bits / 8 * math.prod(int(n) for n in shape.split(",") if n)
+  for _, bits, shape in _ARRAY.findall(types):
+    total += int(bits or 8) / 8 * math.prod(int(n) for n in shape.split(",") if n)
   return total
 
 
@@ -85,51 +85,97 @@ def _received(kind: str, started: bool, types: str, group: int) -> float:
   return size * share
 
 
+class Operation(NamedTuple):
+  """A line of HLO: `name = types opcode(rest`."""
+
+  name: str
+  types: str
+  opcode: str
+  rest: str
+
+  @property
+  def operands(self) -> list[str]:
+    return _NAME.findall(self.rest.partition(")")[0])
+
+
+class Computation(dict[str, Operation]):
+  """The operations of a computation by name; `root` is the one that it returns."""
+
+  root: Operation
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+  """The computations of an HLO module by name, and the name of the entry."""
+  found: dict[str, Computation] = {}
+  entry, current = "", Computation()
+  for line in text.splitlines():
+    if header := _HEADER.match(line):
+      current = found[header.group(2)] = Computation()
+      entry = header.group(2) if header.group(1) else entry
+    elif operation := _OPERATION.match(line):
+      root, name, *parts = operation.groups()
+      current[name] = Operation(name, *parts)
+      if root:
+        current.root = current[name]
+  return found, entry
+
+
+def trips(loop: Operation, condition: Computation, body: Computation) -> int:
+  """How often a loop runs that counts from 0 to a constant by constant steps; 1 for any other."""
+  if known := _TRIPS.search(loop.rest):
+    return int(known.group(1))
+
+  def number(computation: Computation, name: str) -> int | None:
+    operation = computation.get(name)
+    if operation is None or operation.opcode != "constant":
+      return None
+    value = operation.rest.partition(")")[0]
+    return int(value) if value.isdigit() else None
+
+  compared = getattr(condition, "root", None)
+  if compared is None or compared.opcode != "compare" or "direction=LT" not in compared.rest:
+    return 1
+  counter, limit = compared.operands
+  limit, counter = number(condition, limit), condition.get(counter)
+  if limit is None or counter is None or counter.opcode != "get-tuple-element":
+    return 1
+  name = body.root.operands[int(_INDEX.search(counter.rest).group(1))]
+  while body[name].opcode == "copy":
+    (name,) = body[name].operands
+  steps = [number(body, operand) for operand in body[name].operands]
+  return max(1, limit // max(next(filter(None, steps), 1), 1))
+
+
 def collectives(text: str, chips: int) -> dict[str, float]:
   """Bytes that each chip receives in one run of compiled HLO, by kind of collective.
 
   A ring is assumed: an all-gather brings all but the chip's own share, an all-reduce twice that.
+  Of branches the dearest counts.
   """
-  own: dict[str, Counter] = {}
-  calls: dict[str, list[tuple[str, list[str]]]] = {}  # (condition of a loop or "", one of these)
-  limits: dict[str, int] = {}  # the largest whole number in a computation: a loop's length
-  entry, name, channels = "", "", set()
-  for line in text.splitlines():
-    if header := _HEADER.match(line):
-      name = header.group(2)
-      entry = name if header.group(1) else entry
-      own[name], calls[name], limits[name] = Counter(), [], 1
-      continue
-    operation = _OPERATION.match(line)
-    if not operation or not name:
-      continue
-    types, opcode, rest = operation.groups()
-    if limit := _LIMIT.search(line):
-      limits[name] = max(limits[name], int(limit.group(1)))
-    kind, started = opcode.removesuffix("-start"), opcode.endswith("-start")
-    if kind in KINDS:
-      # A collective that is spread over several fusions appears in each of them.
-      channel = _CHANNEL.search(rest)
-      if channel is None or channel.group(1) not in channels:
-        own[name][kind] += _received(kind, started, types, _group(rest, chips))
-        channels.add(channel and channel.group(1))
-      continue
-    loop = _LOOP.search(rest) if opcode == "while" else None
-    for called in _CALLED.findall(rest):
-      calls[name].append((loop.group(1) if loop else "", [called]))
-    branches = [
-      b for pair in _BRANCHES.findall(rest) for b in re.findall(r"[\w.\-]+", "".join(pair))
-    ]
-    if branches:
-      calls[name].append(("", branches))
+  computations, entry = parse(text)
+  channels = set()
 
   @functools.cache
-  def add_up(name: str) -> Counter:
-    """A computation's bytes with those of what it calls; of branches the dearest counts."""
-    total = Counter(own.get(name, {}))
-    for condition, branches in calls.get(name, ()):
-      for kind, size in max(map(add_up, branches), key=Counter.total).items():
-        total[kind] += limits.get(condition, 1) * size
-    return total
+  def total(name: str) -> Counter:
+    found = Counter()
+    for operation in computations.get(name, {}).values():
+      _, _, opcode, rest = operation
+      kind = opcode.removesuffix("-start")
+      if kind in KINDS:
+        # A collective that is spread over several fusions appears in each of them.
+        channel = _CHANNEL.search(rest)
+        if channel is None or channel.group(1) not in channels:
+          channels.add(channel and channel.group(1))
+          group = _group(rest, chips)
+          found[kind] += _received(kind, opcode != kind, operation.types, group)
+      elif opcode == "while":
+        condition, body = _LOOP.search(rest).groups()
+        times = trips(operation, computations[condition], computations[body])
+        found.update({kind: times * size for kind, size in total(body).items()})
+      else:
+        found.update(sum(map(total, _CALLED.findall(rest)), Counter()))
+        branches = _NAME.findall(" ".join(f"{a} %{b}" for a, b in _BRANCHES.findall(rest)))
+        found.update(max(map(total, branches), key=Counter.total, default=Counter()))
+    return found
 
-  return dict(add_up(entry))
+  return dict(total(entry))

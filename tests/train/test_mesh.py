@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import ism_digits, seqmatch_arithmetic
+from ism_jax import dit
 from ism_jax import method as ism
+from ism_jax.sample import integrate
 from seqmatch_jax import method as seqmatch
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
@@ -225,6 +227,24 @@ def run(make_state, make_mesh, perturb):
     return state, losses
 
   return train
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)], ids=str)
+def test_sharded_samples_equal_unsharded(make_mesh, monkeypatch, perturb, shape):
+  monkeypatch.setattr(mesh_lib, "SMALL", 64)
+  sizes = dit.DiTConfig(8, 1, classes=3, patch=2, width=16, depth=2, heads=2)
+  init, apply = dit.make_network(sizes)
+  params = perturb(init(jax.random.key(0)))
+  noise = np.random.default_rng(0).normal(size=(8, 8, 8, 1)).astype(np.float32)
+  rows = {"x0": noise, "label": np.arange(8, dtype=np.int32) % 3, "w": np.ones(8, np.float32)}
+
+  def sample(params, rows):
+    return integrate(apply, params, rows["x0"], rows["label"], rows["w"], 4)
+
+  mesh = make_mesh(*shape)
+  split = jax.device_put(params, mesh_lib.state_sharding(params, mesh))
+  found = jax.jit(mesh_lib.within(mesh, sample))(split, mesh_lib.to_global(rows, mesh))
+  np.testing.assert_allclose(found, jax.jit(sample)(params, rows), atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [ism_method, seqmatch_method])

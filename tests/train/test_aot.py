@@ -1,0 +1,106 @@
+"""Programs compiled for devices that are not here: bytes against the arrays themselves."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+import main
+from configs import ism_digits, ism_imagenet256, seqmatch_arithmetic
+from train_jax import aot
+from train_jax import mesh as mesh_lib
+from train_jax.errors import UserError
+
+
+def size(tree) -> float:
+  """Bytes of a tree on the first device, from the arrays."""
+  return sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(tree))
+
+
+def test_bytes_of_shapes_are_those_of_the_arrays(monkeypatch):
+  monkeypatch.setattr(mesh_lib, "SMALL", 64)
+  mesh = mesh_lib.make_mesh(4, 2)
+  arrays = {"a": np.zeros((16, 64), np.float32), "b": np.zeros(3, np.float16)}
+  placed = jax.device_put(arrays, mesh_lib.state_sharding(arrays, mesh))
+  found = aot.bytes_per_chip(aot.lay_out(jax.eval_shape(lambda: placed), mesh))
+  assert found == size(placed) == 16 * 64 * 4 / 8 + 6
+
+
+@pytest.mark.parametrize("fsdp, tensor", [(1, 1), (4, 2)])
+def test_digits_are_compiled_for_eight_devices(monkeypatch, capsys, fsdp, tensor):
+  monkeypatch.setattr(mesh_lib, "SMALL", 64)
+  config = ism_digits.get_config("debug")
+  config.mesh.fsdp, config.mesh.tensor = fsdp, tensor
+  step, sampler = main.compile_for(config, "cpu:8")
+  out = capsys.readouterr().out
+  assert f"cpu:8: 8 chips, data={8 // (fsdp * tensor)} fsdp={fsdp} tensor={tensor}" in out
+  assert "train step: compiled in" in out and "sampler, one step: compiled in" in out
+  bytes_ = step.arguments
+  assert bytes_["averages"] == 2 * bytes_["parameters"]
+  np.testing.assert_allclose(bytes_["optimiser"], 2 * bytes_["parameters"], rtol=1e-2)
+  assert step.peak > sum(bytes_.values()) and step.fits is None
+  # Every row: the gradient is two more passes, and iSM's targets cost others.
+  rows = sampler.flops
+  assert 3 * rows < step.flops < 6 * rows
+  assert step.received["all-reduce"] > 0
+  if fsdp > 1:
+    assert step.received["all-gather"] > 0
+
+
+def test_text_is_compiled_with_its_rollouts(capsys):
+  config = seqmatch_arithmetic.get_config("two_sum,debug")
+  (step,) = main.compile_for(config, "cpu:2")
+  assert step.arguments["side-car"] > 0  # the replay buffer
+  assert "side-car" in capsys.readouterr().out
+
+
+def test_latents_need_no_data():
+  config = ism_imagenet256.get_config("debug")
+  config.data.made_up, config.data.path = 0, "nowhere"
+  assert main.compile_for(config, "cpu:2")[0].peak > 0
+
+
+CHIP = aot.Chip(memory=100.0, bandwidth=10.0, flops=8.0, network=5.0)
+
+
+def test_estimate_adds_up():
+  program = aot.Program("p", {}, 50.0, True, 12.0, {"all-reduce": 6.0, "all-gather": 4.0}, 1.0)
+  assert program.estimate(CHIP) == (3.0, 5.0, 2.0)
+  assert "7000.0 ms = max(compute 3000.0, memory 5000.0) + network 2000.0" in aot.describe(
+    program, CHIP
+  )
+
+
+def test_what_does_not_fit_is_said():
+  program = aot.Program("p", {}, 500.0, False, 12.0, {}, 1.0)
+  text = aot.describe(program, CHIP)
+  assert "DOES NOT FIT" in text and "estimate" not in text
+
+
+@pytest.mark.parametrize("name", ["", "v5e", "v9:2x2", "cpu:0", "cpu:2x2", "v5e:4x4*0", "v5e:4,4"])
+def test_unknown_topologies_are_refused(name):
+  with pytest.raises(UserError, match=r"is unknown; write v5e:16x16"):
+    aot.find_devices(name)
+
+
+def test_more_devices_than_there_are_is_refused():
+  with pytest.raises(UserError, match=r"cpu:9 is more than the 8 devices"):
+    aot.find_devices("cpu:9")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_the_way_out_is_named():
+  with pytest.raises(UserError, match=r"v5e:2x2 needs TPU's compiler.* pip install 'jax\[tpu\]'"):
+    aot.find_devices("v5e:2x2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu, the compiler for TPUs, is not installed",
+)
+def test_a_step_is_compiled_for_a_tpu():
+  config = ism_digits.get_config("debug")
+  step, _ = main.compile_for(config, "v5e:2x4")
+  assert step.fits and step.received["all-reduce"] > 0
