@@ -35,12 +35,13 @@ class Images(NamedTuple):
   Attributes:
     n: how many.
     shape: (h, w, 3).
-    batches: (b, rows) -> the rows `rows` of each batch of b, in order: uint8 [<= b, h, w, 3].
+    batches: (b, rows) -> of each batch of b the rows `rows` (ascending; the last batch may not have
+      them all): uint8 [<= len(rows), h, w, 3].
   """
 
   n: int
   shape: tuple[int, int, int]
-  batches: Callable[[int, slice], Iterator[np.ndarray]]
+  batches: Callable[[int, np.ndarray], Iterator[np.ndarray]]
 
 
 def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -76,14 +77,15 @@ def npz_images(path: Path) -> Images:
       "images to 8 bits, channels last."
     )
 
-  def batches(b: int, rows: slice) -> Iterator[np.ndarray]:
+  def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
     size = math.prod(shape[1:])
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
       _header(file)
       for start in range(0, shape[0], b):
         count = min(b, shape[0] - start)
         pixels = np.frombuffer(file.read(count * size), np.uint8).reshape(count, *shape[1:])
-        yield np.broadcast_to(pixels[rows], (*pixels[rows].shape[:3], 3))
+        mine = pixels[rows[rows < count]]
+        yield np.broadcast_to(mine, (*mine.shape[:3], 3))
 
   return Images(shape[0], (*shape[1:3], 3), batches)
 
@@ -112,10 +114,10 @@ def folder_files(folder: Path) -> list[Path]:
 def folder_images(files: list[Path], side: int) -> Images:
   """Image files, cropped and resized to `side` pixels as ADM does it."""
 
-  def batches(b: int, rows: slice) -> Iterator[np.ndarray]:
+  def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor() as pool:
       for start in range(0, len(files), b):
-        mine = files[start : start + b][rows]
+        mine = [files[start + i] for i in rows if start + i < len(files)]
         yield np.array(list(pool.map(lambda path: read_square(path, side), mine)), np.uint8)
 
   return Images(len(files), (side, side, 3), batches)
