@@ -27,6 +27,7 @@ from ism_jax.protocol import FRECHET, METRICS, SPLITS, Protocol, check_number, c
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import progress_bar, table
+from train_jax.weights import sha256
 
 KEPT = 50_000  # samples whose features precision and recall hold, at most: 0.4 GB
 RESIZE = {  # what `inception.py` and `dinov2.py` do to the images they are given
@@ -242,7 +243,7 @@ def prepare(
     raise UserError(f"this model makes latents of {size} and no decoder was given: --vae=FILE.")
   if protocol.vae and not latent:
     raise UserError(f"vae={protocol.vae!r} is for latents, and this model makes images of {size}.")
-  digest = extract.sha256(protocol.vae) if latent else ""
+  digest = sha256(protocol.vae)[: extract.DIGITS] if latent else ""
   if encoder and not encoder.startswith(digest):
     raise UserError(
       f"vae={protocol.vae!r} (SHA-256 {digest}) is not the autoencoder of this model's latents "

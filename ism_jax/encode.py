@@ -27,9 +27,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
 from ism_jax.images import Images, find, read_batches
-from ism_jax.latents import VERSION, file_hash, moments, record_dtype, shard_name
+from ism_jax.latents import VERSION, moments, record_dtype, shard_name
 from train_jax.errors import UserError
 from train_jax.metrics import progress_bar
+from train_jax.weights import sha256
 
 PER_DEVICE = 32  # images in one call of the encoder
 PER_SHARD = 8192  # images, about 270 MB
@@ -221,7 +222,7 @@ def make_job(images: Images, vae: str, side: int, shards: int) -> Job:
   listing = hashlib.sha256()
   for i in range(images.size):
     listing.update(images.name(i).encode() + b"\0")
-  return Job(VERSION, side, file_hash(vae), listing.hexdigest(), images.size, shards)
+  return Job(VERSION, side, sha256(vae), listing.hexdigest(), images.size, shards)
 
 
 def encode_images(images: Images, job: Job, load: Callable, out: Path) -> dict | None:

@@ -12,9 +12,7 @@ Dimensions: n images, b batch, h w image, f features, m kept images, s parts.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +22,11 @@ from jax.experimental import multihost_utils
 
 from ism_jax import fid
 from train_jax import mesh as mesh_lib
+from train_jax.weights import sha256
 
 KINDS = {"inception": ("pool", "spatial", "logits"), "dinov2": ("dinov2",)}
 BLOCK = 1024  # images added to the moments at once: a merge of moments costs 0.1 s, however few
+DIGITS = 12  # of a file's SHA-256, where it is named
 PER_DEVICE = 32  # images of a batch: the decoder of a latent needs about 0.2 GB for each
 
 
@@ -46,12 +46,6 @@ class Network(NamedTuple):
   digest: str
   sizes: dict[str, int]
   features: Callable[[jax.Array], dict[str, jax.Array]]
-
-
-def sha256(path: str | Path) -> str:
-  """The first 12 digits of a file's SHA-256."""
-  with Path(path).expanduser().open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> Network:
@@ -79,7 +73,7 @@ def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> Network:
   params = mesh_lib.replicate(params, mesh)
   rows = mesh_lib.batch_sharding(mesh)
   jitted = jax.jit(features, out_shardings=rows)
-  return Network(name, file, sha256(file), sizes, lambda images: jitted(params, images))
+  return Network(name, file, sha256(file)[:DIGITS], sizes, lambda images: jitted(params, images))
 
 
 class Wanted(NamedTuple):

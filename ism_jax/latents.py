@@ -20,7 +20,6 @@ Dimensions: n images, b batch, h w latent, c channel.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import numpy as np
 from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
 from train_jax.errors import UserError
+from train_jax.weights import sha256
 
 VERSION = 1  # of the layout above
 MEAN_LIMIT = 1.0  # of a channel of scaled latents
@@ -47,15 +47,6 @@ def record_dtype(shape: tuple[int, int, int]) -> np.dtype:
 def shard_name(number: int, shards: int) -> str:
   """File name of a shard, without its suffix."""
   return f"latents-{number:05d}-of-{shards:05d}"
-
-
-def file_hash(path: str | Path) -> str:
-  """SHA-256 of a file; UserError if it cannot be read."""
-  try:
-    with Path(path).expanduser().open("rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
-  except OSError as err:
-    raise UserError(f"the file {str(path)!r} cannot be read: {err.strerror}.") from err
 
 
 def moments(posterior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,7 +234,7 @@ def decoding(sample: Callable, path: str, expected: str) -> Callable:
   Raises:
     UserError: no such file, or another autoencoder.
   """
-  if expected and (found := file_hash(path)) != expected:
+  if expected and (found := sha256(path)) != expected:
     raise UserError(
       f"{path} (SHA-256 {found[:12]}) is not the autoencoder that the latents were encoded with "
       f"({expected[:12]}); give that one."

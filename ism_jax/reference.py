@@ -25,6 +25,7 @@ from ism_jax import adm, extract
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import progress_bar
+from train_jax.weights import sha256
 
 KEYS = {
   "pool": ("mu", "sigma"),
@@ -80,10 +81,10 @@ def open_reference(
   if path.is_dir():
     files = adm.folder_files(path)
     listed = "".join(f"{p.relative_to(path)} {p.stat().st_size}\n" for p in files)
-    digest = hashlib.sha256(listed.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(listed.encode()).hexdigest()[: extract.DIGITS]
     arrays, images = {}, adm.folder_images(files, shape[0])
   else:
-    arrays, digest = adm.npz_arrays(path), extract.sha256(path)
+    arrays, digest = adm.npz_arrays(path), sha256(path)[: extract.DIGITS]
     images = adm.npz_images(path) if "arr_0" in arrays else None
   for kind in kinds:
     _check_arrays(file, kind, arrays, sizes["pool" if kind == "features" else kind], images)

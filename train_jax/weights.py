@@ -6,6 +6,7 @@ not fit is refused by the name of the tensor.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +68,15 @@ class Weights:
         f"{tuple(shape)}; give the weights of this size."
       )
     return self._file.get_tensor(name)
+
+
+def sha256(path: str | Path) -> str:
+  """SHA-256 of a file; UserError if it cannot be read."""
+  try:
+    with Path(path).expanduser().open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as err:
+    raise UserError(f"the file {str(path)!r} cannot be read: {err.strerror}.") from err
 
 
 def save(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:

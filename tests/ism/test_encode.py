@@ -20,6 +20,7 @@ from PIL import Image
 
 from ism_jax import encode, images, latents
 from train_jax.errors import UserError
+from train_jax.weights import sha256
 
 SIDE = 16
 SHAPE = (2, 2, 4)
@@ -112,7 +113,7 @@ def test_the_manifest_says_what_the_set_is(photos, vae, whole):
   assert json.loads((out / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
   assert (manifest["count"], manifest["skipped"], manifest["side"]) == (23, 0, SIDE)
   assert tuple(manifest["names"]) == ("a", "b", "c") and tuple(manifest["shape"]) == SHAPE
-  assert manifest["vae"] == latents.file_hash(vae) and manifest["version"] == 1
+  assert manifest["vae"] == sha256(vae) and manifest["version"] == 1
   posterior = records_of(out)["posterior"].astype(np.float64)
   draws = np.random.default_rng(0).normal(size=(200, *posterior[:, :, 0].shape))
   scaled = 0.18215 * (posterior[:, :, 0] + posterior[:, :, 1] * draws)

@@ -14,6 +14,7 @@ from ism_jax import data, encode, latents
 from ism_jax import method as ism
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.weights import sha256
 
 SHAPE, COUNT, SHARDS = (4, 4, 4), 300, 3
 BATCH = 16
@@ -257,7 +258,7 @@ def test_samples_are_decoded_in_pieces(fake_autoencoder, tmp_path):
 def test_another_autoencoder_is_refused(fake_autoencoder, tmp_path):
   path = tmp_path / "vae.safetensors"
   path.write_bytes(b"weights")
-  latents.decoding(None, str(path), latents.file_hash(path))
+  latents.decoding(None, str(path), sha256(path))
   with pytest.raises(UserError, match=r"is not the autoencoder that the latents were encoded with"):
     latents.decoding(None, str(path), "0" * 64)
 
