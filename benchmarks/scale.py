@@ -1,11 +1,11 @@
-"""What a run needs of a TPU slice, from programs compiled for it: the table of docs/SCALE.md.
+"""What a run needs of a TPU slice, from programs compiled for it: as a table.
 
     python benchmarks/scale.py [--only="XL/2 v5e"] > table.md
 
 Needs TPU's compiler (pip install 'jax[tpu]') and no TPU. A row is `main.py --mode=compile` with the
 config, mesh and batch that it names. GiB are of one chip: `state` is parameters, moments, averages
 and replay buffer, `peak` all that a step needs, `moved` what comes from other chips in a step. `ms`
-is an estimate, not a measurement; see docs/SCALE.md.
+is an estimate, not a measurement; see train_jax/aot.py for its assumptions.
 """
 
 import argparse
