@@ -183,6 +183,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
   logging.use_absl_handler()
   if FLAGS.mode == "encode":
+    distributed.start()
     config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
     return importlib.import_module("ism_jax.encode").encode_mode(FLAGS)
   if FLAGS.mode not in ("train", "compile"):
