@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from train_jax import mesh as mesh_lib
@@ -214,12 +215,14 @@ class Checkpoints:
 
   def _set_aside(self, step: int) -> None:
     self.close()
-    aside = self.directory.parent / "damaged"
-    aside.mkdir(exist_ok=True)
-    target = aside / str(step)
-    if target.exists():
-      shutil.rmtree(target)
-    shutil.move(self.directory / str(step), target)
+    if jax.process_index() == 0:  # all of them have read it, and one moves it
+      aside = self.directory.parent / "damaged"
+      aside.mkdir(exist_ok=True)
+      target = aside / str(step)
+      if target.exists():
+        shutil.rmtree(target)
+      shutil.move(self.directory / str(step), target)
+    multihost_utils.sync_global_devices(f"step {step} is out of the way")
 
   def wait(self) -> None:
     """Returns when the last save is on disk; raises what it raised."""
