@@ -1,11 +1,11 @@
-"""What a run needs of a TPU slice, from programs compiled for it: as a table.
+"""What a run needs of a TPU slice, from programs compiled for it: the table of docs/SCALE.md.
 
     python benchmarks/scale.py [--only="XL/2 v5e"] > table.md
 
 Needs TPU's compiler (pip install 'jax[tpu]') and no TPU. A row is `main.py --mode=compile` with the
 config, mesh and batch that it names. GiB are of one chip: `state` is parameters, moments, averages
 and replay buffer, `peak` all that a step needs, `moved` what comes from other chips in a step. `ms`
-is an estimate, not a measurement; see train_jax/aot.py for its assumptions.
+is an estimate, not a measurement; docs/SCALE.md has its assumptions.
 """
 
 import argparse
@@ -27,12 +27,10 @@ ROWS = (
   ("XL/2", "v5e:16x16", 8, 1, 2048),
   ("XL/2", "v5p:2x2x2", 1, 1, 256),
   ("XL/2", "v6e:2x4", 8, 1, 256),
-  ("XL/2", "v6e:16x16*2", 8, 1, 4096),
   ("7B", "v5p:2x2x2", 8, 1, 8),
   ("7B", "v5p:4x4x4", 64, 1, 64),
   ("7B", "v5p:4x4x4", 16, 4, 64),
   ("7B", "v6e:8x8", 64, 1, 64),
-  ("7B", "v5e:16x16", 256, 1, 256),
 )
 COLUMNS = (
   "model, topology, mesh, batch, state, peak, of, fits, TFLOP, moved, ms, sampler, compiled in"

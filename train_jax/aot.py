@@ -70,6 +70,7 @@ def find_devices(topology: str) -> list:
   shape, _, slices = shape.partition("*")
   for name, value in {"SKIP_MDS_QUERY": "1", "WORKER_HOSTNAMES": "localhost"}.items():
     os.environ.setdefault(f"TPU_{name}", value)  # there is no TPU machine to ask
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to keep for this process
   jax.config.update("jax_platforms", "cpu")
   extra = {"num_slices": int(slices)} if slices else {}
   try:
