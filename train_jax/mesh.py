@@ -1,8 +1,15 @@
 """Devices as a mesh, one rule that lays every array out on it, and batches from many processes.
 
 Axes: `data` replicates the parameters, `fsdp` splits them and is gathered layer by layer, `tensor`
-splits them and the work on them. A batch is split over `data` and `fsdp`. One device is the mesh
-1 x 1 x 1 and the same code. Devices in several slices (TPU pods joined by a data-centre network,
+splits them and the work on them. A batch is split over `fsdp` and `data`. One device is the mesh
+1 x 1 x 1 and the same code.
+
+Rows are split over `fsdp` first, and the mesh has the axes in that order. Otherwise XLA's
+partitioner (jaxlib 0.10.2) makes wrong products where all three axes are above 1: of rows split
+over (data, fsdp) with a matrix (tensor, fsdp) into columns over `tensor`, it reorders the rows as
+the matrix is laid out and never puts them back. tests/train/test_mesh.py tries every layout.
+
+Devices in several slices (TPU pods joined by a data-centre network,
 GPU hosts) are arranged so that `data` crosses that network first, `fsdp` only where it must,
 `tensor` never.
 """
@@ -20,14 +27,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("fsdp", "data", "tensor")
+ROWS = PartitionSpec(("fsdp", "data"))  # of a batch
 
 # Below this many elements an array is cheaper to replicate than to gather.
 SMALL = 2**14
 
 
 def arrange(devices: list, fsdp: int, tensor: int) -> np.ndarray:
-  """Devices as an array `(n / (fsdp tensor), fsdp, tensor)`, neighbours close to each other.
+  """Devices as an array `(fsdp, n / (fsdp tensor), tensor)`, neighbours close to each other.
 
   Raises:
     UserError: the sizes do not fit the number of devices, or the slices.
@@ -52,11 +60,13 @@ def arrange(devices: list, fsdp: int, tensor: int) -> np.ndarray:
   near = math.gcd(fsdp, each // tensor)  # of fsdp, inside a slice
   inside = (each // (near * tensor), near, tensor)
   if slices == 1:
-    return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
-  across = (slices // (fsdp // near), fsdp // near, 1)
-  return mesh_utils.create_hybrid_device_mesh(
-    inside, across, devices, allow_split_physical_axes=True
-  )
+    found = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+  else:
+    across = (slices // (fsdp // near), fsdp // near, 1)
+    found = mesh_utils.create_hybrid_device_mesh(
+      inside, across, devices, allow_split_physical_axes=True
+    )
+  return found.swapaxes(0, 1)
 
 
 def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
@@ -91,8 +101,8 @@ def state_sharding(abstract, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading dimension of every batch array is split over `data` and `fsdp`."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  """The leading dimension of every batch array is split over `fsdp` and `data`."""
+  return NamedSharding(mesh, ROWS)
 
 
 def within(mesh: Mesh, fn: Callable) -> Callable:
@@ -115,7 +125,7 @@ def by_rows(x: jax.Array) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or x.shape[0] % batch_parts(mesh):
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+  return jax.lax.with_sharding_constraint(x, ROWS)
 
 
 def batch_parts(mesh: Mesh) -> int:
