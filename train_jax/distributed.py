@@ -16,9 +16,12 @@ Read from the environment; `launch.sh` sets them, Slurm's and Cloud TPU's own ar
 from __future__ import annotations
 
 import collections
+import glob
 import os
+import re
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -34,6 +37,8 @@ NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # A process that sends no sign of life for so many seconds is dead, and the others end.
 HEARTBEAT = 50
+
+TPUS = ("/dev/accel*", "/dev/vfio/[0-9]*")  # the files of a host that has some
 
 _rolls: list[Roll] = []  # this process's, once it has started beside others
 
@@ -53,7 +58,7 @@ def find_place() -> Place | None:
   limit = _number("START_LIMIT", os.environ.get("START_LIMIT", "50"))
   given = [os.environ.get(name, "") for name in NAMES]
   if not any(given):
-    given = [str(value) for value in _find_cluster(limit)]
+    given = list(_find_cluster())
   elif missing := [name for name, value in zip(NAMES, given, strict=True) if not value]:
     raise UserError(f"{missing[0]} is not set but others of {', '.join(NAMES)} are; set all three.")
   address, count, index = given
@@ -71,17 +76,42 @@ def find_place() -> Place | None:
   return Place(host, port, count, int(index), limit, planned)
 
 
-def _find_cluster(limit: int) -> tuple[str, int, int]:
-  """(address, count, index) by JAX's own detection; ("", 1, 0) where there is no cluster."""
-  from jax._src import clusters  # public only through `initialize`, which would not call the roll
+def _find_cluster() -> tuple[str, str, str]:
+  """(address, count, index) by Slurm or Cloud TPU; ("", "1", "0") where there is neither."""
+  chosen = os.environ.get("JAX_COORDINATOR_PORT")
+  names = [f"SLURM_{name}" for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID")]
+  if all(map(os.environ.get, names)):
+    job, nodes, count, index = map(os.environ.get, names)
+    host = "".join(re.match(r"([^,\[]+)(?:\[(\w+))?", nodes).groups(""))  # of node[03-05],x
+    # Another job on these hosts has another port.
+    return f"{host}:{chosen or 61440 + int(job) % 4096}", count, index
 
-  for cluster in clusters.ClusterEnv._cluster_types:
-    # The others need a package more, or mistake a lone pod for a part of something.
-    if cluster.name in ("slurm", "gcetpu", "gketpu") and cluster.is_env_present():
-      port = os.environ.get("JAX_COORDINATOR_PORT")
-      address = cluster.get_coordinator_address(limit, port)
-      return address, cluster.get_process_count(), cluster.get_process_id()
-  return "", 1, 0
+  # GKE describes the hosts of a TPU slice in the environment, a TPU VM by its metadata server;
+  # MEGASCALE_* are there where several slices are joined.
+  facts = dict(os.environ)
+  workers, index = facts.get("TPU_WORKER_HOSTNAMES", ""), facts.get("TPU_WORKER_ID", "0")
+  if not (workers or facts.get("TPU_SKIP_MDS_QUERY")) and any(map(glob.glob, TPUS)):
+    workers, index = _ask("worker-network-endpoints"), _ask("agent-worker-number")
+    facts |= re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", _ask("tpu-env"), re.MULTILINE)
+  if not workers:
+    return "", "1", "0"
+  hosts = [worker.split(":")[-1] for worker in workers.split(",")]  # `host` or `name:id:host`
+  host = facts.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")[0] or hosts[0]
+  before = int(facts.get("MEGASCALE_SLICE_ID") or 0) * len(hosts)
+  count = int(facts.get("MEGASCALE_NUM_SLICES") or 1) * len(hosts)
+  return f"{host}:{chosen or 8482}", str(count), str(before + int(index))
+
+
+def _ask(key: str) -> str:
+  """What a Google VM's metadata server says of it; "" if there is none."""
+  server = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+  url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+  request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+  try:
+    with urllib.request.urlopen(request, timeout=5) as answer:
+      return answer.read().decode()
+  except OSError:
+    return ""
 
 
 def start() -> None:

@@ -1,8 +1,12 @@
 """Where a process stands, the roll call with its absences, the agreement to stop."""
 
+import http.server
+import os
+import re
 import socket
 import threading
 import time
+import typing
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +19,8 @@ from train_jax.errors import UserError
 from train_jax.rollcall import Place, Roll
 
 HERE = socket.gethostname()
-VARIABLES = (*distributed.NAMES, "START_LIMIT", "PROCESS_HOSTS", "TPU_WORKER_HOSTNAMES")
+VARIABLES = (*distributed.NAMES, "START_LIMIT", "PROCESS_HOSTS", "JAX_COORDINATOR_PORT")
+CLUSTER = re.compile("SLURM_|TPU_|MEGASCALE_|GCE_")
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def environment(monkeypatch):
   """Sets these variables and takes all others away that matter."""
 
   def put(**values: str):
-    for name in (*VARIABLES, "SLURM_JOB_ID"):
+    for name in (*VARIABLES, *filter(CLUSTER.match, os.environ)):
       monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
       monkeypatch.setenv(name, value)
@@ -47,11 +52,64 @@ def test_place_is_read_from_the_environment(environment):
   assert distributed.find_place() == Place("10.0.0.1", 1234, 4, 2, 7, ("a", "b", "c", "d"))
 
 
-def test_slurm_is_found(environment):
-  steps = {"STEP_NODELIST": "node[03-05],x", "NTASKS": "4", "PROCID": "2", "LOCALID": "0"}
-  environment(**{f"SLURM_{k}": v for k, v in steps.items()}, SLURM_JOB_ID="9")
+@pytest.mark.parametrize(
+  "nodes, first", [("node[03-05],x", "node03"), ("a-1", "a-1"), ("a,b[1-2]", "a"), ("n[7,9]", "n7")]
+)
+def test_slurm_is_found(environment, nodes, first):
+  values = {"JOB_ID": "4099", "STEP_NODELIST": nodes, "NTASKS": "4", "PROCID": "2"}
+  values = {f"SLURM_{name}": value for name, value in values.items()}
+  environment(**values)
+  assert distributed.find_place() == Place(first, 61443, 4, 2, 50)
+  environment(**values, JAX_COORDINATOR_PORT="99")
+  assert distributed.find_place().port == 99
+  environment(SLURM_JOB_ID="9", SLURM_NTASKS="4")  # a shell in a job, not a step of it
+  assert distributed.find_place() is None
+
+
+SLICES = {"COORDINATOR_ADDRESS": "x:8080", "NUM_SLICES": "3", "SLICE_ID": "2"}
+
+
+def test_tpu_slices_of_gke_are_found(environment):
+  slice_ = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+  environment(**slice_)
+  assert distributed.find_place() == Place("a", 8482, 2, 1, 50, ("a", "b"))
+  environment(**slice_, **{f"MEGASCALE_{name}": value for name, value in SLICES.items()})
   place = distributed.find_place()
-  assert (place.host, place.count, place.index, place.limit) == ("node03", 4, 2, 50)
+  assert (place.host, place.count, place.index) == ("x", 6, 5)
+  environment(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
+  assert distributed.find_place() is None
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+  """Answers as a TPU VM's metadata server does."""
+
+  answers: typing.ClassVar[dict] = {}
+
+  def do_GET(self):
+    found = self.answers.get(self.path.rpartition("/")[2])
+    self.send_response(200 if found and self.headers["Metadata-Flavor"] == "Google" else 404)
+    self.end_headers()
+    self.wfile.write((found or "").encode())
+
+  def log_message(self, *args):
+    pass
+
+
+def test_tpu_vms_are_found(environment, monkeypatch, tmp_path):
+  monkeypatch.setattr(distributed, "TPUS", (str(tmp_path),))
+  with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    environment(GCE_METADATA_HOST=f"127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(Metadata, "answers", {})
+    assert distributed.find_place() is None
+    answers = {"worker-network-endpoints": "n:0:10.0.0.1,m:1:10.0.0.2", "agent-worker-number": "1"}
+    monkeypatch.setattr(Metadata, "answers", answers)
+    assert distributed.find_place() == Place("10.0.0.1", 8482, 2, 1, 50)
+    joined = "".join(f"MEGASCALE_{name}: '{value}'\n" for name, value in SLICES.items())
+    answers["tpu-env"] = f"ZONE: 'a'\n{joined}"
+    place = distributed.find_place()
+    assert (place.host, place.count, place.index) == ("x", 6, 5)
+    server.shutdown()
 
 
 @pytest.mark.parametrize(
