@@ -213,3 +213,17 @@ def _special(tokenizer: Tokenizer, folder: Path, name: str) -> int | None:
   if token is not None and (number is None or tokenizer.id_to_token(number) is None):
     raise UserError(f"{folder} names {token!r} as {name} token, which its tokenizer does not have.")
   return number
+
+
+def to_facts(vocab: Vocab | TextVocab) -> dict:
+  """JSON that `from_facts` makes the vocabulary from again."""
+  if isinstance(vocab, TextVocab):
+    return {"tokenizer": vocab.facts()}
+  return {"symbols": list(vocab.symbols)}
+
+
+def from_facts(facts: dict) -> Vocab | TextVocab:
+  """The vocabulary that `facts` describe; UserError if its tokenizer is another one now."""
+  if "tokenizer" in facts:
+    return TextVocab.from_facts(facts["tokenizer"])
+  return Vocab(tuple(facts["symbols"]))
