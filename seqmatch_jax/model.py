@@ -26,6 +26,7 @@ def with_tokenizer(config):
   """`config`, or a copy in which the data's tokens are those of the pretrained decoder."""
   if not config.get("pretrained") or config.data.get("tokenizer"):
     return config
+  pretrained.read_sizes(config.pretrained)  # a folder that is none is refused as that
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.data.tokenizer = config.pretrained
