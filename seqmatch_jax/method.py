@@ -21,11 +21,28 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import buffer, loss, questions, rollout, sample, show, text, tokens, transformer
+from seqmatch_jax import (
+  buffer,
+  export,
+  loss,
+  pretrained,
+  questions,
+  rollout,
+  sample,
+  show,
+  text,
+  tokens,
+  transformer,
+)
 from seqmatch_jax.actions import Noise, tree
+from seqmatch_jax.sizes import TransformerConfig
+from train_jax import lora
+from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.lazy import Lazy
 from train_jax.metrics import table
-from train_jax.step import Method
+from train_jax.state import flatten
+from train_jax.step import Frozen, Method
 
 
 def task_of(config):
@@ -39,16 +56,59 @@ def task_of(config):
 
 
 # For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
-SAME = ("config.model.heads", "facts.symbols")
+SAME = ("config.model.heads", "config.lora.alpha", "facts.symbols")
 FRESH = ()
+
+
+def make_sizes(config, facts: dict) -> TransformerConfig:
+  """Sizes of the network: those of the pretrained one, if there is one, else the config's."""
+  sizes, adapters = {**config.model, **facts.get("sizes", {})}, config.get("lora")
+  if adapters and adapters.rank:
+    sizes["lora"] = lora.LoraConfig(**adapters)
+  return TransformerConfig(vocab=tokens.from_facts(facts).size, **sizes)
 
 
 def make_network(config, facts: dict) -> transformer.Network:
   """The network; `facts` are those saved with a checkpoint."""
-  vocab = tokens.from_facts(facts)
-  return transformer.make_network(
-    transformer.TransformerConfig(vocab=vocab.size, **dict(config.model))
-  )
+  return transformer.make_network(make_sizes(config, facts))
+
+
+def read_pretrained(config, facts: dict) -> dict[str, Lazy]:
+  """All parameters of the folder `config.pretrained` by name, not read yet; {} if it is empty."""
+  if not config.get("pretrained"):
+    return {}
+  sizes, vocab = make_sizes(config, facts), tokens.from_facts(facts)
+  return pretrained.read(config.pretrained, sizes, vocab, config.erase_bias)
+
+
+def make_given(config, facts: dict) -> dict[str, Lazy]:
+  """The pretrained parameters that are learned from here on, by name."""
+  learned = flatten(jax.eval_shape(make_network(config, facts).init, jax.random.key(0)))
+  return {name: a for name, a in read_pretrained(config, facts).items() if name in learned}
+
+
+def make_frozen(config, facts: dict) -> Frozen | None:
+  """The parameters that are not: without pretrained ones they are drawn. None without LoRA."""
+  draw, key = make_network(config, facts).frozen, jax.random.key(config.seed)
+  shapes = jax.eval_shape(draw, key)
+  if not shapes:
+    return None
+
+  def make(shardings):
+    if not config.get("pretrained"):
+      return jax.jit(draw, out_shardings=shardings)(key)
+    return pretrained.place(read_pretrained(config, facts), shapes, shardings)
+
+  return Frozen(shapes, make)
+
+
+def load_whole(config, facts: dict, load) -> tuple[dict, int]:
+  """(all of the network's parameters, step) of a checkpoint; `load() -> (those learned, step)`."""
+  params, step = load()
+  if frozen := make_frozen(config, facts):
+    shardings = mesh_lib.state_sharding(frozen.shapes, mesh_lib.make_mesh())
+    params = lora.join(params, frozen.make(shardings))
+  return params, step
 
 
 def make_limits(facts: dict) -> rollout.RolloutConfig:
@@ -97,6 +157,8 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   loss_config, noise = make_loss_config(config), Noise(**dict(config.noise))
   task = task_of(config).make_task(config, mesh)
   facts = task.facts
+  if config.get("pretrained"):
+    facts["sizes"] = pretrained.read_sizes(config.pretrained)
   network = make_network(config, facts)
   generate = rollout.make_rollout(network, make_limits(facts))
   schedule, memory = config.loss, config.buffer
@@ -107,7 +169,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       extra = buffer.create(memory.rows, task.prompt, facts["max_actions"])
     return network.init(key), extra
 
-  def augment(state, batch, key):
+  def augment(state, batch, key, *frozen):
     past = state.step - schedule.warmup
     batch = {**batch, "strength": jnp.clip(past / max(schedule.anneal, 1), 0.0, 1.0)}
     if not loss_config.on_policy:
@@ -118,8 +180,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       prompt, length = (batch[name][: memory.rollouts] for name in ("prompt", "prompt_length"))
       # Trajectories of the policy itself: temperature 1, no token excluded.
       row = jnp.arange(len(prompt))
+      params = lora.join(state.params, *frozen)
       made = generate(
-        state.params, prompt, length, key_roll, row, 1.0, loss_config.backspace, retype=True
+        params, prompt, length, key_roll, row, 1.0, loss_config.backspace, retype=True
       )
       return buffer.insert(extra, prompt, length, made.actions)
 
@@ -135,8 +198,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   def logits(params, rows):
     return network.apply(params, rows["token"], rows["position"], rows["end"])
 
-  def loss_fn(params, ema, batch, key):
+  def loss_fn(params, ema, batch, key, *frozen):
     del ema, key
+    params = lora.join(params, *frozen)
     model, own = batch.get("model"), None
     if model is not None:
       # As long as alpha is 0 their penalty is, too: the pass is saved.
@@ -157,20 +221,13 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     yield from task.stream(noise, seed, max(position, schedule.warmup))
 
   measure = task.evaluate(network, generate, loss_config)
-  return Method(init, loss_fn, augment, stream, measure), facts
 
+  def evaluate(params, step, final, *frozen):
+    return measure(lora.join(params, *frozen), step, final)
 
-def _given(flags) -> list[str]:
-  """The prompts that the flags ask for; [] if they do not."""
-  if flags.prompts and flags.prompt:
-    raise UserError("--prompt and --prompts are both given; choose one.")
-  if flags.prompts:
-    try:
-      lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-      raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
-    return [line for line in lines if line.strip()]
-  return flags.prompt or []
+  read_pretrained(config, facts)  # what does not fit is refused before anything is computed
+  frozen = make_frozen(config, facts)
+  return Method(init, loss_fn, augment, stream, evaluate, frozen), facts
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
@@ -179,7 +236,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   Prints a line for each and writes generations.html and generations.json into `out`.
   """
   task, vocab = task_of(config), tokens.from_facts(facts)
-  asked = task.ask(config, facts, _given(flags), flags.num or 64)
+  asked = task.ask(config, facts, sample.prompts(flags), flags.num or 64)
   settings = {
     "temperature": task.TEMPERATURE if flags.temperature is None else flags.temperature,
     "allow_backspace": config.loss.backspace,
@@ -187,7 +244,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     "top_p": flags.top_p,
   }
   network, limits = make_network(config, facts), make_limits(facts)
-  params, step = load()
+  params, step = load_whole(config, facts, load)
   key = jax.random.key(flags.seed)
   if flags.stream:
     stream = rollout.make_stream(network, limits, sample.EVERY)
@@ -211,10 +268,24 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   network, loss_config = make_network(config, facts), make_loss_config(config)
   generate = rollout.make_rollout(network, make_limits(facts))
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
-  params, step = load()
+  params, step = load_whole(config, facts, load)
   results = dict(run(params, step, True))
   print(table(results))
   out.mkdir(parents=True, exist_ok=True)
   record = {"step": step, "seed": flags.seed, "examples": asked, **results}
   (out / "evaluation.json").write_text(json.dumps(record, indent=1))
   print(f"numbers: {out / 'evaluation.json'}")
+
+
+def export_mode(config, facts: dict, load, flags, out: Path) -> None:
+  """`--mode=export`: the sample average, adapters merged, as Hugging Face lays out a folder."""
+  del flags
+  if not config.get("pretrained"):
+    raise UserError(
+      "--mode=export writes what config.pretrained began from, and this run has none; "
+      "--mode=sample uses the checkpoint where it is."
+    )
+  params, step = load_whole(config, facts, load)
+  sizes, vocab = make_sizes(config, facts), tokens.from_facts(facts)
+  export.write(out, params, sizes, vocab, config.pretrained)
+  print(f"exported: {out} (step {step}); --config.pretrained={out} begins from it")
