@@ -21,28 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import (
-  buffer,
-  export,
-  loss,
-  pretrained,
-  questions,
-  rollout,
-  sample,
-  show,
-  text,
-  tokens,
-  transformer,
-)
+from seqmatch_jax import buffer, export, loss, model, questions, rollout, sample, show, text, tokens
 from seqmatch_jax.actions import Noise, tree
-from seqmatch_jax.sizes import TransformerConfig
+from seqmatch_jax.model import make_given, make_network  # noqa: F401  main.py asks for them here
 from train_jax import lora
-from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.lazy import Lazy
 from train_jax.metrics import table
-from train_jax.state import flatten
-from train_jax.step import Frozen, Method
+from train_jax.step import Method
 
 
 def task_of(config):
@@ -58,57 +43,6 @@ def task_of(config):
 # For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
 SAME = ("config.model.heads", "config.lora.alpha", "facts.symbols")
 FRESH = ()
-
-
-def make_sizes(config, facts: dict) -> TransformerConfig:
-  """Sizes of the network: those of the pretrained one, if there is one, else the config's."""
-  sizes, adapters = {**config.model, **facts.get("sizes", {})}, config.get("lora")
-  if adapters and adapters.rank:
-    sizes["lora"] = lora.LoraConfig(**adapters)
-  return TransformerConfig(vocab=tokens.from_facts(facts).size, **sizes)
-
-
-def make_network(config, facts: dict) -> transformer.Network:
-  """The network; `facts` are those saved with a checkpoint."""
-  return transformer.make_network(make_sizes(config, facts))
-
-
-def read_pretrained(config, facts: dict) -> dict[str, Lazy]:
-  """All parameters of the folder `config.pretrained` by name, not read yet; {} if it is empty."""
-  if not config.get("pretrained"):
-    return {}
-  sizes, vocab = make_sizes(config, facts), tokens.from_facts(facts)
-  return pretrained.read(config.pretrained, sizes, vocab, config.erase_bias)
-
-
-def make_given(config, facts: dict) -> dict[str, Lazy]:
-  """The pretrained parameters that are learned from here on, by name."""
-  learned = flatten(jax.eval_shape(make_network(config, facts).init, jax.random.key(0)))
-  return {name: a for name, a in read_pretrained(config, facts).items() if name in learned}
-
-
-def make_frozen(config, facts: dict) -> Frozen | None:
-  """The parameters that are not: without pretrained ones they are drawn. None without LoRA."""
-  draw, key = make_network(config, facts).frozen, jax.random.key(config.seed)
-  shapes = jax.eval_shape(draw, key)
-  if not shapes:
-    return None
-
-  def make(shardings):
-    if not config.get("pretrained"):
-      return jax.jit(draw, out_shardings=shardings)(key)
-    return pretrained.place(read_pretrained(config, facts), shapes, shardings)
-
-  return Frozen(shapes, make)
-
-
-def load_whole(config, facts: dict, load) -> tuple[dict, int]:
-  """(all of the network's parameters, step) of a checkpoint; `load() -> (those learned, step)`."""
-  params, step = load()
-  if frozen := make_frozen(config, facts):
-    shardings = mesh_lib.state_sharding(frozen.shapes, mesh_lib.make_mesh())
-    params = lora.join(params, frozen.make(shardings))
-  return params, step
 
 
 def make_limits(facts: dict) -> rollout.RolloutConfig:
@@ -155,10 +89,10 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """
   _check(config)
   loss_config, noise = make_loss_config(config), Noise(**dict(config.noise))
+  config = model.with_tokenizer(config)
   task = task_of(config).make_task(config, mesh)
-  facts = task.facts
-  if config.get("pretrained"):
-    facts["sizes"] = pretrained.read_sizes(config.pretrained)
+  facts = model.make_facts(config, task.facts)
+  model.read(config, facts)  # what does not fit is refused before anything is computed
   network = make_network(config, facts)
   generate = rollout.make_rollout(network, make_limits(facts))
   schedule, memory = config.loss, config.buffer
@@ -220,14 +154,13 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     yield from itertools.islice(plain, max(schedule.warmup - position, 0))
     yield from task.stream(noise, seed, max(position, schedule.warmup))
 
-  measure = task.evaluate(network, generate, loss_config)
+  evaluate = task.evaluate(network, generate, loss_config)
 
-  def evaluate(params, step, final, *frozen):
-    return measure(lora.join(params, *frozen), step, final)
+  def measure(params, step: int, final: bool, *frozen):
+    return evaluate(lora.join(params, *frozen), step, final)
 
-  read_pretrained(config, facts)  # what does not fit is refused before anything is computed
-  frozen = make_frozen(config, facts)
-  return Method(init, loss_fn, augment, stream, evaluate, frozen), facts
+  frozen = model.make_frozen(config, facts)
+  return Method(init, loss_fn, augment, stream, measure, frozen), facts
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
@@ -244,7 +177,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     "top_p": flags.top_p,
   }
   network, limits = make_network(config, facts), make_limits(facts)
-  params, step = load_whole(config, facts, load)
+  params, step = model.load_whole(config, facts, load)
   key = jax.random.key(flags.seed)
   if flags.stream:
     stream = rollout.make_stream(network, limits, sample.EVERY)
@@ -268,7 +201,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   network, loss_config = make_network(config, facts), make_loss_config(config)
   generate = rollout.make_rollout(network, make_limits(facts))
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
-  params, step = load_whole(config, facts, load)
+  params, step = model.load_whole(config, facts, load)
   results = dict(run(params, step, True))
   print(table(results))
   out.mkdir(parents=True, exist_ok=True)
@@ -285,7 +218,7 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
       "--mode=export writes what config.pretrained began from, and this run has none; "
       "--mode=sample uses the checkpoint where it is."
     )
-  params, step = load_whole(config, facts, load)
-  sizes, vocab = make_sizes(config, facts), tokens.from_facts(facts)
+  params, step = model.load_whole(config, facts, load)
+  sizes, vocab = model.make_sizes(config, facts), tokens.from_facts(facts)
   export.write(out, params, sizes, vocab, config.pretrained)
   print(f"exported: {out} (step {step}); --config.pretrained={out} begins from it")

@@ -29,11 +29,9 @@ def _characters(texts: list[corpus.Texts]) -> Vocab:
 
 
 def open_documents(
-  config, vocab: Vocab | TextVocab | None = None
+  source, vocab: Vocab | TextVocab | None = None
 ) -> tuple[Documents, Documents, Vocab | TextVocab]:
   """Training and test documents of `config.data`, and their vocabulary.
-
-  A pretrained network's tokenizer is its own, if `data.tokenizer` does not name another one.
 
   Args:
     vocab: what texts are encoded with; None chooses as `config.data` says.
@@ -41,7 +39,6 @@ def open_documents(
   Raises:
     UserError: they cannot be read, or do not belong together.
   """
-  source, tokenizer = config.data, config.data.tokenizer or config.get("pretrained")
   if documents.is_set(source.path):
     train, stored = documents.open_set(source.path)
     vocab = vocab or stored
@@ -57,8 +54,8 @@ def open_documents(
       )
     return train, test, vocab
   texts = [_find(source.path, "path")] + ([_find(source.test, "test")] if source.test else [])
-  if vocab is None and tokenizer:
-    vocab = TextVocab.from_file(tokenizer)
+  if vocab is None and source.tokenizer:
+    vocab = TextVocab.from_file(source.tokenizer)
   if vocab is None:
     vocab = _characters(texts) if source.path else Vocab(tuple(corpus.PRINTABLE))
   encoded = [documents.encode_texts(x, vocab) for x in texts]
@@ -80,7 +77,7 @@ def make_task(config, mesh) -> Task:
     raise UserError(
       f"noise.source={config.noise.source!r} is for questions; choose 'uniform' for text."
     )
-  train, test, vocab = open_documents(config)
+  train, test, vocab = open_documents(config.data)
   packed, erasures = _pack(config, train, vocab), config.eval.erasures
   most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
   facts = {
@@ -131,7 +128,7 @@ def beginnings(held: packing.Packed, count: int) -> tuple[np.ndarray, np.ndarray
 
 def make_evaluate(config, facts: dict, network, generate, loss_config):
   """(`Method.evaluate`, number of generations)."""
-  _, test, vocab = open_documents(config, tokens.from_facts(facts))
+  _, test, vocab = open_documents(config.data, tokens.from_facts(facts))
   held = _pack(config, test, vocab)
   run = _evaluate(config, held, vocab, network, generate, loss_config)
   return run, config.eval.samples
@@ -142,6 +139,6 @@ def ask(config, facts: dict, given: list[str], count: int) -> Asked:
   vocab = tokens.from_facts(facts)
   if given:
     return Asked(given, *data.encode_prompts(given, vocab, facts["max_length"]))
-  _, test, vocab = open_documents(config, vocab)
+  _, test, vocab = open_documents(config.data, vocab)
   prompt, length = beginnings(_pack(config, test, vocab), count)
   return Asked([vocab.decode(row.tolist()) for row in prompt], prompt, length)
