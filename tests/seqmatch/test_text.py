@@ -127,7 +127,8 @@ def test_erasures_are_counted():
 def test_generations_are_made_a_batch_at_a_time_and_numbered_through():
   def generate(params, prompt, length, key, row, temperature, backspace):
     assert len(prompt) == 4 and temperature == 1 and backspace
-    return Rollout(prompt * params, prompt + row[:, None], length, row > 5)
+    made = prompt * params, prompt + row[:, None], length, row > 5
+    return Rollout(*map(jax.numpy.asarray, made))
 
   prompt = np.arange(10, dtype=np.int32)[:, None]
   made = evaluate_text.generations(generate, 3, prompt, np.arange(10), 4, 0, True)
