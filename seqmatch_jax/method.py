@@ -76,14 +76,14 @@ def _check(config) -> None:
 def without_data(config) -> tuple[ConfigDict, int]:
   """For `--mode=compile`: a config that reads nothing but the files here, and a batch's number.
 
-  Texts are Python's own, and a pretrained decoder has the sizes in `config.model`. The batch is the
-  first with noise: rows are wider then.
+  The batch is the first with noise: rows of questions are wider then. Text of a large vocabulary is
+  made up, and a pretrained decoder is drawn, with config.model's sizes.
   """
   config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.pretrained = ""
-    if config.data.source == "text":
-      config.data.path = config.data.test = config.data.tokenizer = ""
+  if config.data.source == "text":
+    config.data.path = config.data.test = config.data.tokenizer = ""
+    with config.unlocked():
+      config.pretrained, config.data.made_up = "", config.data.get("vocab", 0)
   return config, config.loss.warmup
 
 
@@ -169,26 +169,13 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   return Method(init, loss_fn, augment, stream, measure, frozen), facts
 
 
-def _given(flags) -> list[str]:
-  """The prompts that the flags ask for; [] if they do not."""
-  if flags.prompts and flags.prompt:
-    raise UserError("--prompt and --prompts are both given; choose one.")
-  if flags.prompts:
-    try:
-      lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-      raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
-    return [line for line in lines if line.strip()]
-  return flags.prompt or []
-
-
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=sample`: goes on from prompts, erasures visible; `load() -> (params, step)` is late.
 
   Prints a line for each and writes generations.html and generations.json into `out`.
   """
   task, vocab = task_of(config), tokens.from_facts(facts)
-  asked = task.ask(config, facts, _given(flags), flags.num or 64)
+  asked = task.ask(config, facts, sample.prompts(flags), flags.num or 64)
   settings = {
     "temperature": task.TEMPERATURE if flags.temperature is None else flags.temperature,
     "allow_backspace": config.loss.backspace,
