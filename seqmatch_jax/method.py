@@ -74,7 +74,9 @@ def make_generate(network: transformer.Network, facts: dict):
 
 def make_loss_config(config) -> loss.LossConfig:
   """The objective of `config`."""
-  return loss.LossConfig(**{k: config.loss[k] for k in loss.LossConfig.__dataclass_fields__})
+  # A config that was saved before a field came has its default.
+  names = loss.LossConfig.__dataclass_fields__
+  return loss.LossConfig(**{k: config.loss[k] for k in names if k in config.loss})
 
 
 def _check(config, mesh: jax.sharding.Mesh) -> None:
