@@ -8,6 +8,7 @@ writes trajectories of its own into a replay buffer every `buffer.refresh` steps
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -21,36 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import buffer, data, evaluate, loss, rollout, show, transformer
+from seqmatch_jax import buffer, loss, questions, rollout, show, text, tokens, transformer
 from seqmatch_jax.actions import Noise, tree
-from seqmatch_jax.data import Encoded, Example
-from seqmatch_jax.tokens import Vocab
-from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import table
 from train_jax.step import Method
 
 
-def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-  """Training and test examples of `config.data`."""
-  source, wanted = config.data, config.data.examples + config.data.tests
-  if source.source == "files":
-    train = source.train or data.OFFICIAL / "add_or_sub_in_base_train.txt"
-    test = source.test or data.OFFICIAL / "add_or_sub_in_base_test.txt"
-    return data.read_module(train), data.read_module(test)
-  makers = {
-    "add_or_sub_in_base": lambda: data.make_add_or_sub_in_base(wanted, 0),
-    "two_sum": lambda: data.make_two_sum(wanted, 0, source.numbers, source.modulus),
-  }
-  if source.source not in makers:
-    known = ", ".join(["files", *makers])
-    raise UserError(f"data.source={source.source!r} is unknown; choose from {known}.")
-  if min(source.examples, source.tests) < 1:
-    raise UserError(
-      f"data.examples={source.examples} and data.tests={source.tests} must be at least 1."
-    )
-  made = makers[source.source]()
-  return made[: source.examples], made[source.examples :]
+def task_of(config):
+  """The module of what is written (see task.py)."""
+  if config.data.source == "text":
+    return text
+  if config.data.source in questions.SOURCES:
+    return questions
+  known = ", ".join([*questions.SOURCES, "text"])
+  raise UserError(f"data.source={config.data.source!r} is unknown; choose from {known}.")
 
 
 # For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
@@ -60,7 +46,7 @@ FRESH = ()
 
 def make_network(config, facts: dict) -> transformer.Network:
   """The network; `facts` are those saved with a checkpoint."""
-  vocab = Vocab(tuple(facts["symbols"]))
+  vocab = tokens.from_facts(facts)
   return transformer.make_network(
     transformer.TransformerConfig(vocab=vocab.size, **dict(config.model))
   )
@@ -79,7 +65,7 @@ def make_loss_config(config) -> loss.LossConfig:
   return loss.LossConfig(**{k: config.loss[k] for k in names if k in config.loss})
 
 
-def _check(config, mesh: jax.sharding.Mesh) -> None:
+def _check(config) -> None:
   schedule = config.loss
   for name in ("warmup", "anneal"):
     if schedule[name] < 0:
@@ -88,14 +74,6 @@ def _check(config, mesh: jax.sharding.Mesh) -> None:
     raise UserError(
       f"noise.rate={config.noise.rate} types errors that loss.backspace=False cannot erase; "
       "choose noise.rate=0 or loss.backspace=True."
-    )
-  lanes = config.data.lanes
-  parts = mesh_lib.batch_parts(mesh)
-  if lanes < 1 or config.batch % (lanes * parts):
-    raise UserError(
-      f"data.lanes={lanes}: batch={config.batch} does not divide into rows of {lanes} examples in "
-      f"{parts} parts; choose data.lanes=1, or a batch that is a multiple of "
-      f"{max(lanes, 1) * parts}."
     )
   memory = config.buffer
   for name, most in (("refresh", math.inf), ("draw", math.inf), ("rollouts", config.batch)):
@@ -118,28 +96,18 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   Raises:
     UserError: the config does not fit itself or the data.
   """
-  _check(config, mesh)
+  _check(config)
   loss_config, noise = make_loss_config(config), Noise(**dict(config.noise))
-  train, test = make_examples(config)
-  vocab = Vocab.from_texts([text for x in (*train, *test) for text in (x.question, x.answer)])
-  known, asked = (data.encode(x, vocab, config.data.context) for x in (train, test))
-  # What a generation may take: the data's longest row, and as many errors as the data make.
-  answers, erasures = max(x.actions(Noise()) for x in (known, asked)), config.eval.erasures
-  facts = {
-    "symbols": list(vocab.symbols),
-    "max_length": max(x.nodes(Noise()) for x in (known, asked)),
-    "max_actions": answers + 2 * erasures,
-    "max_erasures": erasures,
-  }
+  task = task_of(config).make_task(config, mesh)
+  facts = task.facts
   network = make_network(config, facts)
   generate = make_generate(network, facts)
   schedule, memory = config.loss, config.buffer
-  width = known.prompt.shape[1]
 
   def init(key):
     extra = ()
     if loss_config.on_policy:
-      extra = buffer.create(memory.rows, width, facts["max_actions"])
+      extra = buffer.create(memory.rows, task.prompt, facts["max_actions"])
     return network.init(key), extra
 
   def augment(state, batch, key):
@@ -186,43 +154,17 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     return loss.loss(loss_config, logits(params, batch), batch, model, own, batch["strength"])
 
   def stream(seed: int, position: int) -> Iterator[dict[str, np.ndarray]]:
-    lanes = config.data.lanes
-    rows = mesh_lib.process_rows(config.batch // lanes, mesh)
-    quiet = Noise(**{**dict(config.noise), "rate": 0.0})
-    plain = data.stream(known, quiet, config.batch, rows, seed, position, lanes)
+    quiet = dataclasses.replace(noise, rate=0.0)
+    plain = task.stream(quiet, seed, position)
     yield from itertools.islice(plain, max(schedule.warmup - position, 0))
-    position = max(position, schedule.warmup)
-    yield from data.stream(known, noise, config.batch, rows, seed, position, lanes)
+    yield from task.stream(noise, seed, max(position, schedule.warmup))
 
-  measure = make_evaluate(config, asked, network, generate, loss_config, facts["max_actions"])
+  measure = task.evaluate(network, generate, loss_config)
   return Method(init, loss_fn, augment, stream, measure), facts
 
 
-def make_evaluate(config, asked: Encoded, network, generate, loss_config, max_actions: int):
-  """`Method.evaluate`: all test examples at the end, a quarter of them on the way."""
-  likelihood = evaluate.make_likelihood(network.apply, loss_config, config.batch)
-
-  def run(params, step: int, final: bool):
-    del step
-    few = asked if final else asked.first(max(len(asked.answer) // 4, 1))
-
-    def actions(temperature, backspace, forced, seed):
-      if forced is None:  # an array in any case: one compilation serves all
-        forced = np.zeros((len(few.answer), max_actions), np.int32)
-      key, row = jax.random.key(seed), np.arange(len(few.answer))
-      made = generate(
-        params, few.prompt, few.prompt_length, key, row, temperature, backspace, forced=forced
-      )
-      return mesh_lib.fetch(made.actions)
-
-    yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
-    yield "log_likelihood/data", likelihood(params, few)
-
-  return run
-
-
-def _prompts(config, flags) -> list[str]:
-  """The prompts that the flags ask for, or else the first test questions."""
+def _given(flags) -> list[str]:
+  """The prompts that the flags ask for; [] if they do not."""
   if flags.prompts and flags.prompt:
     raise UserError("--prompt and --prompts are both given; choose one.")
   if flags.prompts:
@@ -231,7 +173,7 @@ def _prompts(config, flags) -> list[str]:
     except (OSError, UnicodeDecodeError) as err:
       raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
     return [line for line in lines if line.strip()]
-  return flags.prompt or [x.question for x in make_examples(config)[1][: flags.num or 64]]
+  return flags.prompt or []
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
@@ -240,8 +182,8 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   Prints a line for each and writes generations.html and generations.json into `out`.
   """
   temperature = 0.0 if flags.temperature is None else flags.temperature
-  vocab, prompts = Vocab(tuple(facts["symbols"])), _prompts(config, flags)
-  prompt, length = data.encode_prompts(prompts, vocab, facts["max_length"])
+  vocab = tokens.from_facts(facts)
+  prompts, prompt, length = task_of(config).ask(config, facts, _given(flags), flags.num or 64)
   generate = make_generate(make_network(config, facts), facts)
   params, step = load()
   key, row = jax.random.key(flags.seed), np.arange(len(prompts))
@@ -252,8 +194,8 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   actions = np.asarray(generate(*args).actions)
   seconds = time.perf_counter() - start
   typed = [show.strokes(row.tolist(), vocab) for row in actions]
-  for text, keys in zip(prompts, typed, strict=True):
-    print(f"{text}  {show.line(keys, sys.stdout.isatty())}")
+  for begin, keys in zip(prompts, typed, strict=True):
+    print(f"{begin}  {show.line(keys, sys.stdout.isatty())}")
   show.write(out, f"step {step}, temperature {temperature:g}", prompts, typed)
   print(f"{np.sum(actions != 0) / seconds:.0f} actions/s")
   print(f"watch:   {out / 'generations.html'}")
@@ -264,17 +206,13 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=evaluate`: every metric on all test examples, at --seed."""
   config = config.copy_and_resolve_references()
   config.seed = flags.seed
-  vocab = Vocab(tuple(facts["symbols"]))
-  asked = data.encode(make_examples(config)[1], vocab, config.data.context)
-  network = make_network(config, facts)
+  network, loss_config = make_network(config, facts), make_loss_config(config)
   generate = make_generate(network, facts)
-  run = make_evaluate(
-    config, asked, network, generate, make_loss_config(config), facts["max_actions"]
-  )
+  run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
   params, step = load()
   results = dict(run(params, step, True))
   print(table(results))
   out.mkdir(parents=True, exist_ok=True)
-  record = {"step": step, "seed": flags.seed, "examples": len(asked.answer), **results}
+  record = {"step": step, "seed": flags.seed, "examples": asked, **results}
   (out / "evaluation.json").write_text(json.dumps(record, indent=1))
   print(f"numbers: {out / 'evaluation.json'}")

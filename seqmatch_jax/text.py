@@ -1,0 +1,141 @@
+"""The task of text without a right answer: documents of a corpus (see corpus.py, packing.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from seqmatch_jax import corpus, data, documents, evaluate, evaluate_text, packing, tokens
+from seqmatch_jax.documents import Documents
+from seqmatch_jax.task import Asked, Task
+from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax import mesh as mesh_lib
+from train_jax.errors import UserError
+
+
+def _find(path: str, key: str) -> corpus.Texts:
+  return corpus.find(path, f"data.{key}") if path else corpus.python_prose()
+
+
+def _characters(texts: list[corpus.Texts]) -> Vocab:
+  """One token for each character there is."""
+  found = {*()}
+  for source in texts:
+    for i in range(source.size):
+      found.update(documents.read_text(source, i))
+  return Vocab.from_texts([found])
+
+
+def open_documents(
+  source, vocab: Vocab | TextVocab | None = None
+) -> tuple[Documents, Documents, Vocab | TextVocab]:
+  """Training and test documents of `config.data`, and their vocabulary.
+
+  Args:
+    vocab: what texts are encoded with; None chooses as `config.data` says.
+
+  Raises:
+    UserError: they cannot be read, or do not belong together.
+  """
+  if documents.is_set(source.path):
+    train, stored = documents.open_set(source.path)
+    vocab = vocab or stored
+    if not source.test:
+      return *train.split(source.tests), vocab
+    if not documents.is_set(source.test):
+      return train, documents.encode_texts(_find(source.test, "test"), vocab), vocab
+    test, other = documents.open_set(source.test)
+    if _same(other) != _same(stored):
+      raise UserError(
+        f"data.test={source.test!r} has other tokens than data.path={source.path!r}; encode both "
+        "with the same --tokenizer."
+      )
+    return train, test, vocab
+  texts = [_find(source.path, "path")] + ([_find(source.test, "test")] if source.test else [])
+  if vocab is None and source.tokenizer:
+    vocab = TextVocab.from_file(source.tokenizer)
+  if vocab is None:
+    vocab = _characters(texts) if source.path else Vocab(tuple(corpus.PRINTABLE))
+  encoded = [documents.encode_texts(x, vocab) for x in texts]
+  return (*encoded, vocab) if source.test else (*encoded[0].split(source.tests), vocab)
+
+
+def _same(vocab: Vocab | TextVocab):
+  return vocab.sha256 if isinstance(vocab, TextVocab) else vocab.symbols
+
+
+def _pack(config, found: Documents, vocab) -> packing.Packed:
+  source = config.data
+  return packing.pack(found, vocab.size, source.context, config.noise.max_errors, source.prompt)
+
+
+def make_task(config, mesh) -> Task:
+  """Documents of `config.data`; raises UserError if they do not fit the config."""
+  if config.noise.source != "uniform":
+    raise UserError(
+      f"noise.source={config.noise.source!r} is for questions; choose 'uniform' for text."
+    )
+  train, test, vocab = open_documents(config.data)
+  packed, erasures = _pack(config, train, vocab), config.eval.erasures
+  most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
+  facts = {
+    **tokens.to_facts(vocab),
+    "max_length": most,
+    "max_actions": most + 2 * erasures,
+    "max_erasures": erasures,
+  }
+  mesh_lib.check_batch(config.batch, mesh)
+  rows = mesh_lib.process_rows(config.batch, mesh)
+
+  def stream(noise, seed, position):
+    return packing.stream(packed, noise, config.batch, rows, seed, position)
+
+  def measure(network, generate, loss_config):
+    return _evaluate(config, _pack(config, test, vocab), vocab, network, generate, loss_config)
+
+  return Task(facts, 1 + config.data.prompt, config.batch, stream, measure)
+
+
+def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config):
+  """`Method.evaluate`: all that is held out at the end, a quarter of it on the way."""
+  total = evaluate.make_total(network.apply, loss_config)
+
+  def run(params, step: int, final: bool):
+    del step
+    rows = held.rows if final else max(held.rows // 4, 1)
+    count = config.eval.samples if final else max(config.eval.samples // 4, 1)
+    yield from evaluate_text.likelihood(total, params, held, vocab, rows, config.batch)
+    prompt, length = beginnings(held, count)
+    for name, backspace in (("T=1", True), ("T=1, forbidden", False)):
+      if backspace and not loss_config.backspace:
+        continue
+      made = evaluate_text.generations(
+        generate, params, prompt, length, config.batch, config.seed, backspace
+      )
+      yield from evaluate_text.measure(made, name)
+
+  return run
+
+
+def beginnings(held: packing.Packed, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """(prompt int32 [count, p], length int32 [count]): how held-out documents begin, in turn."""
+  first = np.flatnonzero(held.start == 0)
+  first = first[np.argsort(held.document[first])]
+  return held.prompts(first[np.arange(count) % len(first)])
+
+
+def make_evaluate(config, facts: dict, network, generate, loss_config):
+  """(`Method.evaluate`, number of generations)."""
+  _, test, vocab = open_documents(config.data, tokens.from_facts(facts))
+  held = _pack(config, test, vocab)
+  run = _evaluate(config, held, vocab, network, generate, loss_config)
+  return run, config.eval.samples
+
+
+def ask(config, facts: dict, given: list[str], count: int) -> Asked:
+  """The prompts that are `given`, or else the beginnings of `count` held-out documents."""
+  vocab = tokens.from_facts(facts)
+  if given:
+    return Asked(given, *data.encode_prompts(given, vocab, facts["max_length"]))
+  _, test, vocab = open_documents(config.data, vocab)
+  prompt, length = beginnings(_pack(config, test, vocab), count)
+  return Asked([vocab.decode(row.tolist()) for row in prompt], prompt, length)
