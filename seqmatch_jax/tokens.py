@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 PAD, BOS, EOS, BACKSPACE = range(4)
 SPECIAL = 4  # the first character's id
+NAME = "<backspace>"  # of the token in a tokenizer.json
 _SHOWN = ("", "", "", "⌫")
 
 
 def _refuse_backspace(text: str) -> None:
-  if "\b" in text or "<backspace>" in text:
+  if "\b" in text or NAME in text:
     shown = text if len(text) < 80 else text[:80] + "..."
     raise UserError(f"{shown!r} holds a backspace, which only the model may type; remove it.")
 
@@ -85,12 +86,14 @@ class TextVocab:
     path: of tokenizer.json.
     sha256: of that file.
     bos, eos: its numbers of the tokens that begin and end a text.
+    backspace: its number of <backspace>, which a tokenizer that was written here has; or -1.
   """
 
   path: str
   sha256: str
   bos: int
   eos: int
+  backspace: int = -1
 
   @classmethod
   def from_file(cls, path: str | Path) -> TextVocab:
@@ -111,7 +114,9 @@ class TextVocab:
         '{"bos_token": "...", "eos_token": "..."} into '
         f"{path.with_name('tokenizer_config.json')}."
       )
-    return cls(vocab.path, vocab.sha256, eos if bos is None else bos, eos)
+    back = vocab._tokenizer.token_to_id(NAME)
+    bos, back = eos if bos is None else bos, -1 if back is None else back
+    return cls(vocab.path, vocab.sha256, bos, eos, back)
 
   @classmethod
   def from_facts(cls, facts: dict) -> TextVocab:
@@ -151,13 +156,14 @@ class TextVocab:
 
   @cached_property
   def hf_ids(self) -> np.ndarray:
-    """int32 [size]: the tokenizer's number of each of our tokens; -1 for PAD and BACKSPACE."""
-    others = [i for i in range(self.hf_size) if i not in (self.bos, self.eos)]
-    return np.array([-1, self.bos, self.eos, -1, *others], np.int32)
+    """int32 [size]: the tokenizer's number of each of our tokens; -1 where it has none."""
+    special = (-1, self.bos, self.eos, self.backspace)
+    others = [i for i in range(self.hf_size) if i not in special]
+    return np.array([*special, *others], np.int32)
 
   @cached_property
   def _ids(self) -> list[int]:
-    ids = np.empty(self.hf_size, np.int32)
+    ids = np.full(self.hf_size, BACKSPACE, np.int32)
     ids[self.hf_ids[SPECIAL:]] = np.arange(SPECIAL, self.size)
     ids[self.bos] = BOS
     ids[self.eos] = EOS

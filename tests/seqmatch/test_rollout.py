@@ -216,7 +216,7 @@ def constant(prefers, config=LIMITS, rows=1, calls=None, **kwargs) -> Rollout:
       jax.debug.callback(lambda: calls.append(token.shape))
     return jnp.broadcast_to(params, (*token.shape, VOCAB)), cache
 
-  network = Network(None, None, lambda batch, length: (), extend)
+  network = Network(None, None, None, None, lambda batch, length: (), extend)
   logits = np.zeros(VOCAB, np.float32)
   logits[list(prefers)] = np.arange(len(prefers), 0, -1)
   logits = kwargs.pop("logits", logits)

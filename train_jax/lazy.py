@@ -1,0 +1,104 @@
+"""Tensors that are read piece by piece, as the devices of a mesh ask for their shares.
+
+A parameter here is often several tensors of a file: layers stacked, matrices side by side, turned,
+or with rows in another order. `Lazy` composes such views; what is read at a time is one slice of
+one tensor, so that no host ever holds a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from train_jax.weights import Weights
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Lazy:
+  """A tensor whose parts are read when they are indexed, by slices of step 1.
+
+  Attributes:
+    shape: of the whole.
+    fill: (array, index) -> None; writes the part at `index`, a whole slice for each axis, into it.
+    dtype: of the parts.
+  """
+
+  shape: tuple[int, ...]
+  fill: Callable[[np.ndarray, Index], None]
+  dtype: Any = np.float32
+
+  def __getitem__(self, index: Index) -> np.ndarray:
+    index = tuple(
+      slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)
+    )  # fmt: skip
+    out = np.empty([s.stop - s.start for s in index], self.dtype)
+    self.fill(out, index)
+    return out
+
+  def place(self, sharding, dtype) -> jax.Array:
+    """The whole as a global array of another dtype, each process reading its devices' shares."""
+    return jax.make_array_from_callback(
+      self.shape, sharding, replace(self, dtype=dtype).__getitem__
+    )  # fmt: skip
+
+
+def stored(weights: Weights, name: str, shape: tuple[int, ...]) -> Lazy:
+  """The tensor `name` of a file; UserError if it is missing or has another shape."""
+  weights.check(name, shape)
+
+  def fill(out, index):
+    out[...] = weights.part(name, index)
+
+  return Lazy(tuple(shape), fill)
+
+
+def turned(inner: Lazy) -> Lazy:
+  """The transpose of a matrix."""
+  return Lazy(inner.shape[::-1], lambda out, index: inner.fill(out.T, index[::-1]))
+
+
+def beside(parts: Sequence[Lazy]) -> Lazy:
+  """Tensors side by side along the last axis."""
+  ends = np.cumsum([part.shape[-1] for part in parts]).tolist()
+
+  def fill(out, index):
+    start, stop = index[-1].start, index[-1].stop
+    for part, end in zip(parts, ends, strict=True):
+      first = end - part.shape[-1]
+      low, high = max(start, first), min(stop, end)
+      if low < high:
+        here = slice(low - first, high - first)
+        part.fill(out[..., low - start : high - start], (*index[:-1], here))
+
+  return Lazy((*parts[0].shape[:-1], ends[-1]), fill)
+
+
+def stacked(layers: Sequence[Lazy]) -> Lazy:
+  """Tensors of one shape along a new first axis."""
+
+  def fill(out, index):
+    for row, layer in zip(out, layers[index[0]], strict=True):
+      layer.fill(row, index[1:])
+
+  return Lazy((len(layers), *layers[0].shape), fill)
+
+
+def rows(inner: Lazy, numbers: np.ndarray) -> Lazy:
+  """The rows `numbers` of a tensor, in that order; zeros where a number is negative."""
+
+  def fill(out, index):
+    wanted = numbers[index[0]]
+    out[...] = 0
+    there = wanted >= 0
+    if there.any():
+      low, high = wanted[there].min(), wanted[there].max() + 1
+      block = replace(inner, dtype=out.dtype)[(slice(low, high), *index[1:])]
+      out[there] = block[wanted[there] - low]
+
+  return Lazy((len(numbers), *inner.shape[1:]), fill)
