@@ -44,7 +44,15 @@ flags.DEFINE_list("guidance", None, "sample, evaluate images: guidance strengths
 flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; default: all.")
 flags.DEFINE_multi_string("prompt", None, "sample text: a prompt; may be given again.")
 flags.DEFINE_string("prompts", None, "sample text: a file of prompts, one a line.")
-flags.DEFINE_float("temperature", None, "sample text: 0 (default) is greedy.", lower_bound=0)
+flags.DEFINE_float(
+  "temperature",
+  None,
+  "sample text: 0 is greedy; default: 0 for questions, 1 for text.",
+  lower_bound=0,
+)
+flags.DEFINE_integer("top_k", None, "sample text: only of so many likeliest.", lower_bound=1)
+flags.DEFINE_float("top_p", None, "sample text: only of the likeliest with this probability.")
+flags.DEFINE_bool("stream", False, "sample text: show each as it is typed and erased.")
 flags.DEFINE_list("metrics", None, "evaluate images: of fid, sfid, fd_dinov2, is, pr.")
 flags.DEFINE_string("reference", None, "evaluate images: ADM .npz, or a folder of images.")
 flags.DEFINE_string("inception", None, "evaluate images: weights of the FID network.")

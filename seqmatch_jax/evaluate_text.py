@@ -67,8 +67,8 @@ def measure(made: Rollout, name: str) -> Iterator[tuple[str, float]]:
   """Yields ("backspaces/NAME", value) and so on.
 
   `backspaces`, the share of all actions; `erasing`, the share of texts with one; `run`, how many
-  follow each other, in the mean; `finished`, the share of texts that came to <eos>; `tokens`, how
-  many a text has in the end, its prompt included.
+  follow each other, in the mean; `finished`, the share of texts that came to <eos> before there was
+  no more room; `tokens`, how many a text has in the end, its prompt included.
   """
   erased = made.actions == BACKSPACE
   count = erased.sum()
@@ -77,5 +77,6 @@ def measure(made: Rollout, name: str) -> Iterator[tuple[str, float]]:
     begins = erased & ~np.pad(erased, ((0, 0), (1, 0)))[:, :-1]
     yield "erasing/" + name, float(erased.any(1).mean())
     yield "run/" + name, float(count / begins.sum())
-  yield "finished/" + name, float(made.finished.mean())
+  finished = made.finished & (made.length < made.tokens.shape[1])
+  yield "finished/" + name, float(finished.mean())
   yield "tokens/" + name, float(made.length.mean() - 1)

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import buffer, loss, questions, rollout, show, text, tokens, transformer
+from seqmatch_jax import buffer, loss, questions, rollout, sample, show, text, tokens, transformer
 from seqmatch_jax.actions import Noise, tree
 from train_jax.errors import UserError
 from train_jax.metrics import table
@@ -52,10 +51,9 @@ def make_network(config, facts: dict) -> transformer.Network:
   )
 
 
-def make_generate(network: transformer.Network, facts: dict):
-  """`rollout.make_rollout` with the limits of the facts."""
-  names = rollout.RolloutConfig.__dataclass_fields__
-  return rollout.make_rollout(network, rollout.RolloutConfig(**{k: facts[k] for k in names}))
+def make_limits(facts: dict) -> rollout.RolloutConfig:
+  """The limits of a generation, which are among the facts."""
+  return rollout.RolloutConfig(**{k: facts[k] for k in rollout.RolloutConfig.__dataclass_fields__})
 
 
 def make_loss_config(config) -> loss.LossConfig:
@@ -101,7 +99,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   task = task_of(config).make_task(config, mesh)
   facts = task.facts
   network = make_network(config, facts)
-  generate = make_generate(network, facts)
+  generate = rollout.make_rollout(network, make_limits(facts))
   schedule, memory = config.loss, config.buffer
 
   def init(key):
@@ -177,27 +175,32 @@ def _given(flags) -> list[str]:
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=sample`: answers prompts, erasures visible; `load() -> (params, step)` is called last.
+  """`--mode=sample`: goes on from prompts, erasures visible; `load() -> (params, step)` is late.
 
   Prints a line for each and writes generations.html and generations.json into `out`.
   """
-  temperature = 0.0 if flags.temperature is None else flags.temperature
-  vocab = tokens.from_facts(facts)
-  prompts, prompt, length = task_of(config).ask(config, facts, _given(flags), flags.num or 64)
-  generate = make_generate(make_network(config, facts), facts)
+  task, vocab = task_of(config), tokens.from_facts(facts)
+  asked = task.ask(config, facts, _given(flags), flags.num or 64)
+  settings = {
+    "temperature": task.TEMPERATURE if flags.temperature is None else flags.temperature,
+    "allow_backspace": config.loss.backspace,
+    "top_k": flags.top_k,
+    "top_p": flags.top_p,
+  }
+  network, limits = make_network(config, facts), make_limits(facts)
   params, step = load()
-  key, row = jax.random.key(flags.seed), np.arange(len(prompts))
-  backspace = make_loss_config(config).backspace
-  args = (params, prompt, length, key, row, temperature, backspace)
-  jax.block_until_ready(generate(*args))  # compiles, so that the speed below is generation's own
-  start = time.perf_counter()
-  actions = np.asarray(generate(*args).actions)
-  seconds = time.perf_counter() - start
-  typed = [show.strokes(row.tolist(), vocab) for row in actions]
-  for begin, keys in zip(prompts, typed, strict=True):
-    print(f"{begin}  {show.line(keys, sys.stdout.isatty())}")
-  show.write(out, f"step {step}, temperature {temperature:g}", prompts, typed)
-  print(f"{np.sum(actions != 0) / seconds:.0f} actions/s")
+  key = jax.random.key(flags.seed)
+  if flags.stream:
+    stream = rollout.make_stream(network, limits, sample.EVERY)
+    typed, seconds = sample.live(stream, params, asked, vocab, key, settings, task.GAP)
+  else:
+    generate = rollout.make_rollout(network, limits)
+    typed, seconds = sample.together(generate, params, asked, vocab, key, settings, config.batch)
+    for begin, keys in zip(asked.texts, typed, strict=True):
+      print(f"{begin}{task.GAP}{show.line(keys, sys.stdout.isatty())}")
+  title = ", ".join([f"step {step}", *(f"{k} {v}" for k, v in settings.items() if v is not None)])
+  show.write(out, title, asked.texts, typed, task.GAP)
+  print(sample.speed(typed, seconds))
   print(f"watch:   {out / 'generations.html'}")
   print(f"samples: {out / 'generations.json'}")
 
@@ -207,7 +210,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   config = config.copy_and_resolve_references()
   config.seed = flags.seed
   network, loss_config = make_network(config, facts), make_loss_config(config)
-  generate = make_generate(network, facts)
+  generate = rollout.make_rollout(network, make_limits(facts))
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
   params, step = load()
   results = dict(run(params, step, True))

@@ -13,6 +13,8 @@ from seqmatch_jax.tokens import Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
+TEMPERATURE = 0.0  # of a generation, where none is asked for
+GAP = "  "  # between a prompt and what is typed, as it is shown
 SOURCES = ("files", "add_or_sub_in_base", "two_sum")
 
 

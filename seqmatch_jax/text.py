@@ -11,6 +11,9 @@ from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
+TEMPERATURE = 1.0  # of a generation, where none is asked for
+GAP = ""  # between a prompt and what is typed, as it is shown
+
 
 def _find(path: str, key: str) -> corpus.Texts:
   return corpus.find(path, f"data.{key}") if path else corpus.python_prose()

@@ -68,10 +68,14 @@ class Vocab:
       )
     return [self._ids[symbol] for symbol in text]
 
+  def pieces(self, ids: Iterable[int]) -> list[str]:
+    """What each of `ids` adds to the text: a backspace ⌫, other special tokens nothing."""
+    shown = (*_SHOWN, *self.symbols)
+    return [shown[i] for i in ids]
+
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`: a backspace is shown as ⌫, other special tokens as nothing."""
-    shown = (*_SHOWN, *self.symbols)
-    return "".join(shown[i] for i in ids)
+    return "".join(self.pieces(ids))
 
 
 @dataclass(frozen=True)

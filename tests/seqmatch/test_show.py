@@ -19,7 +19,7 @@ def typed():
 
 
 def test_strokes_are_what_is_typed(typed):
-  assert "".join(typed) == "12\b2\b\b2\n"
+  assert "".join(typed) == "12\b2\b\b2" + show.END
 
 
 def test_answer_is_what_is_left(typed):
@@ -42,7 +42,7 @@ def test_page_holds_everything_and_no_text_ends_its_script(typed, tmp_path):
   assert page.count("</script>") == 1 and "a &lt; b" in page
   start = page.index("const data = ") + len("const data = ")
   data = json.loads(page[start : page.index(";\n", start)].replace("<\\/", "</"))
-  assert data == [["1 < 2", typed], ["</script>", ["1", "2"]]]
+  assert data == [["1 < 2  ", typed], ["</script>  ", ["1", "2"]]]
   saved = json.loads((tmp_path / "generations.json").read_text())
   assert [row["answer"] for row in saved] == ["2", "12"]
-  assert saved[0]["typed"] == "12\b2\b\b2\n"
+  assert saved[0]["typed"] == "12\b2\b\b2" + show.END
