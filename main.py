@@ -80,10 +80,14 @@ def method_module(config):
 
 
 def make_given(config: ConfigDict, facts: dict) -> dict:
-  """The parameters that `config.init_from` gives a fresh run, by name; {} if it is empty."""
-  if not config.init_from:
-    return {}
+  """The parameters that a fresh run begins with instead of drawn ones, by name.
+
+  They are those of `config.init_from`; if it is empty, the pretrained ones of a method that has
+  any.
+  """
   module = method_module(config)
+  if not config.init_from:
+    return module.make_given(config, facts) if hasattr(module, "make_given") else {}
 
   def abstract(config, facts):
     init = module.make_network(ConfigDict(config), facts)[0]

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import buffer, loss, questions, rollout, sample, show, text, tokens, transformer
+from seqmatch_jax import buffer, export, loss, model, questions, rollout, sample, show, text, tokens
 from seqmatch_jax.actions import Noise, tree
+from seqmatch_jax.model import make_given, make_network  # noqa: F401  main.py asks for them here
+from train_jax import lora
 from train_jax.errors import UserError
 from train_jax.metrics import table
 from train_jax.step import Method
@@ -39,16 +41,8 @@ def task_of(config):
 
 
 # For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
-SAME = ("config.model.heads", "facts.symbols")
+SAME = ("config.model.heads", "config.lora.alpha", "facts.symbols")
 FRESH = ()
-
-
-def make_network(config, facts: dict) -> transformer.Network:
-  """The network; `facts` are those saved with a checkpoint."""
-  vocab = tokens.from_facts(facts)
-  return transformer.make_network(
-    transformer.TransformerConfig(vocab=vocab.size, **dict(config.model))
-  )
 
 
 def make_limits(facts: dict) -> rollout.RolloutConfig:
@@ -96,8 +90,10 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """
   _check(config)
   loss_config, noise = make_loss_config(config), Noise(**dict(config.noise))
+  config = model.with_tokenizer(config)
   task = task_of(config).make_task(config, mesh)
-  facts = task.facts
+  facts = model.make_facts(config, task.facts)
+  model.read(config, facts)  # what does not fit is refused before anything is computed
   network = make_network(config, facts)
   generate = rollout.make_rollout(network, make_limits(facts))
   schedule, memory = config.loss, config.buffer
@@ -108,7 +104,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       extra = buffer.create(memory.rows, task.prompt, facts["max_actions"])
     return network.init(key), extra
 
-  def augment(state, batch, key):
+  def augment(state, batch, key, *frozen):
     past = state.step - schedule.warmup
     batch = {**batch, "strength": jnp.clip(past / max(schedule.anneal, 1), 0.0, 1.0)}
     if not loss_config.on_policy:
@@ -119,8 +115,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       prompt, length = (batch[name][: memory.rollouts] for name in ("prompt", "prompt_length"))
       # Trajectories of the policy itself: temperature 1, no token excluded.
       row = jnp.arange(len(prompt))
+      params = lora.join(state.params, *frozen)
       made = generate(
-        state.params, prompt, length, key_roll, row, 1.0, loss_config.backspace, retype=True
+        params, prompt, length, key_roll, row, 1.0, loss_config.backspace, retype=True
       )
       return buffer.insert(extra, prompt, length, made.actions)
 
@@ -136,8 +133,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   def logits(params, rows):
     return network.apply(params, rows["token"], rows["position"], rows["end"])
 
-  def loss_fn(params, ema, batch, key):
+  def loss_fn(params, ema, batch, key, *frozen):
     del ema, key
+    params = lora.join(params, *frozen)
     model, own = batch.get("model"), None
     if model is not None:
       # As long as alpha is 0 their penalty is, too: the pass is saved.
@@ -157,8 +155,13 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     yield from itertools.islice(plain, max(schedule.warmup - position, 0))
     yield from task.stream(noise, seed, max(position, schedule.warmup))
 
-  measure = task.evaluate(network, generate, loss_config)
-  return Method(init, loss_fn, augment, stream, measure), facts
+  evaluate = task.evaluate(network, generate, loss_config)
+
+  def measure(params, step: int, final: bool, *frozen):
+    return evaluate(lora.join(params, *frozen), step, final)
+
+  frozen = model.make_frozen(config, facts)
+  return Method(init, loss_fn, augment, stream, measure, frozen), facts
 
 
 def _given(flags) -> list[str]:
@@ -188,7 +191,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     "top_p": flags.top_p,
   }
   network, limits = make_network(config, facts), make_limits(facts)
-  params, step = load()
+  params, step = model.load_whole(config, facts, load)
   key = jax.random.key(flags.seed)
   if flags.stream:
     stream = rollout.make_stream(network, limits, sample.EVERY)
@@ -212,10 +215,24 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   network, loss_config = make_network(config, facts), make_loss_config(config)
   generate = rollout.make_rollout(network, make_limits(facts))
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
-  params, step = load()
+  params, step = model.load_whole(config, facts, load)
   results = dict(run(params, step, True))
   print(table(results))
   out.mkdir(parents=True, exist_ok=True)
   record = {"step": step, "seed": flags.seed, "examples": asked, **results}
   (out / "evaluation.json").write_text(json.dumps(record, indent=1))
   print(f"numbers: {out / 'evaluation.json'}")
+
+
+def export_mode(config, facts: dict, load, flags, out: Path) -> None:
+  """`--mode=export`: the sample average, adapters merged, as Hugging Face lays out a folder."""
+  del flags
+  if not config.get("pretrained"):
+    raise UserError(
+      "--mode=export writes what config.pretrained began from, and this run has none; "
+      "--mode=sample uses the checkpoint where it is."
+    )
+  params, step = model.load_whole(config, facts, load)
+  sizes, vocab = model.make_sizes(config, facts), tokens.from_facts(facts)
+  export.write(out, params, sizes, vocab, config.pretrained)
+  print(f"exported: {out} (step {step}); --config.pretrained={out} begins from it")

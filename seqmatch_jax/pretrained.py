@@ -20,6 +20,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from seqmatch_jax.sizes import TransformerConfig
@@ -27,6 +28,7 @@ from seqmatch_jax.tokens import TextVocab
 from train_jax import lazy
 from train_jax.errors import UserError
 from train_jax.lazy import Lazy
+from train_jax.state import dotted, flatten
 from train_jax.weights import Weights
 
 BIAS = "backspace_bias"
@@ -240,6 +242,23 @@ def read(
     output = lazy.stored(weights, OUTPUT, (rows, sizes.width))
     tensors["out.kernel"] = lazy.turned(lazy.rows(output, vocab.hf_ids))
   return {**tensors, **_erase(weights, output, vocab, bias)}
+
+
+def place(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
+  """Those of `tensors` that `shapes` (nested dicts of abstract arrays) asks for, as it says.
+
+  Where a kernel is to be int8, its scale is made with it.
+  """
+  tensors = dict(tensors)
+  for name, leaf in flatten(shapes).items():
+    if leaf.dtype == np.int8:
+      scale = f"{name.removesuffix('kernel')}scale"
+      tensors[name], tensors[scale] = lazy.quantised(tensors[name])
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf, sharding: tensors[dotted(path)].place(sharding, leaf.dtype),
+    shapes,
+    shardings,
+  )
 
 
 def _rows(weights: Weights, name: str, sizes: TransformerConfig, vocab: TextVocab) -> int:

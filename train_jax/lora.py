@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from train_jax.errors import UserError
@@ -123,23 +124,21 @@ def is_adapter(name: str) -> bool:
   return name.endswith(("_a", "_b"))
 
 
-def merged(layer: Mapping[str, jax.Array], parts: Mapping[str, int], weight: float) -> jax.Array:
+def merged(layer: Mapping[str, np.ndarray], parts: Mapping[str, int], weight: float) -> np.ndarray:
   """The one matrix, float32 [..., i, o], that a layer's parameters amount to.
 
   Args:
     layer: `kernel`, and what there is of `scale`, `PART_a` and `PART_b`.
     weight: alpha / rank.
   """
-  kernel = layer["kernel"].astype(jnp.float32)
+  kernel, start = layer["kernel"].astype(np.float32), 0
   if "scale" in layer:
-    kernel = kernel * layer["scale"][..., None, :]
-  deltas = [
-    weight * layer[f"{part}_a"] @ layer[f"{part}_b"]
-    if f"{part}_a" in layer
-    else jnp.zeros((*kernel.shape[:-1], size))
-    for part, size in parts.items()
-  ]
-  return kernel + jnp.concatenate(deltas, axis=-1)
+    kernel *= layer["scale"][..., None, :]
+  for part, size in parts.items():
+    if f"{part}_a" in layer:
+      kernel[..., start : start + size] += weight * layer[f"{part}_a"] @ layer[f"{part}_b"]
+    start += size
+  return kernel
 
 
 def split(params: dict, learned) -> tuple[dict, dict]:
@@ -158,9 +157,9 @@ def split(params: dict, learned) -> tuple[dict, dict]:
   return part(params, "", True), part(params, "", False)
 
 
-def join(params: dict, frozen: dict) -> dict:
-  """Undoes `split`."""
-  both = {**frozen, **params}
-  for key in params.keys() & frozen.keys():
-    both[key] = join(params[key], frozen[key])
-  return both
+def join(params: dict, *frozen: dict) -> dict:
+  """Undoes `split`; without `frozen`, `params` as they are."""
+  for other in frozen:
+    shared = {key: join(params[key], other[key]) for key in params.keys() & other.keys()}
+    params = {**other, **params, **shared}
+  return params
