@@ -15,13 +15,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from seqmatch_jax import pretrained, tokens, transformer
+from seqmatch_jax import model, pretrained, tokens, transformer
 from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import BOS, PAD, TextVocab, Vocab
+from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
-from train_jax.state import dotted
 
 BATCH = 32
 CONTEXT = 1024  # tokens of a text that are read, at most
@@ -37,24 +38,23 @@ def load(path: str) -> Features:
       lays it out.
 
   Raises:
-    UserError: there is none, or it is a run that has a part of its weights elsewhere.
+    UserError: there is none.
   """
   checkpoints = Checkpoints(Path(path).expanduser())
   if not checkpoints.steps():
     return _pretrained(path)
   run = checkpoints.require_meta()
-  config = run["config"]
-  if config["method"] != "seqmatch" or config.get("pretrained"):
+  config, facts = ConfigDict(run["config"]), run["facts"]
+  if config.method != "seqmatch":
     raise UserError(
-      f"eval.features={path!r} is not a run of a text model of its own; give one, or a folder of "
-      "weights as --mode=export writes it."
+      f"eval.features={path!r} is a run of method {config.method!r}; give one on text, or a folder "
+      "of GPT-2's weights."
     )
-  vocab = tokens.from_facts(run["facts"])
-  network = transformer.make_network(TransformerConfig(vocab=vocab.size, **config["model"]))
+  network = model.make_network(config, facts)
   abstract = jax.eval_shape(network.init, jax.random.key(0))
-  params = checkpoints.restore_ema("sample", abstract)[0]
+  params, _ = model.load_whole(config, facts, lambda: checkpoints.restore_ema("sample", abstract))
   checkpoints.close()
-  return make_features(network.features, params, vocab, last=False)
+  return make_features(network.features, params, tokens.from_facts(facts), last=False)
 
 
 def _pretrained(folder: str) -> Features:
@@ -66,13 +66,10 @@ def _pretrained(folder: str) -> Features:
     )
   vocab = TextVocab.from_file(folder)
   sizes = TransformerConfig(vocab=vocab.size, **pretrained.read_sizes(folder))
-  stored = pretrained.read(folder, sizes, vocab, 0.0)
   network = transformer.make_network(sizes)
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: stored[dotted(path)].place(here, leaf.dtype),
-    jax.eval_shape(network.init, jax.random.key(0)),
-  )
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  shardings = mesh_lib.state_sharding(shapes, mesh_lib.make_mesh())
+  params = pretrained.place(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
   most = min(CONTEXT, sizes.context or CONTEXT)
   return make_features(network.features, params, vocab, last=True, most=most)
 
