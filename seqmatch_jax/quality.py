@@ -59,7 +59,7 @@ def variety(texts: Texts, name: str) -> Iterator[tuple[str, float]]:
 def embed(texts: Texts, vocab, features: Features) -> np.ndarray:
   """Features [m, f] of whole texts, prompts included."""
   rows = zip(texts.tokens, texts.length, strict=True)
-  return features([vocab.decode(row[1:length].tolist()) for row, length in rows])
+  return features([vocab.decode(row[:length].tolist()) for row, length in rows])
 
 
 def closeness(

@@ -34,15 +34,15 @@ def test_a_document_that_does_not_fit_is_its_first_piece():
 
 
 def test_variety_is_of_what_follows_the_prompt():
-  tokens = np.array([[BOS, 4, 4, 5, 6, 5, 6, 5], [BOS, 6, 4, 5, 6, 5, PAD, PAD]])
+  tokens = np.array([[BOS, 4, 4, 5, 5, 5, 5, 5], [BOS, 6, 4, 5, 6, 5, PAD, PAD]])
   found = dict(quality.variety(quality.Texts(tokens, np.array([3, 2]), np.array([8, 6])), "T=1"))
-  said = np.array([[5, 6, 5, 6, 5], [4, 5, 6, 5, PAD]]), np.array([5, 4])
+  said = np.array([[5, 5, 5, 5, 5], [4, 5, 6, 5, PAD]]), np.array([5, 4])
   assert found == {
     "entropy/T=1": diversity.entropy(*said, 4),
     "distinct/T=1": diversity.distinct(*said, 4),
     "repetition/T=1": diversity.repetition(*said, 4),
   }
-  assert found["distinct/T=1"] == 1 and found["repetition/T=1"] == 0
+  assert found["distinct/T=1"] == 2 / 3 and found["repetition/T=1"] == 1 / 4
 
 
 def test_closeness_is_mauve():
