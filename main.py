@@ -1,9 +1,10 @@
-"""Trains, samples, evaluates, exports, encodes images as latents, compiles for other hardware.
+"""Trains, samples, evaluates, exports, encodes images or texts, compiles for other hardware.
 
     python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
     python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
     python main.py --mode=evaluate --workdir=runs/ism_digits [--metrics=fid,is --reference=FILE ...]
     python main.py --mode=encode --images=imagenet/train --vae=vae.safetensors --out=latents
+    python main.py --mode=encode --texts=corpus --tokenizer=tokenizer.json --out=tokens
     python main.py --mode=export --workdir=runs/ism_digits --out=exported
     python main.py --mode=compile --config=configs/ism_digits.py --topology=v5e:4x4
 
@@ -62,7 +63,9 @@ flags.DEFINE_bool("save_samples", False, "evaluate images: also write them, as A
 flags.DEFINE_string("vae", None, "sample, evaluate, encode latents: weights of the autoencoder.")
 flags.DEFINE_string("images", None, "encode: a folder, tars, ArrayRecord files or tfds:NAME.")
 flags.DEFINE_integer("side", 256, "encode: pixels of a side.")
-flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192 images.")
+flags.DEFINE_string("texts", None, "encode: .txt, .jsonl or .array_record files, or tfds:NAME.")
+flags.DEFINE_string("tokenizer", None, "encode texts: tokenizer.json; default: characters.")
+flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192.")
 flags.DEFINE_string(
   "out", None, "Directory of the results; default: WORKDIR/generated, or WORKDIR/exported."
 )
@@ -197,7 +200,10 @@ def main(argv: list[str]) -> None:
   if FLAGS.mode == "encode":
     distributed.start()
     config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
-    return importlib.import_module("ism_jax.encode").encode_mode(FLAGS)
+    if FLAGS.images and FLAGS.texts:
+      raise UserError("--images and --texts are both given; choose one.")
+    package = "seqmatch_jax" if FLAGS.texts else "ism_jax"
+    return importlib.import_module(f"{package}.encode").encode_mode(FLAGS)
   if FLAGS.mode not in ("train", "compile"):
     distributed.start()
     return use_checkpoint(Path(FLAGS.workdir))

@@ -19,9 +19,9 @@ from configs.common import apply_options, get_common
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config = get_common()
   config.method = "seqmatch"
-  config.steps = 3000
+  config.steps = 1500
   config.batch = 16
-  config.eval_every = 1000
+  config.eval_every = 500
   config.optim.lr = 2e-3
   config.optim.weight_decay = 0.1
   config.ema.sample = 0.99
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.width = 128
-  config.model.depth = 4
+  config.model.depth = 3
   config.model.heads = 4
   config.model.hidden = 384
   config.model.dtype = "float32"
@@ -56,8 +56,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.gamma = 0.998
   config.loss.backspace = True
   config.loss.unlikelihood = 0.0  # weight of the baseline that makes repeated tokens unlikely
-  config.loss.warmup = 1500  # steps of maximum likelihood, without noise
-  config.loss.anneal = 500  # steps over which alpha grows from 0
+  config.loss.warmup = 750  # steps of maximum likelihood, without noise
+  config.loss.anneal = 250  # steps over which alpha grows from 0
 
   config.buffer = ml_collections.ConfigDict()
   config.buffer.rows = 128  # the model's own texts

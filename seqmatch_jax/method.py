@@ -164,26 +164,13 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   return Method(init, loss_fn, augment, stream, measure, frozen), facts
 
 
-def _given(flags) -> list[str]:
-  """The prompts that the flags ask for; [] if they do not."""
-  if flags.prompts and flags.prompt:
-    raise UserError("--prompt and --prompts are both given; choose one.")
-  if flags.prompts:
-    try:
-      lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-      raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
-    return [line for line in lines if line.strip()]
-  return flags.prompt or []
-
-
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=sample`: goes on from prompts, erasures visible; `load() -> (params, step)` is late.
 
   Prints a line for each and writes generations.html and generations.json into `out`.
   """
   task, vocab = task_of(config), tokens.from_facts(facts)
-  asked = task.ask(config, facts, _given(flags), flags.num or 64)
+  asked = task.ask(config, facts, sample.prompts(flags), flags.num or 64)
   settings = {
     "temperature": task.TEMPERATURE if flags.temperature is None else flags.temperature,
     "allow_backspace": config.loss.backspace,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,9 +16,23 @@ import numpy as np
 from seqmatch_jax.show import END, Screen, Typist, strokes
 from seqmatch_jax.task import Asked
 from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax.errors import UserError
 
 EVERY = 8  # actions between two looks at a generation that is shown while it is typed
 KEYS_A_SECOND = 40  # as they are shown, or one sees nothing of a fast model's erasures
+
+
+def prompts(flags) -> list[str]:
+  """The prompts that the flags ask for; [] if they do not."""
+  if flags.prompts and flags.prompt:
+    raise UserError("--prompt and --prompts are both given; choose one.")
+  if flags.prompts:
+    try:
+      lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+      raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
+    return [line for line in lines if line.strip()]
+  return flags.prompt or []
 
 
 def together(
