@@ -77,8 +77,14 @@ def _check(config) -> None:
 def without_data(config) -> tuple[ConfigDict, int]:
   """For `--mode=compile`: a config that reads nothing but the files here, and a batch's number.
 
-  The batch is the first with noise: rows are wider then.
+  Texts are Python's own, and a pretrained decoder has the sizes in `config.model`. The batch is the
+  first with noise: rows are wider then.
   """
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.pretrained = ""
+    if config.data.source == "text":
+      config.data.path = config.data.test = config.data.tokenizer = ""
   return config, config.loss.warmup
 
 
