@@ -202,9 +202,16 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
 
 
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=evaluate`: every metric on all test examples, at --seed."""
+  """`--mode=evaluate`: every metric on all test examples, at --seed; MAUVE with --features."""
   config = config.copy_and_resolve_references()
   config.seed = flags.seed
+  if flags.features and task_of(config) is not text:
+    raise UserError(
+      f"--features={flags.features} is for the MAUVE of texts, and this run answers questions; "
+      "leave it out."
+    )
+  if flags.features:
+    config.eval.features = flags.features
   network, loss_config = make_network(config, facts), make_loss_config(config)
   generate = rollout.make_rollout(network, make_limits(facts))
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
