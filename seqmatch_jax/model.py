@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 
 from seqmatch_jax import pretrained, tokens, transformer
@@ -26,6 +28,7 @@ def with_tokenizer(config):
   """`config`, or a copy in which the data's tokens are those of the pretrained decoder."""
   if not config.get("pretrained") or config.data.get("tokenizer"):
     return config
+  pretrained.read_sizes(config.pretrained)  # a folder that is none is refused as that
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.data.tokenizer = config.pretrained
@@ -51,11 +54,17 @@ def make_facts(config, facts: dict) -> dict:
 
 
 def make_sizes(config, facts: dict) -> TransformerConfig:
-  """Sizes of the network: those of the pretrained one, if there is one, else the config's."""
-  sizes, adapters = {**config.model, **facts.get("sizes", {})}, config.get("lora")
-  if adapters and adapters.rank:
-    sizes["lora"] = lora.LoraConfig(**adapters)
-  return TransformerConfig(vocab=tokens.from_facts(facts).size, **sizes)
+  """Sizes of the network: those of the pretrained one, if there is one, else the config's.
+
+  `config.model.vocab` may ask for more tokens than there are, as large as some pretrained model's.
+  """
+  sizes, vocab = dict(config.model), tokens.from_facts(facts).size
+  most = sizes.pop("vocab", 0)
+  if "sizes" in facts:
+    sizes, most = {**sizes, **facts["sizes"]}, 0
+  if config.get("lora") and config.lora.rank:
+    sizes["lora"] = lora.LoraConfig(**config.lora)
+  return TransformerConfig(vocab=max(vocab, most), **sizes)
 
 
 def make_network(config, facts: dict) -> transformer.Network:
@@ -73,8 +82,13 @@ def read(config, facts: dict) -> dict[str, Lazy]:
 
 def make_given(config, facts: dict) -> dict[str, Lazy]:
   """The pretrained parameters that are learned from here on, by name."""
-  learned = flatten(jax.eval_shape(make_network(config, facts).init, jax.random.key(0)))
-  return {name: a for name, a in read(config, facts).items() if name in learned}
+  network, key, found = make_network(config, facts), jax.random.key(0), read(config, facts)
+  learned = flatten(jax.eval_shape(network.init, key))
+  if found and jax.process_index() == 0:
+    count = sum(math.prod(a.shape) for a in found.values()) / 1e6
+    own = sum(a.size for a in learned.values()) / 1e6
+    print(f"began from {config.pretrained}: {count:.1f} M parameters; {own:.2f} M are learned")
+  return {name: a for name, a in found.items() if name in learned}
 
 
 def make_frozen(config, facts: dict) -> Frozen | None:
