@@ -56,6 +56,7 @@ flags.DEFINE_float(
   "top_p", None, "sample text: only of the likeliest that have this probability.", 0, 1
 )
 flags.DEFINE_bool("stream", False, "sample text: show each as it is typed and erased.")
+flags.DEFINE_string("features", None, "evaluate text: a run or a folder, whose features MAUVE has.")
 flags.DEFINE_list("metrics", None, "evaluate images: of fid, sfid, fd_dinov2, is, pr.")
 flags.DEFINE_string("reference", None, "evaluate images: ADM .npz, or a folder of images.")
 flags.DEFINE_string("inception", None, "evaluate images: weights of the FID network.")

@@ -55,6 +55,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.alpha = 0.01
   config.loss.gamma = 0.998
   config.loss.backspace = True
+  config.loss.unlikelihood = 0.0  # weight of the baseline that makes repeated tokens unlikely
   config.loss.warmup = 750  # steps of maximum likelihood, without noise
   config.loss.anneal = 250  # steps over which alpha grows from 0
 
@@ -67,6 +68,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict()
   config.eval.erasures = 32  # <backspace>s in one generation
   config.eval.samples = 256  # generations
+  config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights
   apply_options(config, arg, OPTIONS)
   return config
 

@@ -52,6 +52,7 @@ def make_limits(facts: dict) -> rollout.RolloutConfig:
 
 def make_loss_config(config) -> loss.LossConfig:
   """The objective of `config`."""
+  # A config that was saved before a field came has its default.
   names = loss.LossConfig.__dataclass_fields__
   return loss.LossConfig(**{k: config.loss[k] for k in names if k in config.loss})
 
@@ -76,14 +77,15 @@ def _check(config) -> None:
 def without_data(config) -> tuple[ConfigDict, int]:
   """For `--mode=compile`: a config that reads nothing but the files here, and a batch's number.
 
-  The batch is the first with noise: rows of questions are wider then. Text of a large vocabulary is
-  made up, and a pretrained decoder is drawn, with config.model's sizes.
+  Texts are Python's own, and a pretrained decoder is drawn: it has the sizes in `config.model` and
+  `data.vocab` tokens. The batch is the first with noise: rows of questions are wider then.
   """
   config = config.copy_and_resolve_references()
-  if config.data.source == "text":
-    config.data.path = config.data.test = config.data.tokenizer = ""
-    with config.unlocked():
-      config.pretrained, config.data.made_up = "", config.data.get("vocab", 0)
+  with config.unlocked():
+    config.pretrained = ""
+    if config.data.source == "text":
+      config.data.path = config.data.test = config.data.tokenizer = ""
+      config.model.vocab = config.data.get("vocab", 0)
   return config, config.loss.warmup
 
 
@@ -201,9 +203,16 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
 
 
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=evaluate`: every metric on all test examples, at --seed."""
+  """`--mode=evaluate`: every metric on all test examples, at --seed; MAUVE with --features."""
   config = config.copy_and_resolve_references()
   config.seed = flags.seed
+  if flags.features and task_of(config) is not text:
+    raise UserError(
+      f"--features={flags.features} is for the MAUVE of texts, and this run answers questions; "
+      "leave it out."
+    )
+  if flags.features:
+    config.eval.features = flags.features
   network, loss_config = make_network(config, facts), make_loss_config(config)
   generate = rollout.make_rollout(network, make_limits(facts))
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from seqmatch_jax import corpus, data, documents, evaluate, evaluate_text, packing, tokens
+from seqmatch_jax import (
+  corpus,
+  data,
+  documents,
+  evaluate,
+  evaluate_text,
+  packing,
+  quality,
+  text_features,
+  tokens,
+)
 from seqmatch_jax.documents import Documents
 from seqmatch_jax.task import Asked, Task
-from seqmatch_jax.tokens import SPECIAL, TextVocab, Vocab
+from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
@@ -39,9 +49,6 @@ def open_documents(
   Raises:
     UserError: they cannot be read, or do not belong together.
   """
-  if source.get("made_up"):
-    made = documents.made_up(source.made_up, source.context)
-    return *made.split(min(source.tests, source.context)), Vocab(_symbols(source.made_up))
   if documents.is_set(source.path):
     train, stored = documents.open_set(source.path)
     vocab = _check_same(source.path, stored, vocab)
@@ -59,11 +66,6 @@ def open_documents(
     vocab = _characters(texts) if source.path else Vocab(tuple(corpus.PRINTABLE))
   encoded = [documents.encode_texts(x, vocab) for x in texts]
   return (*encoded, vocab) if source.test else (*encoded[0].split(source.tests), vocab)
-
-
-def _symbols(count: int) -> tuple[str, ...]:
-  """As many characters as a vocabulary of `count` tokens has."""
-  return tuple(map(chr, range(2**16, 2**16 + count - SPECIAL)))
 
 
 def _check_same(path: str, stored: Vocab | TextVocab, vocab: Vocab | TextVocab | None):
@@ -115,28 +117,42 @@ def make_task(config, mesh) -> Task:
 def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config):
   """`Method.evaluate`: all that is held out at the end, a quarter of it on the way."""
   total = evaluate.make_total(network.apply, loss_config)
+  features = text_features.load(config.eval.features) if config.eval.features else None
+  settings = {"T=1": (loss_config.backspace, None), "p=0.95": (loss_config.backspace, 0.95)}
+  if loss_config.backspace:
+    settings["T=1, forbidden"] = (False, None)
 
   def run(params, step: int, final: bool):
     del step
     rows = held.rows if final else max(held.rows // 4, 1)
     count = config.eval.samples if final else max(config.eval.samples // 4, 1)
     yield from evaluate_text.likelihood(total, params, held, vocab, rows, config.batch)
+    real = quality.real(held, _first(held)[:count])
+    yield from quality.variety(real, "real")
+    known = quality.embed(real, vocab, features) if features else None
     prompt, length = beginnings(held, count)
-    for name, backspace in (("T=1", True), ("T=1, forbidden", False)):
-      if backspace and not loss_config.backspace:
-        continue
+    for name, (backspace, top_p) in settings.items():
       made = evaluate_text.generations(
-        generate, params, prompt, length, config.batch, config.seed, backspace
+        generate, params, prompt, length, config.batch, config.seed, backspace, top_p
       )
       yield from evaluate_text.measure(made, name)
+      texts = quality.Texts(made.tokens, length, made.length)
+      yield from quality.variety(texts, name)
+      if features:
+        yield from quality.closeness(known, quality.embed(texts, vocab, features), name)
 
   return run
 
 
+def _first(held: packing.Packed) -> np.ndarray:
+  """The pieces that held-out documents begin with, in the order of these."""
+  first = np.flatnonzero(held.start == 0)
+  return first[np.argsort(held.document[first])]
+
+
 def beginnings(held: packing.Packed, count: int) -> tuple[np.ndarray, np.ndarray]:
   """(prompt int32 [count, p], length int32 [count]): how held-out documents begin, in turn."""
-  first = np.flatnonzero(held.start == 0)
-  first = first[np.argsort(held.document[first])]
+  first = _first(held)
   return held.prompts(first[np.arange(count) % len(first)])
 
 

@@ -31,6 +31,7 @@ FLAGS = {
   "stream": False,
   "num": 3,
   "seed": 0,
+  "features": None,
 }
 
 
@@ -210,6 +211,9 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   )
   record = json.loads((tmp_path / "evaluation.json").read_text())
   assert record["step"] == 2 and record["examples"] == 40 and "exact/T=1" in record
+  flags = SimpleNamespace(**{**FLAGS, "features": "gpt2"})
+  with pytest.raises(UserError, match=r"--features=gpt2 is for the MAUVE of texts"):
+    seqmatch.evaluate_mode(get_config(), facts, None, flags, tmp_path)
 
 
 @pytest.mark.parametrize(

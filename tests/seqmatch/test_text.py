@@ -125,13 +125,13 @@ def test_erasures_are_counted():
 
 
 def test_generations_are_made_a_batch_at_a_time_and_numbered_through():
-  def generate(params, prompt, length, key, row, temperature, backspace):
-    assert len(prompt) == 4 and temperature == 1 and backspace
+  def generate(params, prompt, length, key, row, temperature, backspace, top_p):
+    assert len(prompt) == 4 and temperature == 1 and backspace and top_p == 0.9
     made = prompt * params, prompt + row[:, None], length, row > 5
     return Rollout(*map(jax.numpy.asarray, made))
 
   prompt = np.arange(10, dtype=np.int32)[:, None]
-  made = evaluate_text.generations(generate, 3, prompt, np.arange(10), 4, 0, True)
+  made = evaluate_text.generations(generate, 3, prompt, np.arange(10), 4, 0, True, 0.9)
   np.testing.assert_array_equal(made.actions, prompt * 3)
   np.testing.assert_array_equal(made.tokens, prompt * 2)
   np.testing.assert_array_equal(made.length, np.arange(10))
@@ -171,7 +171,7 @@ def test_configs_of_pretrained_decoders_have_the_paper_s_settings_and_build(sour
   paper = (config.loss.alpha, config.noise.rate, config.loss.gamma, config.data.context)
   assert paper == (0.01, 0.001, 0.998, 1024) and config.lora.rank > 0
   compiled, position = seqmatch.without_data(source.get_config("debug"))
-  assert position == 1 and compiled.data.made_up == 100
+  assert position == 1 and compiled.model.vocab == 100
   for made in (source.get_config("debug"), compiled):
     method, _ = seqmatch.make_method(made, one_device)
     params, _ = jax.eval_shape(method.init, jax.random.key(0))
