@@ -1,9 +1,10 @@
-"""Trains, samples, evaluates, exports, encodes images as latents, compiles for other hardware.
+"""Trains, samples, evaluates, exports, encodes images or texts, compiles for other hardware.
 
     python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
     python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
     python main.py --mode=evaluate --workdir=runs/ism_digits [--metrics=fid,is --reference=FILE ...]
     python main.py --mode=encode --images=imagenet/train --vae=vae.safetensors --out=latents
+    python main.py --mode=encode --texts=corpus --tokenizer=tokenizer.json --out=tokens
     python main.py --mode=export --workdir=runs/ism_digits --out=exported
     python main.py --mode=compile --config=configs/ism_digits.py --topology=v5e:4x4
 
@@ -44,7 +45,18 @@ flags.DEFINE_list("guidance", None, "sample, evaluate images: guidance strengths
 flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; default: all.")
 flags.DEFINE_multi_string("prompt", None, "sample text: a prompt; may be given again.")
 flags.DEFINE_string("prompts", None, "sample text: a file of prompts, one a line.")
-flags.DEFINE_float("temperature", None, "sample text: 0 (default) is greedy.", lower_bound=0)
+flags.DEFINE_float(
+  "temperature",
+  None,
+  "sample text: 0 is greedy; default: 0 for questions, 1 for text.",
+  lower_bound=0,
+)
+flags.DEFINE_integer("top_k", None, "sample text: only of so many likeliest.", lower_bound=1)
+flags.DEFINE_float(
+  "top_p", None, "sample text: only of the likeliest that have this probability.", 0, 1
+)
+flags.DEFINE_bool("stream", False, "sample text: show each as it is typed and erased.")
+flags.DEFINE_string("features", None, "evaluate text: a run or a folder, whose features MAUVE has.")
 flags.DEFINE_list("metrics", None, "evaluate images: of fid, sfid, fd_dinov2, is, pr.")
 flags.DEFINE_string("reference", None, "evaluate images: ADM .npz, or a folder of images.")
 flags.DEFINE_string("inception", None, "evaluate images: weights of the FID network.")
@@ -54,7 +66,9 @@ flags.DEFINE_bool("save_samples", False, "evaluate images: also write them, as A
 flags.DEFINE_string("vae", None, "sample, evaluate, encode latents: weights of the autoencoder.")
 flags.DEFINE_string("images", None, "encode: a folder, tars, ArrayRecord files or tfds:NAME.")
 flags.DEFINE_integer("side", 256, "encode: pixels of a side.")
-flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192 images.")
+flags.DEFINE_string("texts", None, "encode: .txt, .jsonl or .array_record files, or tfds:NAME.")
+flags.DEFINE_string("tokenizer", None, "encode texts: tokenizer.json; default: characters.")
+flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192.")
 flags.DEFINE_string(
   "out", None, "Directory of the results; default: WORKDIR/generated, or WORKDIR/exported."
 )
@@ -72,10 +86,14 @@ def method_module(config):
 
 
 def make_given(config: ConfigDict, facts: dict) -> dict:
-  """The parameters that `config.init_from` gives a fresh run, by name; {} if it is empty."""
-  if not config.init_from:
-    return {}
+  """The parameters that a fresh run begins with instead of drawn ones, by name.
+
+  They are those of `config.init_from`; if it is empty, the pretrained ones of a method that has
+  any.
+  """
   module = method_module(config)
+  if not config.init_from:
+    return module.make_given(config, facts) if hasattr(module, "make_given") else {}
 
   def abstract(config, facts):
     init = module.make_network(ConfigDict(config), facts)[0]
@@ -185,7 +203,10 @@ def main(argv: list[str]) -> None:
   if FLAGS.mode == "encode":
     distributed.start()
     config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
-    return importlib.import_module("ism_jax.encode").encode_mode(FLAGS)
+    if FLAGS.images and FLAGS.texts:
+      raise UserError("--images and --texts are both given; choose one.")
+    package = "seqmatch_jax" if FLAGS.texts else "ism_jax"
+    return importlib.import_module(f"{package}.encode").encode_mode(FLAGS)
   if FLAGS.mode not in ("train", "compile"):
     distributed.start()
     return use_checkpoint(Path(FLAGS.workdir))

@@ -56,6 +56,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.alpha = 0.02
   config.loss.gamma = 0.998
   config.loss.backspace = True
+  config.loss.unlikelihood = 0.0  # weight of the baseline that makes repeated tokens unlikely
   config.loss.warmup = 800  # steps of maximum likelihood, without noise
   config.loss.anneal = 800  # steps over which alpha grows from 0
 

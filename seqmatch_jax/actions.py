@@ -223,6 +223,37 @@ def fold(size: np.ndarray, lanes: int) -> np.ndarray:
   return order.T
 
 
+def _before(size: np.ndarray, row: np.ndarray) -> np.ndarray:
+  """size [b], row [b] ascending -> the sum of the sizes before each in its row, [b, 1]."""
+  before = size.cumsum() - size
+  return (before - before[np.searchsorted(row, row)])[:, None]
+
+
+def _put_rows(trees: dict, row: np.ndarray, count: np.ndarray, nodes: int, actions: int) -> dict:
+  """Trees in rows, one behind the other; of each tree [b] its nodes and `count` actions."""
+  size = trees["end"][:, 0]  # the first node lives to the end of its tree
+  before, rows = _before(size, row), row[-1] + 1
+  if np.bincount(row, size).max() > nodes:
+    raise ValueError(f"{int(np.bincount(row, size).max())} nodes do not fit into {nodes}")
+
+  def put(values, size, before, padding):
+    used = np.arange(values.shape[1]) < size[:, None]
+    out = np.broadcast_to(np.asarray(padding, values.dtype), (rows, np.shape(padding)[-1])).copy()
+    place = (np.arange(values.shape[1]) + before)[used]
+    out[np.broadcast_to(row[:, None], used.shape)[used], place] = values[used]
+    return out
+
+  empty, index = np.zeros(nodes, np.int32), np.arange(1, nodes + 1)
+  by_node = {n: put(trees[n], size, before, empty) for n in ("token", "position", "erasable")}
+  by_node["end"] = put(trees["end"] + before.astype(np.int32), size, before, index)
+  real, empty = trees["action"] != PAD, np.zeros(actions, np.int32)
+  by_action = {name: trees[name] for name in ("action", "time", "weight")}
+  for name in ("read", "next"):
+    by_action[name] = np.where(real, trees[name] + before, 0).astype(np.int32)
+  earlier = _before(count, row)
+  return by_node | {name: put(x, count, earlier, empty) for name, x in by_action.items()}
+
+
 def pack(trees: dict, lanes: int, nodes: int) -> dict:
   """Puts every `lanes` neighbours of a batch of trees into one row of `nodes` nodes (NumPy).
 
@@ -237,26 +268,18 @@ def pack(trees: dict, lanes: int, nodes: int) -> dict:
   Raises:
     ValueError: a row's trees have more nodes.
   """
-  size = trees["end"][:, 0].reshape(-1, lanes)  # the first node lives to the end of its tree
-  if size.sum(1).max() > nodes:
-    raise ValueError(f"{int(size.sum(1).max())} nodes do not fit into {nodes}")
-  before = (size.cumsum(1) - size).reshape(-1, 1)
-  used = np.arange(trees["end"].shape[1]) < size.reshape(-1, 1)  # [b, s]
-  row = np.broadcast_to(np.arange(len(used))[:, None] // lanes, used.shape)[used]
-  place = (np.arange(used.shape[1]) + before)[used]
+  b, a = trees["action"].shape
+  return _put_rows(trees, np.arange(b) // lanes, np.full(b, a), nodes, lanes * a)
 
-  def put(values, padding=0):
-    out = np.broadcast_to(np.asarray(padding, values.dtype), (len(size), nodes)).copy()
-    out[row, place] = values[used]
-    return out
 
-  by_node = {name: put(trees[name]) for name in ("token", "position", "erasable")}
-  by_node["end"] = put(trees["end"] + before.astype(np.int32), np.arange(1, nodes + 1))
-  real = trees["action"] != PAD
-  by_action = {name: trees[name] for name in ("action", "time", "weight")}
-  for name in ("read", "next"):
-    by_action[name] = np.where(real, trees[name] + before, 0).astype(np.int32)
-  return by_node | {name: x.reshape(len(size), -1) for name, x in by_action.items()}
+def pack_rows(trees: dict, row: np.ndarray, nodes: int, actions: int) -> dict:
+  """As `pack`, with any number of trees in a row, and no PAD between their actions.
+
+  Args:
+    row: int [b], ascending, the row of each tree.
+    actions: of a row of the result; what is left is PAD.
+  """
+  return _put_rows(trees, row, np.sum(trees["action"] != PAD, axis=1), nodes, actions)
 
 
 def visible(end):

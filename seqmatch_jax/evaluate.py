@@ -100,18 +100,29 @@ def force_error(
   return out
 
 
-def make_likelihood(apply: Callable, config: LossConfig, batch: int) -> Callable:
-  """Returns `likelihood(params, data) -> float`, which computes `batch` examples at a time.
+def make_total(apply: Callable, config: LossConfig) -> Callable:
+  """Returns `total(params, rows)`: the actions' summed log-likelihood in nats, and their number.
 
-  That is the mean log-likelihood of an answer's actions under the policy, in nats an action, <eos>
-  too.
+  Under the policy, of those that carry weight, <eos> too; of `config`, whether it may erase counts.
   """
   plain = LossConfig("chi2", 0.0, 1.0, config.backspace)
 
   @jax.jit
   def total(params, rows):
     logits = apply(params, rows["token"], rows["position"], rows["end"])
-    return -loss(plain, logits, rows)[0] * rows["weight"].sum(), rows["weight"].sum()
+    count = rows["weight"].sum()
+    return -loss(plain, logits, rows)[0] * jnp.maximum(count, 1.0), count
+
+  return total
+
+
+def make_likelihood(apply: Callable, config: LossConfig, batch: int) -> Callable:
+  """Returns `likelihood(params, data) -> float`, which computes `batch` examples at a time.
+
+  That is the mean log-likelihood of an answer's actions under the policy, in nats an action, <eos>
+  too.
+  """
+  total = make_total(apply, config)
 
   def likelihood(params, data: Encoded) -> float:
     made = tree(data.prompt, data.prompt_length, data.answer, data.nodes(Noise()))

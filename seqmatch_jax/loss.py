@@ -20,6 +20,9 @@ After <eos> the absorbing state repeats <eos> for ever. With its value tied to l
 nothing at the optimum, all of these actions have the reward (1 - gamma) l(eos|s), and their
 geometric series weighs 1 / (1 - gamma).
 
+A baseline, unlikelihood training (Welleck et al., arXiv 1908.04319), can be added: every token that
+the text before an action holds already, but for the action itself, is made less likely there.
+
 Dimensions: b batch, s node, a action, v vocabulary. A batch is described in `actions.py`; several
 trajectories may share a row.
 """
@@ -34,6 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmatch_jax import divergence
+from seqmatch_jax.actions import visible
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD
 from train_jax.errors import UserError
 
@@ -49,12 +53,14 @@ class LossConfig:
     alpha: weight of the causal entropy, and so of the penalty; 0 is maximum likelihood.
     gamma: discount per action, noise included.
     backspace: whether <backspace> is ever legal.
+    unlikelihood: weight of the unlikelihood of repeated tokens; 0 leaves it out, 1 is Welleck's.
   """
 
   divergence: str
   alpha: float
   gamma: float
   backspace: bool
+  unlikelihood: float = 0.0
 
   def __post_init__(self):
     if self.divergence not in divergence.DIVERGENCES:
@@ -69,6 +75,10 @@ class LossConfig:
     if not 0 < self.gamma <= 1:
       raise UserError(
         f"loss.gamma={self.gamma} must lie in (0, 1]; 1 does not discount, the paper has 0.998."
+      )
+    if not 0 <= self.unlikelihood < math.inf:
+      raise UserError(
+        f"loss.unlikelihood={self.unlikelihood} must be finite and at least 0; 0 leaves it out."
       )
 
   @property
@@ -117,6 +127,35 @@ def terms(config: LossConfig, logits: jax.Array, batch: dict, strength=1.0) -> T
   return Terms(log_prob, divergence.penalty(config.divergence, reward, alpha), share * reward)
 
 
+def unlikelihood(config: LossConfig, logits: jax.Array, batch: dict) -> jax.Array:
+  """sum_c -log(1 - pi(c | s_i)) of each action i [b, a], over the tokens c of the text s_i.
+
+  The prompt is a part of the text. Each token counts once, and the action itself does not. No
+  array is larger than [b, a, s].
+
+  Args:
+    logits: [b, s, v], any float type.
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = legal_logits(logits, batch["erasable"], config.backspace)
+  value = jax.nn.logsumexp(logits, axis=-1)  # [b, s]
+
+  @jax.vmap
+  def row(logits, value, token, end, read, action):
+    sees = visible(end)  # [s, s]
+    same = (token[:, None] == token) & ~jnp.eye(len(token), dtype=bool)
+    # A node's text is the same for all that see it: whether it repeats a token is its own affair.
+    new = ~(sees & same).any(1)
+    candidate = sees[read] & new & (token != action[:, None])  # [a, s]
+    log_p = logits[read[:, None], token] - value[read, None]
+    # 1 - p is 0 at a p that rounds to 1, and its logarithm's gradient infinite.
+    log_rest = jnp.log(-jnp.expm1(jnp.minimum(log_p, -1e-6)))
+    return -jnp.sum(jnp.where(candidate, log_rest, 0.0), axis=1)
+
+  names = ("token", "end", "read", "action")
+  return row(logits, value, *(batch[name] for name in names))
+
+
 def trajectories(batch: dict) -> jax.Array:
   """How many trajectories the batch holds, at least 1."""
   return jnp.maximum(jnp.sum((batch["time"] == 0) & (batch["action"] != PAD)), 1)
@@ -149,8 +188,9 @@ def loss(
   Returns:
     The loss and metrics over the data actions that carry loss: `nll`, the mean negative
     log-likelihood; `penalty` and `penalty_model`, what they add to the loss; `reward` and
-    `reward_max`, the mean reward and the largest in size; `accuracy` of the likeliest action.
-    With gamma = 1 the loss is nll + penalty + penalty_model.
+    `reward_max`, the mean reward and the largest in size; `accuracy` of the likeliest action;
+    `unlikelihood`, before its weight. With gamma = 1 and without unlikelihood the loss is
+    nll + penalty + penalty_model.
   """
   carries, discounted = batch["weight"], _discounted(config, batch)
   actions = jnp.maximum(jnp.sum(carries), 1.0)
@@ -174,4 +214,7 @@ def loss(
     share = trajectories(batch) / trajectories(model)
     metrics["penalty_model"] = -share * per_action(_discounted(config, model), own)
     total += metrics["penalty_model"]
+  if config.unlikelihood:
+    metrics["unlikelihood"] = per_action(discounted, unlikelihood(config, logits, batch))
+    total += config.unlikelihood * metrics["unlikelihood"]
   return total, metrics

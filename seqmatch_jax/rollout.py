@@ -1,4 +1,4 @@
-"""Generation with <backspace>: batched, in one while_loop, on a cache that rewinds.
+"""Generation with <backspace>: batched, on a cache that rewinds, in one while_loop or in chunks.
 
 The cache is a stack. A <backspace> takes one off the length; the next step feeds the token that is
 then on top, at its position, over an equal entry, and nothing else is recomputed. So that greedy
@@ -13,12 +13,13 @@ Dimensions: b batch, p prompt, l text, a actions, e erasures, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from seqmatch_jax.transformer import Network
@@ -85,21 +86,63 @@ def legal(length: jax.Array, prompt_length: jax.Array, max_length: int, vocab: i
   )
 
 
-def make_rollout(network: Network, config: RolloutConfig) -> Callable[..., Rollout]:
-  """Returns `rollout(params, prompt, length, key, row, temperature, allow_backspace, forced)`."""
+class Settings(NamedTuple):
+  """How the next action is chosen; all of it traced, so that one compilation serves all values.
+
+  Attributes:
+    key, row: the randomness: step i of row r draws from fold_in(fold_in(key, r), i); row int32 [b].
+    temperature: 0 is greedy.
+    allow_backspace: whether the model may erase.
+    retype: whether a token may be typed again where it was erased.
+    forced: int32 [b, a], see `make_rollout`.
+    nucleus: None, or (top_k, top_p), see `nucleus`.
+  """
+
+  key: jax.Array
+  row: jax.Array
+  temperature: jax.Array
+  allow_backspace: jax.Array
+  retype: jax.Array
+  forced: jax.Array
+  nucleus: tuple[jax.Array, jax.Array] | None
+
+
+def nucleus(score: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+  """The likeliest actions, bool [b, v], of scores [b, v] up to a constant log-probabilities.
+
+  The `top_k` best, and of these as many of the best as are needed for the probability `top_p`, at
+  least one (arXiv 1904.09751); more where scores are equal.
+  """
+  best = jnp.sort(score, axis=-1, descending=True)
+  share = jax.nn.softmax(best)
+  before = jnp.cumsum(share, axis=-1) - share
+  place = jnp.arange(score.shape[-1])
+  kept = (place < top_k) & (before < top_p) | (place == 0)
+  return score >= jnp.min(jnp.where(kept, best, jnp.inf), axis=-1, keepdims=True)
+
+
+def make_steps(network: Network, config: RolloutConfig) -> tuple[Callable, Callable]:
+  """Returns `begin(params, prompt, length) -> State`, and `advance`.
+
+  `advance(params, state, prompt_length, settings, until) -> State` goes on until every row has its
+  <eos>, or to action number `until`.
+  """
   slots, memory = jnp.arange(config.max_length), jnp.arange(config.max_erasures)
 
-  def act(state: State, logits, noise, prompt_length, allow_backspace, retype, forced) -> jax.Array:
+  def act(state: State, logits, noise, prompt_length, settings: Settings) -> jax.Array:
     """The next action [b]: the one that is forced, or the best of those allowed."""
     length, finished = state.rollout.length, state.rollout.finished
     vocab = jnp.arange(logits.shape[-1])
     rules = legal(length, prompt_length, config.max_length, len(vocab))
     here = (state.at == length[:, None])[..., None]
-    tried = (here & (state.erased[..., None] == vocab)).any(1) & ~retype  # [b, v]
-    may_erase = allow_backspace & (state.erasures < config.max_erasures)
+    tried = (here & (state.erased[..., None] == vocab)).any(1) & ~settings.retype  # [b, v]
+    may_erase = settings.allow_backspace & (state.erasures < config.max_erasures)
     allowed = rules & ~tried & (may_erase[:, None] | (vocab != BACKSPACE))
+    if settings.nucleus:
+      score = logits / jnp.where(settings.temperature > 0, settings.temperature, 1)
+      allowed &= nucleus(jnp.where(allowed, score, -jnp.inf), *settings.nucleus)
     choice = jnp.argmax(jnp.where(allowed, logits + noise, -jnp.inf), axis=-1)
-    now = jax.lax.dynamic_index_in_dim(forced, state.step, 1)  # [b, 1]
+    now = jax.lax.dynamic_index_in_dim(settings.forced, state.step, 1)  # [b, 1]
     action = jnp.where(jnp.take_along_axis(rules, now, 1), now, choice[:, None])[:, 0]
     return jnp.where(finished, PAD, action)
 
@@ -126,34 +169,17 @@ def make_rollout(network: Network, config: RolloutConfig) -> Callable[..., Rollo
       jnp.where(new, length, at),
     )
 
-  @jax.jit
-  def run(params, prompt, prompt_length, key, row, temperature, allow_backspace, retype, forced):
+  def begin(params, prompt, prompt_length) -> State:
     b, p = prompt.shape
     if p > config.max_length:
       raise UserError(
         f"prompts of {p} tokens do not fit into rollout.max_length={config.max_length}; "
         "raise it or shorten them."
       )
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
-
-    def body(state: State) -> State:
-      last = state.rollout.length - 1
-      top = jnp.take_along_axis(state.rollout.tokens, last[:, None], 1)  # [b, 1]
-      logits, cache = network.extend(params, state.cache, top, last)
-      logits = logits[:, 0]
-      now = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
-      # The argmax of logits + T x Gumbel noise is a draw from softmax(logits / T).
-      noise = temperature * jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(now)
-      action = act(state, logits, noise, prompt_length, allow_backspace, retype, forced)
-      return update(state, action, top, cache)
-
-    def going(state: State) -> jax.Array:
-      return (state.step < config.max_actions) & ~state.rollout.finished.all()
-
     _, cache = network.extend(
       params, network.make_cache(b, config.max_length), prompt, jnp.zeros_like(prompt_length)
     )
-    start = State(
+    return State(
       step=jnp.zeros((), jnp.int32),
       rollout=Rollout(
         jnp.full((b, config.max_actions), PAD, jnp.int32),
@@ -166,41 +192,101 @@ def make_rollout(network: Network, config: RolloutConfig) -> Callable[..., Rollo
       erased=jnp.zeros((b, config.max_erasures), jnp.int32),
       at=jnp.zeros((b, config.max_erasures), jnp.int32),
     )
-    rollout = jax.lax.while_loop(going, body, start).rollout
-    tokens = jnp.where(slots < rollout.length[:, None], rollout.tokens, PAD)
-    return rollout._replace(tokens=tokens)
 
-  def rollout(
-    params,
-    prompt,
-    length,
-    key,
-    row,
-    temperature=1.0,
-    allow_backspace=True,
-    retype=False,
-    forced=None,
-  ) -> Rollout:
-    """Continues prompts until each has its <eos>, or `max_actions`.
+  def advance(params, state: State, prompt_length, settings: Settings, until) -> State:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(settings.key, settings.row)
 
-    A row's trajectory depends on its prompt, (key, row) and the settings: not on the batch.
+    def body(state: State) -> State:
+      last = state.rollout.length - 1
+      top = jnp.take_along_axis(state.rollout.tokens, last[:, None], 1)  # [b, 1]
+      logits, cache = network.extend(params, state.cache, top, last)
+      logits = logits[:, 0]
+      now = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
+      # The argmax of logits + T x Gumbel noise is a draw from softmax(logits / T).
+      draw = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(now)
+      action = act(state, logits, settings.temperature * draw, prompt_length, settings)
+      return update(state, action, top, cache)
 
-    Args:
-      prompt: int32 [b, p], left-aligned; never erased.
-      length: int32 [b], of the prompts.
-      key: the randomness; step i of a row draws from fold_in(fold_in(key, row), i).
-      row: int32 [b], a number for each row.
-      temperature: 0 is greedy. Traced, as `allow_backspace` is: one compilation serves all.
-      allow_backspace: whether the model may erase.
-      retype: whether a token may be typed again where it was erased. The policy itself does; a
-        generation that does so wastes its erasures, and a greedy one repeats itself.
-      forced: int32 [b, a], actions that are played at these times instead of the model's choice;
-        PAD where it is free. The rules hold (`legal`), what the model may not repeat does not.
-    """
-    if forced is None:
-      forced = jnp.full((len(prompt), config.max_actions), PAD, jnp.int32)
-    # Of one type whatever they are given as, for each type would be compiled anew.
-    switches = jnp.float32(temperature), jnp.bool_(allow_backspace), jnp.bool_(retype)
-    return run(params, prompt, length, key, row, *switches, forced)
+    def going(state: State) -> jax.Array:
+      return (state.step < until) & ~state.rollout.finished.all()
+
+    return jax.lax.while_loop(going, body, state)
+
+  return begin, advance
+
+
+def make_settings(
+  config: RolloutConfig,
+  key,
+  row,
+  temperature=1.0,
+  allow_backspace=True,
+  retype=False,
+  forced=None,
+  top_k: int | None = None,
+  top_p: float | None = None,
+) -> Settings:
+  """The settings of a rollout, see `make_rollout`; of one type whatever they are given as."""
+  if forced is None:
+    forced = jnp.full((len(row), config.max_actions), PAD, jnp.int32)
+  most = None
+  if top_k is not None or top_p is not None:
+    most = jnp.int32(top_k or np.iinfo(np.int32).max), jnp.float32(1 if top_p is None else top_p)
+  switches = jnp.float32(temperature), jnp.bool_(allow_backspace), jnp.bool_(retype)
+  return Settings(key, jnp.asarray(row), *switches, jnp.asarray(forced), most)
+
+
+def make_rollout(network: Network, config: RolloutConfig) -> Callable[..., Rollout]:
+  """Returns `rollout(params, prompt, length, key, row, ...)`: continues prompts in one go.
+
+  It goes on until each has its <eos>, or `max_actions`. A row's trajectory depends on its prompt,
+  (key, row) and the settings: not on the batch. One compilation serves all settings, and another
+  one those with `top_k` or `top_p`. The arguments:
+
+    prompt: int32 [b, p], left-aligned; never erased.
+    length: int32 [b], of the prompts.
+    key: the randomness; step i of a row draws from fold_in(fold_in(key, row), i).
+    row: int32 [b], a number for each row.
+    temperature: 0 is greedy.
+    allow_backspace: whether the model may erase.
+    retype: whether a token may be typed again where it was erased. The policy itself does; a
+      generation that does so wastes its erasures, and a greedy one repeats itself.
+    forced: int32 [b, a], actions that are played at these times instead of the model's choice;
+      PAD where it is free. The rules hold (`legal`), what the model may not repeat does not.
+    top_k, top_p: what is drawn is among the likeliest actions only, see `nucleus`.
+  """
+  begin, advance = make_steps(network, config)
+
+  @jax.jit
+  def run(params, prompt, prompt_length, settings: Settings) -> Rollout:
+    state = begin(params, prompt, prompt_length)
+    made = advance(params, state, prompt_length, settings, config.max_actions).rollout
+    inside = jnp.arange(config.max_length) < made.length[:, None]
+    return made._replace(tokens=jnp.where(inside, made.tokens, PAD))
+
+  def rollout(params, prompt, length, key, row, *args, **kwargs) -> Rollout:
+    return run(params, prompt, length, make_settings(config, key, row, *args, **kwargs))
 
   return rollout
+
+
+def make_stream(network: Network, config: RolloutConfig, every: int) -> Callable[..., Iterator]:
+  """Returns `stream`: what `make_rollout` returns, but an iterator.
+
+  It yields the new actions int32 [b, n], n <= `every`, as soon as they are made.
+  """
+  begin, advance = make_steps(network, config)
+  begin, advance = jax.jit(begin), jax.jit(advance, donate_argnums=1)
+
+  def stream(params, prompt, length, key, row, *args, **kwargs) -> Iterator[np.ndarray]:
+    settings = make_settings(config, key, row, *args, **kwargs)
+    state, done = begin(params, prompt, length), 0
+    while done < config.max_actions:
+      state = advance(params, state, length, settings, min(done + every, config.max_actions))
+      step, finished = int(state.step), bool(state.rollout.finished.all())
+      yield np.asarray(state.rollout.actions[:, done:step])
+      if finished:
+        return
+      done = step
+
+  return stream

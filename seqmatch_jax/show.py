@@ -4,22 +4,60 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
-from seqmatch_jax.tokens import BACKSPACE, EOS, PAD, Vocab
+from seqmatch_jax.tokens import BACKSPACE, EOS, PAD, TextVocab, Vocab
 
+END = "\x04"  # what <eos> is typed as
 _STRIKE, _PLAIN = "\x1b[9;31m", "\x1b[0m"
 
 
-def strokes(actions: Sequence[int], vocab: Vocab) -> list[str]:
-  """Actions as what a reader sees typed: characters, "\\b" for <backspace>, "\\n" for <eos>."""
-  names = {BACKSPACE: "\b", EOS: "\n"}
-  return [names.get(a) or vocab.decode([a]) for a in actions if a != PAD]
+class Typist:
+  """Turns actions into keys as a reader sees them: text, "\\b" for <backspace>, END for <eos>.
+
+  A token's text depends on those before it, so that a typist keeps what is written so far: it
+  begins with the prompt's tokens.
+  """
+
+  def __init__(self, vocab: Vocab | TextVocab, prompt: Iterable[int] = ()):
+    self.vocab, self.written = vocab, list(prompt)
+
+  def keys(self, actions: Sequence[int]) -> list[str]:
+    """The keys of the next actions."""
+    typed, new = [], len(self.written)  # the first token that has no key yet
+
+    def settle():
+      typed.extend(self.vocab.pieces(self.written)[new:] if len(self.written) > new else ())
+
+    for action in actions:
+      if action in (BACKSPACE, EOS):
+        settle()
+        typed.append("\b" if action == BACKSPACE else END)
+        if action == BACKSPACE:
+          self.written.pop()
+        new = len(self.written)
+      elif action != PAD:
+        self.written.append(action)
+    settle()
+    return typed
+
+
+def strokes(
+  actions: Sequence[int], vocab: Vocab | TextVocab, prompt: Iterable[int] = ()
+) -> list[str]:
+  """The keys of a whole trajectory, see `Typist`."""
+  return Typist(vocab, prompt).keys(actions)
+
+
+def _struck(text: str) -> str:
+  return f"{_STRIKE}{text}{_PLAIN}"
 
 
 def line(typed: Sequence[str], color: bool) -> str:
-  """One line of text: erased characters struck through, or as [-x-] where there is no colour.
+  """All that was typed: what was erased struck through, or as [-x-] where there is no colour.
 
   Typed on a row, an erased character stays where it was typed.
   """
@@ -28,12 +66,71 @@ def line(typed: Sequence[str], color: bool) -> str:
   for key in typed:
     if key == "\b":
       shown[alive.pop()][1] = True
-    elif key != "\n":
+    elif key != END:
       alive.append(len(shown))
       shown.append([key, False])
-  strike = (lambda c: f"{_STRIKE}{c}{_PLAIN}") if color else (lambda c: f"[-{c}-]")
-  text = "".join(strike(char) if erased else char for char, erased in shown)
-  return text if "\n" in typed else text + " ..."
+  strike = _struck if color else (lambda c: f"[-{c}-]")
+  text = "".join(strike(char) if erased and char else char for char, erased in shown)
+  return text if END in typed else text + " ..."
+
+
+class Screen:
+  """Types keys as they come. In a terminal, what is erased is struck through where it stands.
+
+  Elsewhere nothing can be changed any more, and an erasure is a ⌫ behind what it erases.
+
+  Args:
+    columns: of the terminal; 0 where it is none.
+  """
+
+  def __init__(self, out: TextIO, columns: int):
+    self.out, self.columns = out, columns
+    self.cells: list[list] = []  # [text, erased?, row, column]
+    self.alive: list[int] = []
+    self.row = self.column = 0
+
+  @classmethod
+  def of(cls, out: TextIO) -> Screen:
+    """The screen that `out` writes to."""
+    return cls(out, shutil.get_terminal_size().columns if out.isatty() else 0)
+
+  def _put(self, text: str, erased: bool) -> None:
+    """Writes text, and breaks lines itself: where a terminal would is not known for sure."""
+    lines = [""]
+    for char in text:
+      if char == "\n" or (self.columns and self.column == self.columns - 1):
+        lines.append("")
+        self.row, self.column = self.row + 1, 0
+      if char != "\n":
+        lines[-1] += char
+        self.column += 1
+    # Each line is coloured by itself, so that none is when the next begins.
+    self.out.write("\n".join(_struck(part) if erased and part else part for part in lines))
+
+  def prompt(self, text: str) -> None:
+    """Text that is never erased."""
+    self._put(text, False)
+    self.out.flush()
+
+  def key(self, key: str) -> None:
+    """One key, see `Typist`."""
+    if key == "\b" and not self.columns:
+      self.out.write("⌫")
+    elif key == "\b":
+      first = self.alive.pop()
+      self.cells[first][1] = True
+      _, _, row, column = self.cells[first]
+      up = f"\x1b[{self.row - row}A" if self.row > row else ""
+      right = f"\x1b[{column}C" if column else ""
+      self.out.write(f"{up}\r{right}")
+      self.row, self.column = row, column
+      for text, erased, *_ in self.cells[first:]:
+        self._put(text, erased)
+    elif key != END:
+      self.alive.append(len(self.cells))
+      self.cells.append([key, False, self.row, self.column])
+      self._put(key, False)
+    self.out.flush()
 
 
 _PAGE = """<!doctype html>
@@ -63,7 +160,7 @@ async function play() {{
     row.className = "row";
     const head = row.appendChild(document.createElement("span"));
     head.className = "prompt";
-    head.textContent = prompt + "  ";
+    head.textContent = prompt;
     return {{row, keys, alive: []}};
   }});
   const longest = Math.max(...data.map(([, keys]) => keys.length));
@@ -71,7 +168,7 @@ async function play() {{
     for (const {{row, keys, alive}} of rows) {{
       const key = keys[i];
       if (key === undefined) continue;
-      if (key === "\\n") row.classList.add("done");
+      if (key === "\\u0004") row.classList.add("done");
       else if (key === "\\b") {{
         const last = alive.pop();
         at("keep").checked ? last.classList.add("gone") : last.remove();
@@ -99,15 +196,23 @@ def page(title: str, prompts: Sequence[str], typed: Sequence[Sequence[str]]) -> 
   return _PAGE.format(title=html.escape(title), data=data.replace("</", "<\\/"))
 
 
-def write(out: Path, title: str, prompts: Sequence[str], typed: Sequence[Sequence[str]]) -> None:
-  """Writes `out/generations.html` and `out/generations.json`: prompt, typed, answer."""
+def write(
+  out: Path, title: str, prompts: Sequence[str], typed: Sequence[Sequence[str]], gap: str = "  "
+) -> None:
+  """Writes `out/generations.html` and `out/generations.json`: prompt, typed, answer.
+
+  Args:
+    gap: what stands between a prompt and what follows.
+  """
   out.mkdir(parents=True, exist_ok=True)
-  (out / "generations.html").write_text(page(title, prompts, typed), encoding="utf-8")
+  shown = page(title, [prompt + gap for prompt in prompts], typed)
+  (out / "generations.html").write_text(shown, encoding="utf-8")
   rows = [
     {"prompt": prompt, "typed": "".join(keys), "answer": answer(keys)}
     for prompt, keys in zip(prompts, typed, strict=True)
   ]
-  (out / "generations.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+  text = json.dumps(rows, indent=1, ensure_ascii=False)
+  (out / "generations.json").write_text(text, encoding="utf-8")
 
 
 def answer(typed: Sequence[str]) -> str:
@@ -116,6 +221,6 @@ def answer(typed: Sequence[str]) -> str:
   for key in typed:
     if key == "\b":
       left.pop()
-    elif key != "\n":
+    elif key != END:
       left.append(key)
   return "".join(left)

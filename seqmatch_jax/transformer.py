@@ -1,61 +1,48 @@
 """The causal decoder whose logits are soft Q-values; it reads trees of tokens.
 
-The architecture of Llama 2 (arXiv 2307.09288): RMSNorm, rotary positions (arXiv 2104.09864), SwiGLU
-(arXiv 2002.05202), no biases. Position and visibility are inputs, so that one pass gives the logits
-of every state of a trajectory with <backspace>s; in generation a <backspace> is a smaller position.
+Two families. `llama` is Llama 2 and 3 (arXiv 2307.09288, 2407.21783): RMSNorm, rotary positions
+(arXiv 2104.09864), SwiGLU (arXiv 2002.05202), grouped-query attention (arXiv 2305.13245) and no
+biases. `gpt2` (Radford et al., 2019) has LayerNorm, learned positions, GELU and biases. Position
+and visibility are inputs, so that one pass gives the logits of every state of a trajectory with
+<backspace>s; in generation a <backspace> is a smaller position.
 
-Dimensions: b batch, s nodes, l cached entries, v vocabulary, k width, n heads, f head features.
+Dimensions: b batch, s nodes, l cached entries, v vocabulary, k width, n heads, m heads of keys and
+values, f head features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from seqmatch_jax.actions import visible
+from seqmatch_jax.sizes import TransformerConfig
+from seqmatch_jax.tokens import BACKSPACE
+from train_jax import lora
 from train_jax.errors import UserError
 from train_jax.layers import Dense
 from train_jax.mesh import by_rows
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-  """Sizes of a decoder."""
-
-  vocab: int
-  width: int
-  depth: int
-  heads: int
-  hidden: int  # of the SwiGLU
-  dtype: str = "float32"  # of the computation; parameters and logits are float32
-  remat: bool = False  # recompute each block in the backward pass
-  unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
-
-  def __post_init__(self):
-    for name in ("vocab", "width", "depth", "heads", "hidden"):
-      if getattr(self, name) < 1:
-        raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
-    if self.width % (2 * self.heads):
-      raise UserError(
-        f"model.width={self.width} must be a multiple of 2 x model.heads={self.heads}; "
-        f"the nearest is {max(1, round(self.width / (2 * self.heads))) * 2 * self.heads}."
-      )
 
 
 class Network(NamedTuple):
   """A decoder as functions; `params` is a nested dict of float32 arrays.
 
   Attributes:
-    init: key -> params.
+    init: key -> params; with LoRA those that are learned, and the functions below take
+      `lora.join(params, frozen)`.
+    frozen: key -> the others, kept as LoraConfig.base says; {} without LoRA.
     apply: (params, token, position, end) -> logits [b, s, v] float32, where the arguments are
       int32 [b, s] and node j sees node k iff k <= j < end[k] (see `actions.tree`).
-    make_cache: (batch, length) -> an empty cache: of each layer, keys and values [b, n, l, f].
+    features: the same arguments -> what the output layer reads, [b, s, k] float32.
+    make_cache: (batch, length) -> an empty cache: of each layer, keys and values [b, m, l, f];
+      UserError if GPT-2 has not so many positions.
     extend: (params, cache, token [b, s], start [b]) -> (logits [b, s, v] float32, cache). Token i
       of a row is at position start + i, fills that slot, and sees the slots up to it. What lies
       behind is not seen, and is overwritten in time: to go back is to start earlier. Prompts that
@@ -63,14 +50,32 @@ class Network(NamedTuple):
   """
 
   init: Callable
+  frozen: Callable
   apply: Callable
+  features: Callable
   make_cache: Callable
   extend: Callable
 
 
-def waves(position: jax.Array, features: int) -> tuple[jax.Array, jax.Array]:
+def frequencies(features: int, theta: float, scaling: tuple[float, ...] = ()) -> np.ndarray:
+  """The rotary frequencies -> float32 [f / 2].
+
+  Args:
+    scaling: () or Llama 3's (factor, low, high, original context): waves of which less than `low`
+      fit into the original context become `factor` times as long, those of which more than `high`
+      fit stay, and between the two it is interpolated.
+  """
+  frequency = theta ** (-np.arange(0, features, 2) / features)
+  if scaling:
+    factor, low, high, context = scaling
+    fit = context * frequency / (2 * np.pi)
+    kept = np.clip((fit - low) / (high - low), 0, 1)
+    frequency = frequency * (kept + (1 - kept) / factor)
+  return frequency.astype(np.float32)
+
+
+def waves(position: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, jax.Array]:
   """cos and sin of the rotary angles at position [b, s] -> two of [b, s, 1, f / 2]."""
-  frequency = 10_000.0 ** (-jnp.arange(0, features, 2) / features)
   angle = position[..., None, None] * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
@@ -83,42 +88,71 @@ def rotate(x: jax.Array, wave: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 @jax.vmap
 def put(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-  """Writes new [b, s, n, f] into cache [b, n, l, f] from slot start [b] on."""
+  """Writes new [b, s, m, f] into cache [b, m, l, f] from slot start [b] on."""
   return jax.lax.dynamic_update_slice(cache, new.swapaxes(0, 1), (0, start, 0))
 
 
+def make_norm(config: TransformerConfig, rngs) -> nnx.Module:
+  """A norm over the width, as the family has it."""
+  shared = {"epsilon": config.epsilon, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+  if config.family == "gpt2":
+    return nnx.LayerNorm(config.width, use_fast_variance=False, **shared)
+  return nnx.RMSNorm(config.width, **shared)
+
+
 class Block(nnx.Module):
-  """Attention and SwiGLU, each on a normalised input and added to it."""
+  """Attention and a feed-forward layer, each on a normalised input and added to it."""
 
   def __init__(self, config: TransformerConfig, *, rngs):
-    k, h, self.heads = config.width, config.hidden, config.heads
-    dtype = jnp.dtype(config.dtype)
-    shared = {"use_bias": False, "rngs": rngs, "dtype": dtype}
-    inner = shared | {"kernel_init": nnx.initializers.normal(0.02)}
-    # What is added to the sum over layers shrinks with their number (GPT-2).
-    outer = shared | {"kernel_init": nnx.initializers.normal(0.02 / (2 * config.depth) ** 0.5)}
-    self.norm1 = nnx.RMSNorm(k, epsilon=1e-5, rngs=rngs, dtype=dtype)
-    self.qkv = Dense(k, 3 * k, **inner)
-    self.out = Dense(k, k, **outer)
-    self.norm2 = nnx.RMSNorm(k, epsilon=1e-5, rngs=rngs, dtype=dtype)
-    self.gate_up = Dense(k, 2 * h, **inner)
-    self.down = Dense(h, k, **outer)
+    self.config = config
+
+    def layer(name: str) -> nnx.Module:
+      parts, inputs = config.parts[name], config.hidden if name == "down" else config.width
+      # What is added to the sum over layers shrinks with their number (GPT-2).
+      depth = 2 * config.depth if name in ("out", "down") else 1
+      shared = {
+        "use_bias": config.family == "gpt2",
+        "kernel_init": nnx.initializers.normal(0.02 / depth**0.5),
+        "dtype": jnp.dtype(config.dtype),
+        "rngs": rngs,
+      }
+      if config.lora:
+        return lora.Linear(inputs, parts, config.lora, **shared)
+      return Dense(inputs, sum(parts.values()), **shared)
+
+    self.norm1 = make_norm(config, rngs)
+    self.qkv, self.out = layer("qkv"), layer("out")
+    self.norm2 = make_norm(config, rngs)
+    if config.family == "gpt2":
+      self.up = layer("up")
+    else:
+      self.gate_up = layer("gate_up")
+    self.down = layer("down")
 
   def __call__(self, x, wave, mask, cache, start):
     """x [b, s, k], mask bool [b, 1, s, s or l] -> x, cache; keys and values go through the cache.
 
-    `cache` is None, or the layer's keys and values [b, n, l, f], written from slot `start` [b].
+    `wave` is None without rotary positions; `cache` is None, or the layer's keys and values
+    [b, m, l, f], written from slot `start` [b].
     """
-    b, s, k = x.shape
-    q, key, value = jnp.moveaxis(self.qkv(self.norm1(x)).reshape(b, s, 3, self.heads, -1), 2, 0)
-    q, key = rotate(q, wave), rotate(key, wave)
+    (b, s, k), config = x.shape, self.config
+    sizes = np.cumsum(list(config.parts["qkv"].values()))[:-1]
+    parts = jnp.split(self.qkv(self.norm1(x)), sizes, axis=-1)
+    q, key, value = (part.reshape(b, s, -1, config.head) for part in parts)
+    if wave is not None:
+      q, key = rotate(q, wave), rotate(key, wave)
     if cache is not None:
       cache = put(cache[0], key, start), put(cache[1], value, start)
       key, value = (part.swapaxes(1, 2) for part in cache)
     attended = jax.nn.dot_product_attention(q, key, value, mask=mask)
     x = x + self.out(attended.reshape(b, s, k))
-    gate, up = jnp.split(self.gate_up(self.norm2(x)), 2, axis=-1)
-    return x + self.down(nnx.silu(gate) * up), cache
+    return x + self.down(self._inner(self.norm2(x))), cache
+
+  def _inner(self, x):
+    if self.config.family == "gpt2":
+      return nnx.gelu(self.up(x), approximate=True)
+    gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+    return nnx.silu(gate) * up
 
 
 class Transformer(nnx.Module):
@@ -128,7 +162,11 @@ class Transformer(nnx.Module):
     v, k, dtype = config.vocab, config.width, jnp.dtype(config.dtype)
     normal = nnx.initializers.normal(0.02)
     self.config = config
-    self.embed = nnx.Embed(v, k, embedding_init=normal, rngs=rngs, dtype=dtype)
+    kept = config.lora.embedding_dtype if config.lora else jnp.float32
+    shared = {"dtype": dtype, "param_dtype": kept, "rngs": rngs}
+    self.embed = nnx.Embed(v, k, embedding_init=normal, **shared)
+    if config.family == "gpt2":
+      self.place = nnx.Embed(config.context, k, embedding_init=normal, **shared)
 
     @nnx.split_rngs(splits=config.depth)
     @nnx.vmap
@@ -136,16 +174,21 @@ class Transformer(nnx.Module):
       return Block(config, rngs=rngs)
 
     self.blocks = stack(rngs)
-    self.norm = nnx.RMSNorm(k, epsilon=1e-5, rngs=rngs, dtype=dtype)
-    self.out = Dense(k, v, use_bias=False, kernel_init=normal, rngs=rngs, dtype=dtype)
+    self.norm = make_norm(config, rngs)
+    if not config.tied:
+      self.out = Dense(k, v, use_bias=False, kernel_init=normal, **shared)
+    if config.erase:
+      self.erase = Dense(k, 1, kernel_init=normal, rngs=rngs, dtype=dtype)
 
   def __call__(self, token, position, mask, cache=None, start=None):
-    """token, position [b, s], mask bool [b, s, s or l] -> logits [b, s, v] float32, cache."""
+    """token, position [b, s], mask bool [b, s, s or l] -> normalised x [b, s, k], cache."""
     config = self.config
-    wave = waves(position, config.width // config.heads)
+    x, wave = self.embed(token), None
+    if config.family == "gpt2":
+      x = x + self.place(position)
+    else:
+      wave = waves(position, frequencies(config.head, config.theta, config.scaling))
     graphdef, stacked = nnx.split(self.blocks)
-
-    x = self.embed(token)
 
     def body(x, block, cache=None):
       return nnx.merge(graphdef, block)(by_rows(x), wave, mask[:, None], cache, start)
@@ -158,29 +201,59 @@ class Transformer(nnx.Module):
       cache = list(cache)
       for i, layer in enumerate(cache):
         x, cache[i] = body(x, jax.tree.map(itemgetter(i), stacked), layer)
-    return self.out(self.norm(x)).astype(jnp.float32), cache
+    return self.norm(x), cache
+
+  def logits(self, x):
+    """x [b, s, k], normalised -> [b, s, v] float32."""
+    logits = (self.embed.attend(x) if self.config.tied else self.out(x)).astype(jnp.float32)
+    if self.config.erase:
+      erase = jnp.arange(self.config.vocab) == BACKSPACE
+      logits = jnp.where(erase, self.erase(x).astype(jnp.float32), logits)
+    return logits
+
+
+def is_learned(name: str) -> bool:
+  """Whether a network with LoRA learns the parameter of that dotted name."""
+  return lora.is_adapter(name) or name.startswith("erase.")
 
 
 def make_network(config: TransformerConfig) -> Network:
   """The functions of a decoder; the module is only the recipe between parameters and them."""
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
 
-  def init(key: jax.Array) -> dict:
+  def draw(key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
 
+  def init(key: jax.Array) -> dict:
+    return lora.split(draw(key), is_learned)[0] if config.lora else draw(key)
+
+  def frozen(key: jax.Array) -> dict:
+    return lora.split(draw(key), is_learned)[1] if config.lora else {}
+
+  def merge(params) -> Transformer:
+    return nnx.merge(graphdef, nnx.State(params))
+
+  def features(params, token, position, end) -> jax.Array:
+    return merge(params)(token, position, visible(end))[0].astype(jnp.float32)
+
   def apply(params, token, position, end) -> jax.Array:
-    return nnx.merge(graphdef, nnx.State(params))(token, position, visible(end))[0]
+    module = merge(params)
+    return module.logits(module(token, position, visible(end))[0])
 
   def make_cache(batch: int, length: int) -> list[tuple[jax.Array, jax.Array]]:
-    empty = jnp.zeros((batch, config.heads, length, config.width // config.heads), config.dtype)
+    config.check_length(length)
+    shape = (batch, config.kv_heads or config.heads, length, config.head)
+    empty = jnp.zeros(shape, config.dtype)
     return [(empty, empty)] * config.depth
 
   def extend(params, cache, token, start):
+    module = merge(params)
     position = start[:, None] + jnp.arange(token.shape[1])
     mask = jnp.arange(cache[0][0].shape[2]) <= position[..., None]  # [b, s, l]
-    return nnx.merge(graphdef, nnx.State(params))(token, position, mask, cache, start)
+    x, cache = module(token, position, mask, cache, start)
+    return module.logits(x), cache
 
-  return Network(init, apply, make_cache, extend)
+  return Network(init, frozen, apply, features, make_cache, extend)
 
 
 # (width, depth, heads, hidden). "mini" is for short tasks on a CPU; "base" has the width and depth

@@ -201,7 +201,9 @@ def compile_step(
   """The train step of a run, as the loop compiles it; `position` is that of the batch."""
   state = lay_out(jax.eval_shape(state_lib.create(method, tx, decays, 0)), mesh)
   shardings = jax.tree.map(lambda a: a.sharding, state)
+  frozen = (lay_out(method.frozen.shapes, mesh),) if method.frozen else ()
   groups = {
+    "frozen": frozen,
     "parameters": state.params,
     "optimiser": state.opt_state,
     "averages": state.ema,
@@ -210,7 +212,7 @@ def compile_step(
   return compile_program(
     "train step",
     mesh_lib.within(mesh, make_train_step(method, tx, decays, clip)),
-    (state, abstract_batch(method, position, mesh)),
+    (state, abstract_batch(method, position, mesh), *frozen),
     groups,
     mesh.size,
     chip,

@@ -122,6 +122,9 @@ def train(
   abstract = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), jax.eval_shape(init), shardings
   )
+  frozen = ()
+  if method.frozen:
+    frozen = (method.frozen.make(mesh_lib.state_sharding(method.frozen.shapes, mesh)),)
   found = checkpoints.restore(abstract)
   if found:
     state, position = found[0], found[1]["position"]
@@ -143,7 +146,7 @@ def train(
 
   def evaluate(final: bool) -> dict[str, float]:
     results = {}
-    for name, value in method.evaluate(state.ema["sample"], int(state.step), final):
+    for name, value in method.evaluate(state.ema["sample"], int(state.step), final, *frozen):
       if np.ndim(value):
         writer.picture(int(state.step), name, value)
       else:
@@ -172,7 +175,7 @@ def train(
   try:
     with _stop_on_signal() as stopped:
       for step in range(start + 1, config.steps + 1):
-        state, values = step_fn(state, mesh_lib.to_global(next(stream), mesh))
+        state, values = step_fn(state, mesh_lib.to_global(next(stream), mesh), *frozen)
         position += 1
         pending.append((step, values))
         read()

@@ -170,7 +170,7 @@ def fetch(array: jax.Array) -> np.ndarray:
 
 
 def place(arrays: dict[str, np.ndarray], shardings: dict[str, NamedSharding]) -> dict:
-  """Arrays that every process holds -> global arrays, laid out as `shardings` says by name."""
+  """Arrays that every process can read -> global arrays, laid out as `shardings` says by name."""
   return {
     name: jax.make_array_from_callback(a.shape, shardings[name], a.__getitem__)
     for name, a in arrays.items()

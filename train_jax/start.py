@@ -78,10 +78,11 @@ def check_alike(trained: Trained, run: dict[str, Any], same: Sequence[str]) -> N
   """
   there, here = flatten_config(trained.run), flatten_config(run)
   for key in same:
-    if there and there.get(key) != here[key]:
+    then, now = there.get(key), here.get(key)
+    if there and then != now:
       raise UserError(
-        f"init_from={trained.origin} has {key}={there.get(key)!r} and this run {here[key]!r}, so "
-        "that its tensors would mean something else here; set it as it was there."
+        f"init_from={trained.origin} has {key}={then!r} and this run {now!r}, so that its "
+        "tensors would mean something else here; set it as it was there."
       )
 
 

@@ -23,6 +23,18 @@ Batch = dict[str, Any]
 Metrics = dict[str, Any]
 
 
+class Frozen(NamedTuple):
+  """Parameters that a step reads and never changes: not differentiated, averaged or saved.
+
+  Attributes:
+    shapes: nested dicts of jax.ShapeDtypeStruct.
+    make: shardings of the same structure -> the arrays.
+  """
+
+  shapes: PyTree
+  make: Callable[[PyTree], PyTree]
+
+
 class Method(NamedTuple):
   """Everything that the loop needs to know about a method: functions over pytrees, no objects.
 
@@ -35,6 +47,7 @@ class Method(NamedTuple):
       number `position`. The same arguments always give the same batches.
     evaluate: (params, step, final) -> iterator of (name, number or image); `params` are the
       inference EMA's, an image is uint8 [h, w, 3], `final` asks for the full protocol.
+    frozen: None, or what `loss`, `augment` and `evaluate` then take as one argument more, the last.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -42,6 +55,7 @@ class Method(NamedTuple):
   augment: Callable[[TrainState, Batch, jax.Array], tuple[PyTree, Batch]]
   stream: Callable[[int, int], Iterator[Batch]]
   evaluate: Callable[[PyTree, int, bool], Iterator[tuple[str, Any]]]
+  frozen: Frozen | None = None
 
 
 def no_augment(state: TrainState, batch: Batch, key: jax.Array) -> tuple[PyTree, Batch]:
@@ -55,20 +69,22 @@ def make_train_step(
   tx: optax.GradientTransformation,
   decays: dict[str, float],
   clip: float,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns the step: augment, gradient, clip to global norm `clip`, update, average.
+
+  It takes the arrays of `Method.frozen`, where there are any, after the state and the batch.
 
   A step whose loss or gradient is not finite changes no parameter, moment, average or side-car; it
   still counts, so that the next one draws other numbers, and `skipped` says how many came in a row.
   """
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def train_step(state: TrainState, batch: Batch, *frozen) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     key_augment, key_loss = jax.random.split(key)
 
-    extra, batch = method.augment(state, batch, key_augment)
+    extra, batch = method.augment(state, batch, key_augment, *frozen)
     grad_fn = jax.value_and_grad(method.loss, has_aux=True)
-    (loss, metrics), grads = grad_fn(state.params, state.ema, batch, key_loss)
+    (loss, metrics), grads = grad_fn(state.params, state.ema, batch, key_loss, *frozen)
 
     grad_norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, clip / jnp.maximum(grad_norm, 1e-12))

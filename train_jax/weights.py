@@ -7,56 +7,49 @@ not fit is refused by the name of the tensor.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  teaches numpy bfloat16, which files of language models hold
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from train_jax.errors import UserError
 
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+
 
 class Weights:
-  """The tensors of one safetensors file, read when they are asked for.
+  """The tensors of a safetensors file, or of a folder of them, read when they are asked for.
 
   Attributes:
-    path: of the file.
+    path: of the file or the folder.
     shapes: name -> shape.
-    metadata: the file's strings.
+    metadata: the first file's strings.
   """
 
   def __init__(self, path: str | Path):
-    """Opens the file; UserError if it is not there or not a safetensors file."""
+    """Opens what is there: a file, or a folder's model.safetensors or its index's files.
+
+    Raises:
+      UserError: a file is missing or not a safetensors file.
+    """
     self.path = Path(path).expanduser()
-    try:
-      self._file = safe_open(str(self.path), framework="numpy")
-    except OSError as err:
-      raise UserError(
-        f"the weights {str(path)!r} cannot be read ({err.strerror or err}); give a .safetensors "
-        "file."
-      ) from err
-    except SafetensorError as err:
-      raise UserError(
-        f"the weights {str(path)!r} are not a whole safetensors file ({err}); convert them with "
-        "tools/convert_weights.py, or fetch them again."
-      ) from err
-    self.metadata = self._file.metadata() or {}
+    files = [_open(file) for file in _files(self.path)]
+    self.metadata = files[0].metadata() or {}
+    self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     self.shapes = {
-      name: tuple(self._file.get_slice(name).get_shape())
-      for name in self._file.keys()  # noqa: SIM118
+      name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
     }
 
   def __contains__(self, name: str) -> bool:
     return name in self.shapes
 
-  def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor `name`, in the file's dtype.
-
-    Raises:
-      UserError: it is missing, or has another shape.
-    """
+  def check(self, name: str, shape: tuple[int, ...]) -> None:
+    """Raises UserError if the tensor `name` is missing, or has another shape."""
     if name not in self.shapes:
       raise UserError(
         f"{self.path} has no tensor {name!r}; it holds {len(self.shapes)} others, such as "
@@ -67,7 +60,46 @@ class Weights:
         f"{self.path}: {name!r} has the shape {self.shapes[name]}, and this architecture expects "
         f"{tuple(shape)}; give the weights of this size."
       )
-    return self._file.get_tensor(name)
+
+  def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor `name`, in the file's dtype; raises as `check` does."""
+    self.check(name, shape)
+    return self._files[name].get_tensor(name)
+
+  def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of the tensor `name`, a slice of step 1 for each axis; nothing else is read."""
+    return self._files[name].get_slice(name)[index]
+
+
+def _files(path: Path) -> list[Path]:
+  """The file itself, or the files of a folder."""
+  index = path / INDEX
+  if not path.is_dir() or not index.is_file():
+    return [path / WHOLE if path.is_dir() else path]
+  try:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+  except (OSError, ValueError, KeyError, AttributeError) as err:
+    raise UserError(f"{index} cannot be read ({err!r}); fetch it again.") from err
+  if missing := [name for name in names if not (path / name).is_file()]:
+    raise UserError(
+      f"{missing[0]!r}, one of the {len(names)} files that {index} lists, is not there; fetch it "
+      "again."
+    )
+  return [path / name for name in names]
+
+
+def _open(path: Path):
+  try:
+    return safe_open(str(path), framework="numpy")
+  except OSError as err:
+    raise UserError(
+      f"the weights {str(path)!r} cannot be read ({err.strerror or err}); give a .safetensors file."
+    ) from err
+  except SafetensorError as err:
+    raise UserError(
+      f"the weights {str(path)!r} are not a whole safetensors file ({err}); convert them with "
+      "tools/convert_weights.py, or fetch them again."
+    ) from err
 
 
 def sha256(path: str | Path) -> str:

@@ -31,9 +31,9 @@ def named_weight(name: str, shape: tuple[int, ...], seed: int = 0, gain: float =
   return (0.1 * noise).astype(np.float32)
 
 
-def read_oracle(name: str) -> dict[str, np.ndarray]:
-  """The arrays of `oracles/NAME.npz`."""
-  with np.load(Path(__file__).parent / "oracles" / f"{name}.npz") as arrays:
+def read_oracle(name: str, beside: str = __file__) -> dict[str, np.ndarray]:
+  """The arrays of `oracles/NAME.npz` beside a file."""
+  with np.load(Path(beside).parent / "oracles" / f"{name}.npz") as arrays:
     return dict(arrays)
 
 

@@ -191,6 +191,62 @@ def test_model_trajectories_count_by_their_own_number(float64, make_batch):
   assert "penalty_model" not in plain
 
 
+# ------------------------------------------------------------------------------- unlikelihood
+
+
+def repeats(trajectories, weights, prompt, gamma, row):
+  """(row of its text, is that erasable, token, weight) of each repetition that counts."""
+  for actions, weight in zip(trajectories, weights, strict=True):
+    for i, (text, action) in enumerate(zip(texts_of(actions), actions, strict=False)):
+      for token in {*prompt, *text} - {action, BOS}:
+        yield row[text], bool(text), token, gamma**i * float(weight[i])
+
+
+def test_unlikelihood_equals_a_loop_in_value_and_gradient(float64, make_batch):
+  """With erased tokens, lanes that share a prompt, noise without weight, and a discount."""
+  config = LossConfig("chi2", 0.0, 0.97, backspace=True, unlikelihood=0.7)
+  plain = LossConfig("chi2", 0.0, 0.97, backspace=True)
+  prompt = (BOS, 6, 8, 6)
+  trajectories = [draw_actions(np.random.default_rng(i), n) for i, n in enumerate((14, 1, 9))]
+  batch, texts = make_batch([trajectories[:2], trajectories[2:]], prompt)
+  batch["weight"] *= np.random.default_rng(0).random(batch["weight"].shape) < 0.7
+  weights = batch["weight"].reshape(4, -1)[:3]
+  table, nodes, row = table_of(texts)
+
+  def ours(table):
+    total, metrics = lib.loss(config, table[nodes], batch)
+    base = lib.loss(plain, table[nodes], batch)[0]
+    return (total - base) / 0.7, metrics["unlikelihood"]
+
+  found = list(repeats(trajectories, weights, prompt, 0.97, row))
+  text, erasable, token, share = map(np.array, zip(*found, strict=True))
+
+  def theirs(table):
+    legal = np.ones((len(found), V), bool)
+    legal[:, [PAD, BOS]], legal[:, BACKSPACE] = False, erasable
+    odds = jnp.where(legal, jnp.exp(table[text]), 0)
+    p = odds[np.arange(len(found)), token] / odds.sum(1)
+    return -jnp.sum(share * jnp.log(1 - p)) / batch["weight"].sum()
+
+  (got, metric), got_grad = jax.jit(jax.value_and_grad(ours, has_aux=True))(table)
+  want, want_grad = jax.jit(jax.value_and_grad(theirs))(table)
+  close((got, metric), want, rtol=1e-9)
+  close(got_grad, want_grad, atol=1e-10)
+  assert np.any(np.abs(want_grad) > 1e-3)
+
+
+def test_unlikelihood_is_finite_where_a_repeated_token_is_certain(make_batch):
+  batch, texts = make_batch([[[5, 5, 5, 6, 5, EOS]]])
+  config = LossConfig("chi2", 0.0, 1.0, backspace=False, unlikelihood=1.0)
+  both = jax.jit(jax.value_and_grad(lambda l: lib.loss(config, l, batch)[0]))
+  plain = jax.jit(lambda l: lib.loss(MLE, l, batch)[0])
+  for size in (1.0, 30.0, 1e4):
+    logits = np.zeros((1, len(texts[0]), V), np.float32)
+    logits[..., 5] = size
+    value, grads = both(logits)
+    assert np.isfinite(value) and np.isfinite(grads).all() and value > plain(logits)
+
+
 # ----------------------------------------------------------------------------------- numerics
 
 
@@ -261,6 +317,7 @@ def test_no_array_has_a_logit_for_every_action(make_batch):
     ({"alpha": float("nan")}, ["loss.alpha=nan"]),
     ({"gamma": 0.0}, ["loss.gamma=0.0", "(0, 1]"]),
     ({"gamma": 1.01}, ["loss.gamma=1.01", "(0, 1]"]),
+    ({"unlikelihood": -1.0}, ["loss.unlikelihood=-1.0", "at least 0"]),
   ],
 )
 def test_bad_settings(change, words):

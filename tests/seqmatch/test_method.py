@@ -11,6 +11,7 @@ import pytest
 
 from configs import seqmatch_arithmetic
 from seqmatch_jax import method as seqmatch
+from seqmatch_jax import questions
 from seqmatch_jax.actions import replay
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import loop
@@ -21,7 +22,17 @@ from train_jax.errors import UserError
 from train_jax.step import make_train_step
 
 DECAYS = {"sample": 0.9}
-FLAGS = {"prompt": None, "prompts": None, "temperature": None, "num": 3, "seed": 0}
+FLAGS = {
+  "prompt": None,
+  "prompts": None,
+  "temperature": None,
+  "top_k": None,
+  "top_p": None,
+  "stream": False,
+  "num": 3,
+  "seed": 0,
+  "features": None,
+}
 
 
 def get_config(options="two_sum", **changes):
@@ -189,7 +200,7 @@ def test_without_prompts_the_test_questions_are_answered(default, tmp_path):
   _, facts, params = default
   seqmatch.sample_mode(get_config(), facts, lambda: (params, 2), SimpleNamespace(**FLAGS), tmp_path)
   rows = json.loads((tmp_path / "generations.json").read_text())
-  asked = seqmatch.make_examples(get_config())[1]
+  asked = questions.make_examples(get_config())[1]
   assert [row["prompt"] for row in rows] == [x.question for x in asked[:3]]
 
 
@@ -200,6 +211,9 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   )
   record = json.loads((tmp_path / "evaluation.json").read_text())
   assert record["step"] == 2 and record["examples"] == 40 and "exact/T=1" in record
+  flags = SimpleNamespace(**{**FLAGS, "features": "gpt2"})
+  with pytest.raises(UserError, match=r"--features=gpt2 is for the MAUVE of texts"):
+    seqmatch.evaluate_mode(get_config(), facts, None, flags, tmp_path)
 
 
 @pytest.mark.parametrize(

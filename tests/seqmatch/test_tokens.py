@@ -1,8 +1,11 @@
-"""Characters to ids and back."""
+"""Characters and a tokenizer's tokens to ids and back."""
+
+import json
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, Vocab
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, TextVocab, Vocab
 from train_jax.errors import UserError
 
 
@@ -37,3 +40,115 @@ def test_a_backspace_in_a_text_is_refused(text):
   vocab = Vocab.from_texts(["12<backspace>"])
   with pytest.raises(UserError, match="a backspace, which only the model may type"):
     vocab.encode(text)
+
+
+# --- the tokens of a tokenizer.json --------------------------------------------------------------
+
+TEXT = ["the cat sat on the mat, and the naïve café was 20 € away", "the dog sat, too: 日本語"]
+
+
+def byte_level(folder, **config):
+  """Writes a tokenizer like GPT-2's, and `config` as its tokenizer_config.json -> the folder."""
+  made = Tokenizer(models.BPE())
+  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=["<s>", "<|endoftext|>"],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  made.train_from_iterator(TEXT, trainer)
+  made.enable_truncation(3)
+  made.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+def sentence_pieces(folder):
+  """Writes a tokenizer like Llama 2's: spaces as ▁, one before the text, bytes where it must."""
+  letters = sorted(set("▁the catsondm,"))
+  tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters, "▁t", "▁th"]
+  made = Tokenizer(
+    models.BPE(
+      {token: i for i, token in enumerate(tokens)},
+      [("▁", "t"), ("▁t", "h")],
+      unk_token="<unk>",
+      byte_fallback=True,
+      fuse_unk=True,
+    )
+  )
+  made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+  made.decoder = decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  )
+  made.add_special_tokens(["<unk>", "<s>", "</s>"])
+  made.save(str(folder / "tokenizer.json"))
+  (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 0]}))
+  return folder
+
+
+def test_a_tokenizers_tokens_follow_the_special_ones_in_its_own_order(tmp_path):
+  vocab = TextVocab.from_file(byte_level(tmp_path, bos_token="<s>", eos_token="<|endoftext|>"))
+  assert (vocab.bos, vocab.eos) == (0, 1)
+  assert vocab.size == 4 + vocab.hf_size - 2 == len(vocab.hf_ids)
+  assert vocab.hf_ids.tolist() == [-1, 0, 1, -1, *range(2, vocab.hf_size)]
+  made = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  made.no_truncation()
+  ids = vocab.encode(TEXT[0])
+  assert len(ids) > 3
+  assert vocab.hf_ids[ids].tolist() == made.encode(TEXT[0], add_special_tokens=False).ids
+
+
+def test_one_token_that_begins_and_ends_texts_becomes_two(tmp_path):
+  vocab = TextVocab.from_file(byte_level(tmp_path, eos_token={"content": "<|endoftext|>"}))
+  assert vocab.bos == vocab.eos == 1 and vocab.size == 4 + vocab.hf_size - 1
+  assert vocab.hf_ids.tolist() == [-1, 1, 1, -1, 0, *range(2, vocab.hf_size)]
+
+
+@pytest.mark.parametrize("make", [lambda p: byte_level(p, eos_token="<s>"), sentence_pieces])
+def test_a_tokenizers_text_comes_back_and_erasures_are_shown(make, tmp_path):
+  vocab = TextVocab.from_file(make(tmp_path))
+  for text in (*TEXT, "", "an </s> <|endoftext|> <s> in a text is a text"):
+    ids = vocab.encode(text)
+    assert vocab.decode(ids) == text and not set(ids) & {PAD, BOS, EOS, BACKSPACE}
+    assert len(vocab.pieces(ids)) == len(ids)
+  first, second = vocab.encode("the cat"), vocab.encode("the dog")
+  shared = len([1 for a, b in zip(first, second, strict=False) if a == b])
+  typed = [BOS, *first, *[BACKSPACE] * (len(first) - shared), *second[shared:], EOS, PAD]
+  erased = "⌫" * (len(first) - shared)
+  kept = vocab.decode(first[:shared])
+  assert vocab.decode(typed) == "the cat" + erased + "the dog".removeprefix(kept)
+
+
+def test_a_vocabulary_is_made_again_from_its_facts_and_from_no_other_file(tmp_path):
+  vocab = TextVocab.from_file(sentence_pieces(tmp_path) / "tokenizer.json")
+  facts = json.loads(json.dumps(vocab.facts()))
+  (tmp_path / "config.json").unlink()
+  assert TextVocab.from_facts(facts) == vocab and (vocab.bos, vocab.eos) == (1, 2)
+  with (tmp_path / "tokenizer.json").open("a") as file:
+    file.write("\n")
+  with pytest.raises(UserError, match=r"tokenizer.json has the SHA-256 .* put the tokenizer of"):
+    TextVocab.from_facts(facts)
+
+
+def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
+  with pytest.raises(UserError, match=r"tokenizer.json' cannot be read: No such file"):
+    TextVocab.from_file(tmp_path)
+  byte_level(tmp_path)
+  with pytest.raises(UserError, match=r"nothing beside .* says which token ends a text; write"):
+    TextVocab.from_file(tmp_path)
+  byte_level(tmp_path, eos_token="</s>")
+  with pytest.raises(UserError, match=r"names '</s>' as eos token, which its tokenizer does not"):
+    TextVocab.from_file(tmp_path)
+  byte_level(tmp_path, eos_token="<s>")
+  with pytest.raises(UserError, match="a backspace, which only the model may type"):
+    TextVocab.from_file(tmp_path).encode("a\bb")
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(UserError, match=r"is no tokenizer \(.*give a tokenizer.json"):
+    TextVocab.from_file(tmp_path)

@@ -190,7 +190,7 @@ def test_rotary_scores_depend_on_distance_only():
   position = np.array([[0, 1, 2, 2, 7]])
 
   def scores(shift):
-    wave = transformer.waves(position + shift, 8)
+    wave = transformer.waves(position + shift, transformer.frequencies(8, 10_000.0))
     turned = (transformer.rotate(jnp.asarray(x), wave) for x in (q, key))
     return jnp.einsum("bsnf,btnf->bnst", *turned)
 

@@ -12,8 +12,10 @@ import optax
 import pytest
 
 from train_jax import loop, metrics
+from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
+from train_jax.step import Frozen
 
 DECAYS = {"target": 0.5, "sample": 0.99}
 RECORD = {"config": {"name": "tiny"}, "facts": {"classes": 3}}
@@ -305,3 +307,43 @@ def test_damaged_checkpoint_costs_one_interval_only(tmp_path, train, load, diffe
 def test_lengths_and_intervals_must_be_positive(settings, name):
   with pytest.raises(UserError, match=f"{name}=0 must be at least 1"):
     settings(**{name: 0})
+
+
+def test_frozen_arrays_are_seen_by_all_and_saved_by_none(
+  tmp_path, method, train, load, make_mesh, differences, monkeypatch
+):
+  monkeypatch.setattr(mesh_lib, "SMALL", 4)
+  shift = np.linspace(0, 1, 8, dtype=np.float32).reshape(2, 4)
+  made, seen = [], []
+
+  def make(shardings):
+    made.append(jax.device_put({"shift": shift}, shardings))
+    return made[-1]
+
+  def moved(batch, frozen):
+    return {**batch, "x": batch["x"] + frozen["shift"].sum(0)}
+
+  def evaluate(params, step, final, frozen):
+    seen.append(frozen is made[-1])
+    yield "shift", float(frozen["shift"].sum())
+
+  shapes = {"shift": jax.ShapeDtypeStruct((2, 4), np.float32)}
+  learner = method._replace(
+    augment=lambda state, batch, key, frozen: method.augment(state, moved(batch, frozen), key),
+    loss=lambda params, ema, batch, key, frozen: method.loss(
+      params, ema, {**batch, "y": batch["y"] * frozen["shift"][0, 1]}, key
+    ),
+    evaluate=evaluate,
+    frozen=Frozen(shapes, make),
+  )
+
+  def plain_stream(seed, position):
+    for rows in method.stream(seed, position):
+      yield {**rows, "x": rows["x"] + shift.sum(0), "y": rows["y"] * shift[0, 1]}
+
+  assert train(tmp_path / "frozen", learner, make_mesh(2, 2), eval_every=2)
+  assert train(tmp_path / "plain", method._replace(stream=plain_stream), make_mesh(2, 2))
+  (found, _), (expected, _) = load(tmp_path / "frozen"), load(tmp_path / "plain")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+  assert seen == [True, True] and not made[0]["shift"].is_deleted()
+  assert made[0]["shift"].addressable_shards[0].data.size == 4  # split over fsdp, as all is

@@ -1,5 +1,7 @@
 """Safetensors files: names and shapes are checked, mistakes cost a sentence."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -42,3 +44,21 @@ def test_files_that_are_no_weights(tmp_path):
   (tmp_path / "bad.safetensors").write_bytes(b"x" * 64)
   with pytest.raises(UserError, match="not a whole safetensors file"):
     Weights(tmp_path / "bad.safetensors")
+
+
+def test_a_folder_is_its_files_and_parts_are_read(tmp_path):
+  a, b = np.arange(12.0).reshape(3, 4), np.arange(4.0)
+  save(tmp_path / "one.safetensors", {"a": a}, {})
+  save(tmp_path / "two.safetensors", {"b": b}, {})
+  index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+  stored = Weights(tmp_path)
+  assert stored.shapes == {"a": (3, 4), "b": (4,)}
+  np.testing.assert_array_equal(stored.part("a", (slice(1, 3), slice(0, 2))), a[1:3, :2])
+  np.testing.assert_array_equal(stored.get("b", (4,)), b)
+  (tmp_path / "model.safetensors.index.json").write_text("{}")
+  with pytest.raises(UserError, match=r"index.json cannot be read \(KeyError"):
+    Weights(tmp_path)
+  (tmp_path / "model.safetensors.index.json").unlink()
+  with pytest.raises(UserError, match=r"model.safetensors' cannot be read"):
+    Weights(tmp_path)

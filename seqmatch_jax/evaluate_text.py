@@ -1,0 +1,83 @@
+"""How good is a policy at text, where there is no right answer? Perplexity, erasures, endings.
+
+Dimensions: m texts, a actions, l tokens of a text, p of a prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from seqmatch_jax.actions import Noise
+from seqmatch_jax.packing import Packed
+from seqmatch_jax.rollout import Rollout
+from seqmatch_jax.tokens import BACKSPACE, PAD
+from train_jax import mesh as mesh_lib
+
+
+def likelihood(
+  total: Callable, params, held: Packed, vocab, rows: int, batch: int
+) -> Iterator[tuple[str, float]]:
+  """Perplexity of the first `rows` rows of held-out text, for each token and for each character.
+
+  <eos> counts as a token and as no character; prompts count as neither.
+
+  Args:
+    total: see `evaluate.make_total`.
+    batch: rows that are computed at a time.
+  """
+  quiet, log_likelihood, count = Noise(0.0, held.errors), 0.0, 0.0
+  for start in range(0, rows, batch):
+    index = np.arange(start, start + batch)
+    made = held.batch(index % rows, np.random.default_rng(0), quiet)
+    # The last batch is filled with rows that carry no loss: one shape, one compilation.
+    made["weight"] = made["weight"] * (index < rows)[:, None]
+    sums = jax.device_get(total(params, made))
+    log_likelihood, count = log_likelihood + float(sums[0]), count + float(sums[1])
+  pieces, _ = held.pieces(np.arange(rows))
+  lengths = zip(held.texts(pieces), held.prompts(pieces)[1] - 1, strict=True)
+  characters = sum(len(vocab.decode(text[k:].tolist())) for text, k in lengths)
+  yield "perplexity/token", math.exp(-log_likelihood / count)
+  yield "perplexity/character", math.exp(-log_likelihood / max(characters, 1))
+
+
+def generations(
+  generate: Callable,
+  params,
+  prompt: np.ndarray,
+  length: np.ndarray,
+  batch: int,
+  seed: int,
+  backspace: bool,
+  top_p: float | None = None,
+) -> Rollout:
+  """Goes on from prompts [m, p] at temperature 1, `batch` at a time; NumPy arrays."""
+  key, made = jax.random.key(seed), []
+  for start in range(0, len(prompt), batch):
+    row = np.arange(start, start + batch)
+    chosen = row % len(prompt)  # the last batch is filled: one shape, one compilation
+    out = generate(params, prompt[chosen], length[chosen], key, row, 1.0, backspace, top_p=top_p)
+    made.append([mesh_lib.fetch(x) for x in out])
+  return Rollout(*(np.concatenate(parts)[: len(prompt)] for parts in zip(*made, strict=True)))
+
+
+def measure(made: Rollout, name: str) -> Iterator[tuple[str, float]]:
+  """Yields ("backspaces/NAME", value) and so on.
+
+  `backspaces`, the share of all actions; `erasing`, the share of texts with one; `run`, how many
+  follow each other, in the mean; `finished`, the share of texts that came to <eos> before there was
+  no more room; `tokens`, how many a text has in the end, its prompt included.
+  """
+  erased = made.actions == BACKSPACE
+  count = erased.sum()
+  yield "backspaces/" + name, float(count / np.sum(made.actions != PAD))
+  if count:
+    begins = erased & ~np.pad(erased, ((0, 0), (1, 0)))[:, :-1]
+    yield "erasing/" + name, float(erased.any(1).mean())
+    yield "run/" + name, float(count / begins.sum())
+  finished = made.finished & (made.length < made.tokens.shape[1])
+  yield "finished/" + name, float(finished.mean())
+  yield "tokens/" + name, float(made.length.mean() - 1)

@@ -1,0 +1,116 @@
+"""The decoder that a config asks for: drawn or pretrained, learned as a whole or by adapters.
+
+    config.pretrained   a folder as Hugging Face lays it out; "": drawn, with config.model's sizes
+    config.erase_bias   how far the logit of its new <backspace> is lowered
+    config.lora         rank (0: all parameters are learned), alpha, targets, base
+
+`facts` are those saved with a checkpoint; they hold a pretrained decoder's sizes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from seqmatch_jax import pretrained, tokens, transformer
+from seqmatch_jax.sizes import TransformerConfig
+from seqmatch_jax.tokens import TextVocab
+from train_jax import lora
+from train_jax import mesh as mesh_lib
+from train_jax.errors import UserError
+from train_jax.lazy import Lazy
+from train_jax.state import flatten
+from train_jax.step import Frozen
+
+
+def with_tokenizer(config):
+  """`config`, or a copy in which the data's tokens are those of the pretrained decoder."""
+  if not config.get("pretrained") or config.data.get("tokenizer"):
+    return config
+  pretrained.read_sizes(config.pretrained)  # a folder that is none is refused as that
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.data.tokenizer = config.pretrained
+  return config
+
+
+def make_facts(config, facts: dict) -> dict:
+  """`facts` of the data, and the sizes of the pretrained decoder, if there is one.
+
+  Raises:
+    UserError: the folder is not one, or the data have other tokens than it, or longer texts.
+  """
+  if not config.get("pretrained"):
+    return facts
+  sizes, vocab = pretrained.read_sizes(config.pretrained), TextVocab.from_file(config.pretrained)
+  if facts.get("tokenizer", {}).get("sha256") != vocab.sha256:
+    raise UserError(
+      f"pretrained={config.pretrained!r} has a tokenizer that these data were not encoded with; "
+      "encode them with it, or leave data.tokenizer empty."
+    )
+  longest = max(facts["max_length"], config.data.context)
+  TransformerConfig(vocab=vocab.size, **sizes).check_length(longest)
+  return {**facts, "sizes": sizes}
+
+
+def make_sizes(config, facts: dict) -> TransformerConfig:
+  """Sizes of the network: those of the pretrained one, if there is one, else the config's.
+
+  `config.model.vocab` may ask for more tokens than there are, as large as some pretrained model's.
+  """
+  sizes, vocab = dict(config.model), tokens.from_facts(facts).size
+  most = sizes.pop("vocab", 0)
+  if "sizes" in facts:
+    sizes, most = {**sizes, **facts["sizes"]}, 0
+  if config.get("lora") and config.lora.rank:
+    sizes["lora"] = lora.LoraConfig(**config.lora)
+  return TransformerConfig(vocab=max(vocab, most), **sizes)
+
+
+def make_network(config, facts: dict) -> transformer.Network:
+  """The network as functions."""
+  return transformer.make_network(make_sizes(config, facts))
+
+
+def read(config, facts: dict) -> dict[str, Lazy]:
+  """All parameters of the pretrained decoder by name, checked but not read; {} without one."""
+  if not config.get("pretrained"):
+    return {}
+  sizes, vocab = make_sizes(config, facts), tokens.from_facts(facts)
+  return pretrained.read(config.pretrained, sizes, vocab, config.erase_bias)
+
+
+def make_given(config, facts: dict) -> dict[str, Lazy]:
+  """The pretrained parameters that are learned from here on, by name."""
+  network, key, found = make_network(config, facts), jax.random.key(0), read(config, facts)
+  learned = flatten(jax.eval_shape(network.init, key))
+  if found and jax.process_index() == 0:
+    count = sum(math.prod(a.shape) for a in found.values()) / 1e6
+    own = sum(a.size for a in learned.values()) / 1e6
+    print(f"began from {config.pretrained}: {count:.1f} M parameters; {own:.2f} M are learned")
+  return {name: a for name, a in found.items() if name in learned}
+
+
+def make_frozen(config, facts: dict) -> Frozen | None:
+  """The parameters that are not learned: pretrained, or else drawn. None without LoRA."""
+  draw, key = make_network(config, facts).frozen, jax.random.key(config.seed)
+  shapes = jax.eval_shape(draw, key)
+  if not shapes:
+    return None
+
+  def make(shardings):
+    if not config.get("pretrained"):
+      return jax.jit(draw, out_shardings=shardings)(key)
+    return pretrained.place(read(config, facts), shapes, shardings)
+
+  return Frozen(shapes, make)
+
+
+def load_whole(config, facts: dict, load) -> tuple[dict, int]:
+  """(all of the network's parameters, step) of a checkpoint; `load() -> (those learned, step)`."""
+  params, step = load()
+  if frozen := make_frozen(config, facts):
+    shardings = mesh_lib.state_sharding(frozen.shapes, mesh_lib.make_mesh())
+    params = lora.join(params, frozen.make(shardings))
+  return params, step

@@ -1,0 +1,108 @@
+"""The task of questions with one right answer: files, or generated arithmetic (see data.py)."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from seqmatch_jax import data, evaluate, tokens
+from seqmatch_jax.actions import Noise
+from seqmatch_jax.data import Encoded, Example
+from seqmatch_jax.task import Asked, Task
+from seqmatch_jax.tokens import Vocab
+from train_jax import mesh as mesh_lib
+from train_jax.errors import UserError
+
+TEMPERATURE = 0.0  # of a generation, where none is asked for
+GAP = "  "  # between a prompt and what is typed, as it is shown
+SOURCES = ("files", "add_or_sub_in_base", "two_sum")
+
+
+def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+  """Training and test examples of `config.data`."""
+  source, wanted = config.data, config.data.examples + config.data.tests
+  if source.source == "files":
+    train = source.train or data.OFFICIAL / "add_or_sub_in_base_train.txt"
+    test = source.test or data.OFFICIAL / "add_or_sub_in_base_test.txt"
+    return data.read_module(train), data.read_module(test)
+  if min(source.examples, source.tests) < 1:
+    raise UserError(
+      f"data.examples={source.examples} and data.tests={source.tests} must be at least 1."
+    )
+  if source.source == "two_sum":
+    made = data.make_two_sum(wanted, 0, source.numbers, source.modulus)
+  else:
+    made = data.make_add_or_sub_in_base(wanted, 0)
+  return made[: source.examples], made[source.examples :]
+
+
+def _check_lanes(config, mesh) -> None:
+  lanes, parts = config.data.lanes, mesh_lib.batch_parts(mesh)
+  if lanes < 1 or config.batch % (lanes * parts):
+    raise UserError(
+      f"data.lanes={lanes}: batch={config.batch} does not divide into rows of {lanes} examples in "
+      f"{parts} parts; choose data.lanes=1, or a batch that is a multiple of "
+      f"{max(lanes, 1) * parts}."
+    )
+
+
+def make_task(config, mesh) -> Task:
+  """Questions of `config.data`; raises UserError if they do not fit the config."""
+  _check_lanes(config, mesh)
+  train, test = make_examples(config)
+  vocab = Vocab.from_texts([text for x in (*train, *test) for text in (x.question, x.answer)])
+  known, asked = (data.encode(x, vocab, config.data.context) for x in (train, test))
+  # What a generation may take: the data's longest row, and as many errors as the data make.
+  answers, erasures = max(x.actions(Noise()) for x in (known, asked)), config.eval.erasures
+  facts = {
+    **tokens.to_facts(vocab),
+    "max_length": max(x.nodes(Noise()) for x in (known, asked)),
+    "max_actions": answers + 2 * erasures,
+    "max_erasures": erasures,
+  }
+  lanes = config.data.lanes
+  rows = mesh_lib.process_rows(config.batch // lanes, mesh)
+
+  def stream(noise, seed, position):
+    return data.stream(known, noise, config.batch, rows, seed, position, lanes)
+
+  def measure(network, generate, loss_config):
+    return _evaluate(config, asked, network, generate, loss_config, facts["max_actions"])
+
+  return Task(facts, known.prompt.shape[1], config.batch, stream, measure)
+
+
+def _evaluate(config, asked: Encoded, network, generate, loss_config, max_actions: int):
+  """`Method.evaluate`: all test examples at the end, a quarter of them on the way."""
+  likelihood = evaluate.make_likelihood(network.apply, loss_config, config.batch)
+
+  def run(params, step: int, final: bool):
+    del step
+    few = asked if final else asked.first(max(len(asked.answer) // 4, 1))
+
+    def actions(temperature, backspace, forced, seed):
+      if forced is None:  # an array in any case: one compilation serves all
+        forced = np.zeros((len(few.answer), max_actions), np.int32)
+      key, row = jax.random.key(seed), np.arange(len(few.answer))
+      made = generate(
+        params, few.prompt, few.prompt_length, key, row, temperature, backspace, forced=forced
+      )
+      return mesh_lib.fetch(made.actions)
+
+    yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
+    yield "log_likelihood/data", likelihood(params, few)
+
+  return run
+
+
+def make_evaluate(config, facts: dict, network, generate, loss_config):
+  """(`Method.evaluate`, number of test examples)."""
+  asked = data.encode(make_examples(config)[1], tokens.from_facts(facts), config.data.context)
+  run = _evaluate(config, asked, network, generate, loss_config, facts["max_actions"])
+  return run, len(asked.answer)
+
+
+def ask(config, facts: dict, given: list[str], count: int) -> Asked:
+  """The prompts that are `given`, or else the first `count` test questions."""
+  texts = given or [x.question for x in make_examples(config)[1][:count]]
+  return Asked(texts, *data.encode_prompts(texts, tokens.from_facts(facts), facts["max_length"]))

@@ -1,0 +1,111 @@
+"""Generations for a reader: all prompts at once, or one after the other while it is typed.
+
+Dimensions: b prompts, a actions.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from seqmatch_jax.show import END, Screen, Typist, strokes
+from seqmatch_jax.task import Asked
+from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax.errors import UserError
+
+EVERY = 8  # actions between two looks at a generation that is shown while it is typed
+KEYS_A_SECOND = 40  # as they are shown, or one sees nothing of a fast model's erasures
+
+
+def prompts(flags) -> list[str]:
+  """The prompts that the flags ask for; [] if they do not."""
+  if flags.prompts and flags.prompt:
+    raise UserError("--prompt and --prompts are both given; choose one.")
+  if flags.prompts:
+    try:
+      lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+      raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
+    return [line for line in lines if line.strip()]
+  return flags.prompt or []
+
+
+def together(
+  generate: Callable,
+  params,
+  asked: Asked,
+  vocab: Vocab | TextVocab,
+  key: jax.Array,
+  settings: dict,
+  batch: int,
+) -> tuple[list[list[str]], float]:
+  """Goes on from all prompts, `batch` at a time -> (keys of each, seconds without compilation).
+
+  Args:
+    generate: see `rollout.make_rollout`; `settings` are its last arguments.
+  """
+  size = min(batch, len(asked.texts))
+
+  def run(start: int):
+    row = np.arange(start, start + size)
+    chosen = np.minimum(row, len(asked.texts) - 1)  # the last batch is filled: one compilation
+    made = generate(params, asked.prompt[chosen], asked.length[chosen], key, row, **settings)
+    return np.asarray(made.actions)[: len(asked.texts) - start]
+
+  run(0)
+  start = time.perf_counter()
+  actions = np.concatenate([run(first) for first in range(0, len(asked.texts), size)])
+  seconds = time.perf_counter() - start
+  rows = zip(actions.tolist(), asked.prompt, asked.length, strict=True)
+  return [strokes(row, vocab, prompt[:k].tolist()) for row, prompt, k in rows], seconds
+
+
+def live(
+  stream: Callable,
+  params,
+  asked: Asked,
+  vocab: Vocab | TextVocab,
+  key: jax.Array,
+  settings: dict,
+  gap: str,
+) -> tuple[list[list[str]], float]:
+  """Goes on from one prompt after the other and types what comes into the terminal.
+
+  Args:
+    stream: see `rollout.make_stream`.
+
+  Returns:
+    (keys of each, seconds that generation took, without compilation).
+  """
+  typed, seconds = [], 0.0
+  next(stream(params, asked.prompt[:1], asked.length[:1], key, np.array([0]), **settings))
+  for i, text in enumerate(asked.texts):
+    screen, mine = Screen.of(sys.stdout), []
+    screen.prompt(text + gap)
+    prompt, length = asked.prompt[i : i + 1], asked.length[i : i + 1]
+    typist = Typist(vocab, prompt[0, : length[0]].tolist())
+    start = time.perf_counter()
+    for actions in stream(params, prompt, length, key, np.array([i]), **settings):
+      seconds += time.perf_counter() - start
+      mine += (keys := typist.keys(actions[0].tolist()))
+      for stroke in keys:
+        screen.key(stroke)
+        time.sleep(1 / KEYS_A_SECOND if screen.columns else 0)
+      start = time.perf_counter()
+    print(flush=True)
+    typed.append(mine)
+  return typed, seconds
+
+
+def speed(typed: Sequence[Sequence[str]], seconds: float) -> str:
+  """How fast that was, in words."""
+  actions = sum(map(len, typed))
+  tokens = sum(key not in ("\b", END) for keys in typed for key in keys)
+  return (
+    f"{tokens / seconds:.0f} tokens/s; with erasures and ends {actions / seconds:.0f} actions/s"
+  )

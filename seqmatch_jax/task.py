@@ -1,0 +1,51 @@
+"""The seam between what is written (questions with answers, or text) and how it is learned.
+
+A task is a module with two constants, TEMPERATURE and GAP (see questions.py), and three functions:
+
+    make_task(config, mesh) -> Task
+    make_evaluate(config, facts, network, generate, loss_config) -> (evaluate, how many are asked)
+    ask(config, facts, texts given or [], count) -> Asked, for --mode=sample
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from seqmatch_jax.actions import Noise
+
+
+class Task(NamedTuple):
+  """What there is to learn.
+
+  Attributes:
+    facts: JSON that sampling needs: the vocabulary (see `tokens.from_facts`), and the limits of a
+      generation (see `rollout.RolloutConfig`).
+    prompt: tokens of the longest prompt in a batch, <bos> included.
+    prompts: how many prompts a batch has.
+    stream: (noise, seed, position) -> iterator of this process's batches, see `actions.tree`; with
+      prompts to roll out from: `prompt` int32 [b, prompt], `prompt_length` int32 [b].
+    evaluate: (network, generate, loss config) -> `Method.evaluate`, see train_jax/step.py.
+  """
+
+  facts: dict
+  prompt: int
+  prompts: int
+  stream: Callable[[Noise, int, int], Iterator[dict[str, np.ndarray]]]
+  evaluate: Callable[..., Callable]
+
+
+class Asked(NamedTuple):
+  """Prompts to go on from.
+
+  Attributes:
+    texts: as the reader sees them.
+    prompt: int32 [b, p], <bos> first, PAD last.
+    length: int32 [b].
+  """
+
+  texts: list[str]
+  prompt: np.ndarray
+  length: np.ndarray

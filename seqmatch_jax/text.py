@@ -1,0 +1,174 @@
+"""The task of text without a right answer: documents of a corpus (see corpus.py, packing.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from seqmatch_jax import (
+  corpus,
+  data,
+  documents,
+  evaluate,
+  evaluate_text,
+  packing,
+  quality,
+  text_features,
+  tokens,
+)
+from seqmatch_jax.documents import Documents
+from seqmatch_jax.task import Asked, Task
+from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax import mesh as mesh_lib
+from train_jax.errors import UserError
+
+TEMPERATURE = 1.0  # of a generation, where none is asked for
+GAP = ""  # between a prompt and what is typed, as it is shown
+
+
+def _find(path: str, key: str) -> corpus.Texts:
+  return corpus.find(path, f"data.{key}") if path else corpus.python_prose()
+
+
+def _characters(texts: list[corpus.Texts]) -> Vocab:
+  """One token for each character there is."""
+  found = {*()}
+  for source in texts:
+    for i in range(source.size):
+      found.update(documents.read_text(source, i))
+  return Vocab.from_texts([found])
+
+
+def open_documents(
+  source, vocab: Vocab | TextVocab | None = None
+) -> tuple[Documents, Documents, Vocab | TextVocab]:
+  """Training and test documents of `config.data`, and their vocabulary.
+
+  Args:
+    vocab: what texts are encoded with; None chooses as `config.data` says.
+
+  Raises:
+    UserError: they cannot be read, or do not belong together.
+  """
+  if documents.is_set(source.path):
+    train, stored = documents.open_set(source.path)
+    vocab = _check_same(source.path, stored, vocab)
+    if not source.test:
+      return *train.split(source.tests), vocab
+    if not documents.is_set(source.test):
+      return train, documents.encode_texts(_find(source.test, "test"), vocab), vocab
+    test, other = documents.open_set(source.test)
+    _check_same(source.test, other, vocab)
+    return train, test, vocab
+  texts = [_find(source.path, "path")] + ([_find(source.test, "test")] if source.test else [])
+  if vocab is None and source.tokenizer:
+    vocab = TextVocab.from_file(source.tokenizer)
+  if vocab is None:
+    vocab = _characters(texts) if source.path else Vocab(tuple(corpus.PRINTABLE))
+  encoded = [documents.encode_texts(x, vocab) for x in texts]
+  return (*encoded, vocab) if source.test else (*encoded[0].split(source.tests), vocab)
+
+
+def _check_same(path: str, stored: Vocab | TextVocab, vocab: Vocab | TextVocab | None):
+  """`vocab`, or where it is None, `stored`; UserError if they differ."""
+
+  def mark(x):
+    return x.sha256 if isinstance(x, TextVocab) else x.symbols
+
+  if vocab is not None and mark(vocab) != mark(stored):
+    raise UserError(
+      f"the documents in {path!r} were encoded with other tokens than this run has; encode them "
+      "with its tokenizer."
+    )
+  return stored if vocab is None else vocab
+
+
+def _pack(config, found: Documents, vocab) -> packing.Packed:
+  source = config.data
+  return packing.pack(found, vocab.size, source.context, config.noise.max_errors, source.prompt)
+
+
+def make_task(config, mesh) -> Task:
+  """Documents of `config.data`; raises UserError if they do not fit the config."""
+  if config.noise.source != "uniform":
+    raise UserError(
+      f"noise.source={config.noise.source!r} is for questions; choose 'uniform' for text."
+    )
+  train, test, vocab = open_documents(config.data)
+  packed, erasures = _pack(config, train, vocab), config.eval.erasures
+  most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
+  facts = {
+    **tokens.to_facts(vocab),
+    "max_length": most,
+    "max_actions": most + 2 * erasures,
+    "max_erasures": erasures,
+  }
+  mesh_lib.check_batch(config.batch, mesh)
+  rows = mesh_lib.process_rows(config.batch, mesh)
+
+  def stream(noise, seed, position):
+    return packing.stream(packed, noise, config.batch, rows, seed, position)
+
+  def measure(network, generate, loss_config):
+    return _evaluate(config, _pack(config, test, vocab), vocab, network, generate, loss_config)
+
+  return Task(facts, 1 + config.data.prompt, config.batch, stream, measure)
+
+
+def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config):
+  """`Method.evaluate`: all that is held out at the end, a quarter of it on the way."""
+  total = evaluate.make_total(network.apply, loss_config)
+  features = text_features.load(config.eval.features) if config.eval.features else None
+  settings = {"T=1": (loss_config.backspace, None), "p=0.95": (loss_config.backspace, 0.95)}
+  if loss_config.backspace:
+    settings["T=1, forbidden"] = (False, None)
+
+  def run(params, step: int, final: bool):
+    del step
+    rows = held.rows if final else max(held.rows // 4, 1)
+    count = config.eval.samples if final else max(config.eval.samples // 4, 1)
+    yield from evaluate_text.likelihood(total, params, held, vocab, rows, config.batch)
+    real = quality.real(held, _first(held)[:count])
+    yield from quality.variety(real, "real")
+    known = quality.embed(real, vocab, features) if features else None
+    prompt, length = beginnings(held, count)
+    for name, (backspace, top_p) in settings.items():
+      made = evaluate_text.generations(
+        generate, params, prompt, length, config.batch, config.seed, backspace, top_p
+      )
+      yield from evaluate_text.measure(made, name)
+      texts = quality.Texts(made.tokens, length, made.length)
+      yield from quality.variety(texts, name)
+      if features:
+        yield from quality.closeness(known, quality.embed(texts, vocab, features), name)
+
+  return run
+
+
+def _first(held: packing.Packed) -> np.ndarray:
+  """The pieces that held-out documents begin with, in the order of these."""
+  first = np.flatnonzero(held.start == 0)
+  return first[np.argsort(held.document[first])]
+
+
+def beginnings(held: packing.Packed, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """(prompt int32 [count, p], length int32 [count]): how held-out documents begin, in turn."""
+  first = _first(held)
+  return held.prompts(first[np.arange(count) % len(first)])
+
+
+def make_evaluate(config, facts: dict, network, generate, loss_config):
+  """(`Method.evaluate`, number of generations)."""
+  _, test, vocab = open_documents(config.data, tokens.from_facts(facts))
+  held = _pack(config, test, vocab)
+  run = _evaluate(config, held, vocab, network, generate, loss_config)
+  return run, config.eval.samples
+
+
+def ask(config, facts: dict, given: list[str], count: int) -> Asked:
+  """The prompts that are `given`, or else the beginnings of `count` held-out documents."""
+  vocab = tokens.from_facts(facts)
+  if given:
+    return Asked(given, *data.encode_prompts(given, vocab, facts["max_length"]))
+  _, test, vocab = open_documents(config.data, vocab)
+  prompt, length = beginnings(_pack(config, test, vocab), count)
+  return Asked([vocab.decode(row.tolist()) for row in prompt], prompt, length)

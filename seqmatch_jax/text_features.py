@@ -1,0 +1,108 @@
+"""Features of texts for MAUVE: hidden states of a decoder, before its output layer.
+
+Of pretrained weights it is the state at a text's last token, no <bos> before it, as in the
+mauve-text package (which has GPT-2 large). Of a run of ours it is the mean over the text: small
+models of characters end all texts in about the same state, after the same full stop.
+
+Dimensions: m texts, b of them at a time, l tokens, k width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from seqmatch_jax import model, pretrained, tokens, transformer
+from seqmatch_jax.sizes import TransformerConfig
+from seqmatch_jax.tokens import BOS, PAD, TextVocab, Vocab
+from train_jax import mesh as mesh_lib
+from train_jax.checkpoint import Checkpoints
+from train_jax.errors import UserError
+
+BATCH = 32
+CONTEXT = 1024  # tokens of a text that are read, at most
+
+Features = Callable[[Sequence[str]], np.ndarray]
+
+
+def load(path: str) -> Features:
+  """The network at `path`, as texts -> float32 [m, k].
+
+  Args:
+    path: the workdir of a run on text, or a folder of GPT-2's or Llama's weights as Hugging Face
+      lays it out.
+
+  Raises:
+    UserError: there is none.
+  """
+  checkpoints = Checkpoints(Path(path).expanduser())
+  if not checkpoints.steps():
+    return _pretrained(path)
+  run = checkpoints.require_meta()
+  config, facts = ConfigDict(run["config"]), run["facts"]
+  if config.method != "seqmatch":
+    raise UserError(
+      f"eval.features={path!r} is a run of method {config.method!r}; give one on text, or a folder "
+      "of GPT-2's weights."
+    )
+  network = model.make_network(config, facts)
+  abstract = jax.eval_shape(network.init, jax.random.key(0))
+  params, _ = model.load_whole(config, facts, lambda: checkpoints.restore_ema("sample", abstract))
+  checkpoints.close()
+  return make_features(network.features, params, tokens.from_facts(facts), last=False)
+
+
+def _pretrained(folder: str) -> Features:
+  """Of a Hugging Face folder."""
+  if not (Path(folder).expanduser() / "config.json").is_file():
+    raise UserError(
+      f"eval.features={folder!r} holds no network; give the workdir of a run on text, or a folder "
+      "with config.json, tokenizer.json and safetensors files, as Hugging Face lays it out."
+    )
+  vocab = TextVocab.from_file(folder)
+  sizes = TransformerConfig(vocab=vocab.size, **pretrained.read_sizes(folder))
+  network = transformer.make_network(sizes)
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  shardings = mesh_lib.state_sharding(shapes, mesh_lib.make_mesh())
+  params = pretrained.place(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
+  most = min(CONTEXT, sizes.context or CONTEXT)
+  return make_features(network.features, params, vocab, last=True, most=most)
+
+
+def make_features(
+  hidden: Callable, params, vocab: Vocab | TextVocab, last: bool, most: int = CONTEXT
+) -> Features:
+  """`hidden` (see `transformer.Network.features`) as texts -> float32 [m, k].
+
+  Args:
+    last: the state at the last token, without <bos>; otherwise the mean over tokens, <bos> too.
+    most: tokens that are read of a text.
+  """
+
+  @jax.jit
+  def pooled(params, token, length):
+    index = jnp.arange(token.shape[1])
+    inside = index < length[:, None]
+    end = jnp.where(inside, length[:, None], index + 1)
+    state = hidden(params, token, jnp.where(inside, index, 0), end)  # [b, l, k]
+    weight = (index == length[:, None] - 1) if last else inside / length[:, None]
+    return jnp.einsum("bl,blk->bk", weight.astype(state.dtype), state)
+
+  def features(texts: Sequence[str]) -> np.ndarray:
+    encoded = [[*([] if last else [BOS]), *vocab.encode(text)][:most] or [BOS] for text in texts]
+    # One shape for all batches, and few for all calls.
+    width = min(most, -(-max(map(len, encoded)) // 64) * 64)
+    token = np.full((-(-len(texts) // BATCH) * BATCH, width), PAD, np.int32)
+    length = np.ones(len(token), np.int32)
+    for i, ids in enumerate(encoded):
+      token[i, : len(ids)], length[i] = ids, len(ids)
+    rows = [slice(i, i + BATCH) for i in range(0, len(token), BATCH)]
+    found = [np.asarray(pooled(params, token[row], length[row])) for row in rows]
+    return np.concatenate(found)[: len(texts)]
+
+  return features

@@ -1,0 +1,154 @@
+"""Pretrained decoders in runs: what is learned, what is frozen, programs without weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import main
+from configs import seqmatch_text
+from seqmatch_jax import method as seqmatch
+from seqmatch_jax import model
+from tests.seqmatch import hf_folder
+from train_jax import lora
+from train_jax import mesh as mesh_lib
+from train_jax import state as state_lib
+from train_jax.errors import UserError
+from train_jax.state import flatten
+from train_jax.step import make_train_step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return hf_folder.write(tmp_path_factory.mktemp("hf") / "model", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def get_config(folder, tmp_path_factory):
+  """keywords of config.lora -> a run on sentences of w0 w1 ..., off-policy."""
+  path, rng = tmp_path_factory.mktemp("texts") / "texts.jsonl", np.random.default_rng(0)
+  texts = [" ".join(f"w{i}" for i in rng.integers(0, 200, 40)) for _ in range(30)]
+  path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+
+  def make(**kwargs):
+    config = seqmatch_text.get_config("bc,debug")
+    config.data.path, config.data.tests, config.data.context = str(path), 8, 32
+    with config.unlocked():
+      config.pretrained, config.erase_bias = str(folder), -5.0
+      config.lora = ConfigDict(
+        {"rank": 0, "alpha": 8.0, "targets": ("q", "v"), "base": "float32", **kwargs}
+      )
+    return config
+
+  return make
+
+
+def first_step(config, mesh):
+  """(parameters before, after one step, metrics, frozen) of a run."""
+  method, facts = seqmatch.make_method(config, mesh)
+  tx = main.make_optimizer(config)
+  init = state_lib.create(method, tx, {"sample": 0.9}, 0)
+  shardings = mesh_lib.state_sharding(jax.eval_shape(init), mesh)
+  given = mesh_lib.place(main.make_given(config, facts), flatten(shardings.params))
+  state = jax.jit(init, out_shardings=shardings)(given)
+  frozen = ()
+  if method.frozen:
+    frozen = (method.frozen.make(mesh_lib.state_sharding(method.frozen.shapes, mesh)),)
+  batch = mesh_lib.to_global(next(method.stream(0, 5)), mesh)
+  step = jax.jit(mesh_lib.within(mesh, make_train_step(method, tx, {"sample": 0.9}, 1.0)))
+  after, metrics = step(state, batch, *frozen)
+  return flatten(state.params), flatten(after.params), metrics, frozen
+
+
+@pytest.mark.slow  # half a minute; the parts of it have tests of their own
+def test_a_run_of_adapters_begins_where_one_of_everything_does(get_config, make_mesh, monkeypatch):
+  monkeypatch.setattr(mesh_lib, "SMALL", 64)
+  mesh = make_mesh(2, 2)
+  whole, _, expected, none = first_step(get_config(), mesh)
+  before, after, metrics, (frozen,) = first_step(get_config(rank=2), mesh)
+  assert none == ()
+  np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+  assert set(before) == {
+    *(f"blocks.qkv.{part}_{which}" for part in "qv" for which in "ab"),
+    "erase.kernel",
+    "erase.bias",
+  }
+  moved = {name for name in before if np.any(before[name] != after[name])}
+  assert moved == {"blocks.qkv.q_b", "blocks.qkv.v_b", "erase.kernel", "erase.bias"}
+  for name, value in flatten(frozen).items():
+    np.testing.assert_array_equal(value, whole[name])
+  assert {*flatten(frozen), "erase.kernel", "erase.bias"} == set(whole)
+
+
+def facts_of(config):
+  vocab = model.TextVocab.from_file(config.pretrained)
+  return model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 32})
+
+
+def test_what_is_learned_is_given_and_the_rest_is_frozen(get_config, capsys):
+  config = get_config(rank=2, base="bfloat16")
+  facts = json.loads(json.dumps(facts_of(config)))
+  assert set(model.make_given(config, facts)) == {"erase.kernel", "erase.bias"}
+  assert f"began from {config.pretrained}: 0.2 M parameters; 0.00 M are learned" in (
+    capsys.readouterr().out
+  )
+  frozen = model.make_frozen(config, facts)
+  assert frozen.shapes["blocks"]["down"]["kernel"].dtype == "bfloat16"
+  load = lambda: ({"blocks": {"qkv": {"q_a": 1}}, "erase": 2}, 7)  # noqa: E731
+  params, step = model.load_whole(config, facts, load)
+  assert step == 7 and params["blocks"]["qkv"]["q_a"] == 1 and params["erase"] == 2
+  table = hf_folder.tensors("gpt2")["transformer.wpe.weight"]
+  np.testing.assert_array_equal(params["place"]["embedding"], table.astype("bfloat16"))
+  everything = get_config()
+  assert model.make_frozen(everything, facts) is None
+  assert len(model.make_given(everything, facts)) == len(frozen_names(frozen)) + 2
+
+
+def frozen_names(frozen):
+  return list(flatten(frozen.shapes))
+
+
+def test_without_weights_the_frozen_are_drawn(get_config):
+  config = get_config(rank=2, base="int8")
+  config.pretrained = ""
+  facts = {"symbols": list("abc")}
+  frozen = model.make_frozen(config, facts)
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  drawn = frozen.make(mesh_lib.state_sharding(frozen.shapes, mesh))
+  assert drawn["blocks"]["down"]["kernel"].dtype == np.int8
+  assert np.abs(drawn["blocks"]["down"]["kernel"]).max() == 127
+  network = model.make_network(config, facts)
+  learned = jax.eval_shape(network.init, jax.random.key(1))
+  token = np.array([[1, 4, 5]])
+  apply = lambda *args: network.apply(lora.join(*args), token, token * 0, token * 0 + 3)  # noqa: E731
+  assert jax.eval_shape(apply, learned, drawn).shape == (1, 3, 7)
+
+
+def test_a_step_with_frozen_parameters_is_compiled_without_weights(get_config):
+  config = get_config(rank=2, base="bfloat16")
+  config.pretrained, config.data.path = "nowhere", "nowhere"
+  config.mesh.fsdp = 8
+  with config.unlocked():
+    config.data.vocab = 300
+    config.model.update(width=128, hidden=256, erase=True)
+  (step,) = main.compile_for(config, "cpu:8")
+  frozen = 2 * (2 * 300 * 128 + 2 * (4 * 128 * 128 + 3 * 128 * 256))  # bytes, of all chips
+  np.testing.assert_allclose(8 * step.arguments["frozen"], frozen, rtol=0.1)
+  assert step.arguments["parameters"] < 0.3 * step.arguments["frozen"]
+
+
+def test_mistakes_cost_a_sentence(get_config, tmp_path):
+  config = get_config()
+  with pytest.raises(UserError, match=r"a tokenizer that these data were not encoded with"):
+    model.make_facts(config, {"symbols": ["a"], "max_length": 32})
+  vocab = model.TextVocab.from_file(config.pretrained)
+  with pytest.raises(UserError, match=r"400 tokens does not fit into the 96 positions"):
+    model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 400})
+  config.data.context = 97
+  with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
+    model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 90})
+  config.pretrained = str(tmp_path)
+  with pytest.raises(UserError, match=r"pretrained=.*give a folder with config.json"):
+    seqmatch.make_method(config, mesh_lib.make_mesh())

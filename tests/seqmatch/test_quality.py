@@ -1,0 +1,95 @@
+"""Generated texts beside real ones: what counts as said, what is embedded, names of the numbers."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import seqmatch_text
+from seqmatch_jax import diversity, packing, quality, text, text_features
+from seqmatch_jax.documents import Documents
+from seqmatch_jax.loss import LossConfig
+from seqmatch_jax.rollout import Rollout
+from seqmatch_jax.tokens import BOS, PAD, Vocab
+
+VOCAB = Vocab(tuple("abc"))
+
+
+def documents(*texts):
+  encoded = [np.array(VOCAB.encode(text)) for text in texts]
+  return Documents.from_parts([np.concatenate(encoded)], [[len(x) for x in encoded]])
+
+
+def test_real_texts_are_the_documents_with_their_prompts():
+  texts = ("abcabc", "a", "bbacca")
+  held = packing.pack(documents(*texts), VOCAB.size, context=10, errors=1, prompt=2)
+  piece = np.argsort(held.document)
+  found = quality.real(held, piece)
+  assert found.start.tolist() == [3, 2, 3] and found.length.tolist() == [7, 2, 7]
+  assert found.tokens[:, 0].tolist() == [BOS] * 3 and np.all(found.tokens[1, 2:] == PAD)
+  seen = []
+  quality.embed(found, VOCAB, lambda rows: seen.extend(rows))
+  assert seen == list(texts)
+
+
+def test_a_document_that_does_not_fit_is_its_first_piece():
+  held = packing.pack(documents("abcabcabcabc"), VOCAB.size, context=10, errors=1, prompt=2)
+  found = quality.real(held, np.flatnonzero(held.start == 0))
+  assert found.length.tolist() == [9]
+  assert VOCAB.decode(found.tokens[0].tolist()) == "abcabcab"
+
+
+def test_variety_is_of_what_follows_the_prompt():
+  tokens = np.array([[BOS, 4, 4, 5, 5, 5, 5, 5], [BOS, 6, 4, 5, 6, 5, PAD, PAD]])
+  found = dict(quality.variety(quality.Texts(tokens, np.array([3, 2]), np.array([8, 6])), "T=1"))
+  said = np.array([[5, 5, 5, 5, 5], [4, 5, 6, 5, PAD]]), np.array([5, 4])
+  assert found == {
+    "entropy/T=1": diversity.entropy(*said, 4),
+    "distinct/T=1": diversity.distinct(*said, 4),
+    "repetition/T=1": diversity.repetition(*said, 4),
+  }
+  assert found["distinct/T=1"] == 2 / 3 and found["repetition/T=1"] == 1 / 4
+
+
+def test_closeness_is_mauve():
+  rng = np.random.default_rng(0)
+  one, two = rng.normal(size=(2, 100, 3))
+  found = dict(quality.closeness(one, two, "T=1"))
+  assert list(found) == ["mauve/T=1", "mauve_spread/T=1", "mauve_star/T=1"]
+  assert 0.5 < found["mauve/T=1"] < 1 and 0 < found["mauve_spread/T=1"] < 0.2
+  assert dict(quality.closeness(one, one - 9, "x"))["mauve/x"] < 0.02
+
+
+@pytest.mark.parametrize("backspace", [True, False])
+def test_every_way_to_generate_is_compared(backspace, monkeypatch):
+  """Without <backspace>, with it, and by nucleus sampling, beside the documents themselves."""
+  rng = np.random.default_rng(0)
+  texts = ["".join(rng.choice(list("abc"), 9)) for _ in range(24)]
+  held = packing.pack(documents(*texts), VOCAB.size, context=24, errors=2, prompt=2)
+  config = seqmatch_text.get_config("debug")
+  config.eval.features, config.eval.samples = "somewhere", 20
+  loaded, asked = [], []
+
+  def load(path):
+    loaded.append(path)
+    return lambda rows: np.array([[row.count(c) + 1 for c in "abc"] for row in rows], float)
+
+  def generate(params, prompt, length, key, row, temperature, backspace, top_p=None):
+    asked.append((backspace, top_p))
+    tokens = jnp.pad(jnp.asarray(prompt), ((0, 0), (0, 8)), constant_values=4)
+    return Rollout(*map(jnp.asarray, (tokens[:, 3:], tokens, length + 8, length > 0)))
+
+  monkeypatch.setattr(text_features, "load", load)
+  network = SimpleNamespace(apply=lambda p, token, *_: jnp.zeros((*token.shape, VOCAB.size)))
+  loss = LossConfig("chi2", 0.0, 1.0, backspace)
+  run = text._evaluate(config, held, VOCAB, network, generate, loss)
+  found = dict(run(None, 0, True))
+  assert loaded == ["somewhere"]
+  ways = {"T=1": (backspace, None), "p=0.95": (backspace, 0.95)}
+  ways |= {"T=1, forbidden": (False, None)} if backspace else {}
+  assert set(asked) == set(ways.values())
+  for way in ways:
+    assert found[f"repetition/{way}"] > 0.7 and found[f"mauve/{way}"] < 0.5
+  assert found["repetition/real"] < 0.3
+  assert ("mauve/T=1, forbidden" in found) == backspace
