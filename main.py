@@ -52,7 +52,9 @@ flags.DEFINE_float(
   lower_bound=0,
 )
 flags.DEFINE_integer("top_k", None, "sample text: only of so many likeliest.", lower_bound=1)
-flags.DEFINE_float("top_p", None, "sample text: only of the likeliest with this probability.")
+flags.DEFINE_float(
+  "top_p", None, "sample text: only of the likeliest that have this probability.", 0, 1
+)
 flags.DEFINE_bool("stream", False, "sample text: show each as it is typed and erased.")
 flags.DEFINE_string("features", None, "evaluate text: a run or a folder, whose features MAUVE has.")
 flags.DEFINE_list("metrics", None, "evaluate images: of fid, sfid, fd_dinov2, is, pr.")

@@ -54,17 +54,11 @@ def make_facts(config, facts: dict) -> dict:
 
 
 def make_sizes(config, facts: dict) -> TransformerConfig:
-  """Sizes of the network: those of the pretrained one, if there is one, else the config's.
-
-  `config.model.vocab` may ask for more tokens than there are, as large as some pretrained model's.
-  """
-  sizes, vocab = dict(config.model), tokens.from_facts(facts).size
-  most = sizes.pop("vocab", 0)
-  if "sizes" in facts:
-    sizes, most = {**sizes, **facts["sizes"]}, 0
+  """Sizes of the network: those of the pretrained one, if there is one, else the config's."""
+  sizes = {**config.model, **facts.get("sizes", {})}
   if config.get("lora") and config.lora.rank:
     sizes["lora"] = lora.LoraConfig(**config.lora)
-  return TransformerConfig(vocab=max(vocab, most), **sizes)
+  return TransformerConfig(vocab=tokens.from_facts(facts).size, **sizes)
 
 
 def make_network(config, facts: dict) -> transformer.Network:

@@ -116,7 +116,8 @@ def nucleus(score: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
   best = jnp.sort(score, axis=-1, descending=True)
   share = jax.nn.softmax(best)
   before = jnp.cumsum(share, axis=-1) - share
-  kept = (jnp.arange(score.shape[-1]) < top_k) & (before < top_p)
+  place = jnp.arange(score.shape[-1])
+  kept = (place < top_k) & (before < top_p) | (place == 0)
   return score >= jnp.min(jnp.where(kept, best, jnp.inf), axis=-1, keepdims=True)
 
 

@@ -17,7 +17,7 @@ from seqmatch_jax import (
 )
 from seqmatch_jax.documents import Documents
 from seqmatch_jax.task import Asked, Task
-from seqmatch_jax.tokens import TextVocab, Vocab
+from seqmatch_jax.tokens import SPECIAL, TextVocab, Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
@@ -49,19 +49,18 @@ def open_documents(
   Raises:
     UserError: they cannot be read, or do not belong together.
   """
+  if source.get("made_up"):
+    made = documents.made_up(source.made_up, source.context)
+    return *made.split(min(source.tests, source.context)), Vocab(_symbols(source.made_up))
   if documents.is_set(source.path):
     train, stored = documents.open_set(source.path)
-    vocab = vocab or stored
+    vocab = _check_same(source.path, stored, vocab)
     if not source.test:
       return *train.split(source.tests), vocab
     if not documents.is_set(source.test):
       return train, documents.encode_texts(_find(source.test, "test"), vocab), vocab
     test, other = documents.open_set(source.test)
-    if _same(other) != _same(stored):
-      raise UserError(
-        f"data.test={source.test!r} has other tokens than data.path={source.path!r}; encode both "
-        "with the same --tokenizer."
-      )
+    _check_same(source.test, other, vocab)
     return train, test, vocab
   texts = [_find(source.path, "path")] + ([_find(source.test, "test")] if source.test else [])
   if vocab is None and source.tokenizer:
@@ -72,8 +71,23 @@ def open_documents(
   return (*encoded, vocab) if source.test else (*encoded[0].split(source.tests), vocab)
 
 
-def _same(vocab: Vocab | TextVocab):
-  return vocab.sha256 if isinstance(vocab, TextVocab) else vocab.symbols
+def _symbols(count: int) -> tuple[str, ...]:
+  """As many characters as a vocabulary of `count` tokens has."""
+  return tuple(map(chr, range(2**16, 2**16 + count - SPECIAL)))
+
+
+def _check_same(path: str, stored: Vocab | TextVocab, vocab: Vocab | TextVocab | None):
+  """`vocab`, or where it is None, `stored`; UserError if they differ."""
+
+  def mark(x):
+    return x.sha256 if isinstance(x, TextVocab) else x.symbols
+
+  if vocab is not None and mark(vocab) != mark(stored):
+    raise UserError(
+      f"the documents in {path!r} were encoded with other tokens than this run has; encode them "
+      "with its tokenizer."
+    )
+  return stored if vocab is None else vocab
 
 
 def _pack(config, found: Documents, vocab) -> packing.Packed:

@@ -7,7 +7,7 @@ import pytest
 
 from seqmatch_jax import transformer
 from seqmatch_jax.actions import replay
-from seqmatch_jax.rollout import Rollout, RolloutConfig, make_rollout
+from seqmatch_jax.rollout import Rollout, RolloutConfig, make_rollout, make_stream, nucleus
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
 from seqmatch_jax.transformer import Network, TransformerConfig
 from train_jax.errors import UserError
@@ -205,6 +205,18 @@ def test_a_row_does_not_depend_on_the_batch(model):
   assert len({tuple(row) for row in np.asarray(whole.actions)}) > ROWS // 2
 
 
+def test_a_stream_makes_the_same_actions_bit_by_bit(model):
+  network, params, rollout = model
+  whole = np.asarray(
+    rollout(params, PROMPT, LENGTH, KEY, ROW, 1.0, forced=forced_actions()).actions
+  )
+  stream = make_stream(network, LIMITS, every=7)
+  parts = list(stream(params, PROMPT, LENGTH, KEY, ROW, 1.0, forced=forced_actions()))
+  done = np.flatnonzero(whole.any(0))[-1] + 1
+  assert [part.shape[1] for part in parts] == [7] * (done // 7) + ([done % 7] if done % 7 else [])
+  np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[:, :done])
+
+
 # --- the rules, on a model that always wants the same ---------------------------------------------
 
 
@@ -296,6 +308,44 @@ def test_actions_are_drawn_at_the_temperature_from_what_is_legal():
     share /= share.sum()
     count = np.bincount(made.actions[:, 0], minlength=VOCAB)
     assert np.all(np.abs(count - rows * share) <= 5 * np.sqrt(rows * share))
+
+
+def naive_nucleus(logits, top_k, top_p):
+  """Indices of the likeliest tokens, one after the other until there are enough."""
+  share = np.exp(logits - logits.max(), dtype=np.float64)
+  share, kept = share / share.sum(), []
+  for i in np.argsort(-share):
+    if len(kept) == top_k or (kept and share[kept].sum() >= top_p):
+      break
+    kept.append(i)
+  return kept
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 50])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 1.0])
+def test_nucleus_is_that_of_a_loop(top_k, top_p):
+  logits = np.random.default_rng(0).normal(0, 2, (40, 20)).astype(np.float32)
+  logits[:, ::7] = -np.inf
+  found = np.asarray(jax.jit(nucleus)(logits, top_k, top_p))
+  for row, kept in zip(logits, found, strict=True):
+    allowed = set(np.flatnonzero(np.isfinite(row)))
+    assert set(np.flatnonzero(kept)) & allowed == set(naive_nucleus(row, top_k, top_p)) & allowed
+
+
+@pytest.mark.parametrize(
+  "settings", [{"top_k": 2}, {"top_p": 0.8}, {"top_p": 0.8, "temperature": 2.0}, {"top_k": 3}]
+)
+def test_actions_are_drawn_from_the_likeliest_that_are_legal(settings):
+  rows, one = 20_000, RolloutConfig(max_length=10, max_actions=1, max_erasures=1)
+  logits = np.array([3.0, 3.0, 0.2, 3.0, 0.0, 1.0, -1.0, 0.5, -0.5], np.float32)
+  made = constant([], one, rows, logits=logits, **{"temperature": 1.0, **settings})
+  scaled = np.where(np.isin(np.arange(VOCAB), [PAD, BOS, X]), -np.inf, logits)
+  scaled = scaled / settings.get("temperature", 1.0)
+  kept = naive_nucleus(scaled, settings.get("top_k", VOCAB), settings.get("top_p", 1.0))
+  share = np.exp(scaled) * np.isin(np.arange(VOCAB), kept)
+  share /= share.sum()
+  count = np.bincount(made.actions[:, 0], minlength=VOCAB)
+  assert 1 < len(kept) < 6 and np.all(np.abs(count - rows * share) <= 5 * np.sqrt(rows * share))
 
 
 def test_it_stops_when_every_row_has_ended():

@@ -1,5 +1,6 @@
 """What a reader sees of a generation."""
 
+import io
 import json
 
 import pytest
@@ -46,3 +47,81 @@ def test_page_holds_everything_and_no_text_ends_its_script(typed, tmp_path):
   saved = json.loads((tmp_path / "generations.json").read_text())
   assert [row["answer"] for row in saved] == ["2", "12"]
   assert saved[0]["typed"] == "12\b2\b\b2" + show.END
+
+
+# --- a screen -------------------------------------------------------------------------------------
+
+
+def render(written: str) -> list[str]:
+  """The lines that a terminal shows, a struck character as a capital X."""
+  rows, row, column, struck, i = [{}], 0, 0, False, 0
+  while i < len(written):
+    if written[i] == "\x1b":
+      end = next(k for k in range(i, len(written)) if written[k].isalpha())
+      number, kind = written[i + 2 : end], written[end]
+      if kind == "m":
+        struck = number != "0"
+      elif kind == "A":
+        row -= int(number)
+      else:
+        assert kind == "C"
+        column += int(number)
+      i = end
+    elif written[i] == "\r":
+      column = 0
+    elif written[i] == "\n":
+      row, column = row + 1, 0
+      rows += [{}] * (row == len(rows))
+    else:
+      rows[row] = {**rows[row], column: "X" if struck else written[i]}
+      column += 1
+    i += 1
+  return ["".join(line.get(k, " ") for k in range(max(line, default=-1) + 1)) for line in rows]
+
+
+def watch(keys, columns):
+  """What a terminal shows after each key."""
+  out = io.StringIO()
+  screen = show.Screen(out, columns)
+  screen.prompt("go ")
+  for key in keys:
+    screen.key(key)
+    yield render(out.getvalue())
+
+
+def test_what_is_erased_is_struck_through_at_once():
+  shown = list(watch(["a", "b", "\b", "c", "\b", "\b", "d", show.END], 80))
+  assert [rows[0] for rows in shown] == [
+    "go a",
+    "go ab",
+    "go aX",
+    "go aXc",
+    "go aXX",
+    "go XXX",
+    "go XXXd",
+    "go XXXd",
+  ]
+
+
+def test_erasures_find_their_line_again():
+  *_, before, after, last = watch(["abc", "def", "\n", "ghi", "jklm", "\b", "\b"], 8)
+  assert before == ["go abcd", "ef", "ghijklm"]
+  assert after == ["go abcd", "ef", "ghiXXXX"]
+  assert last == ["go abcd", "ef", "XXXXXXX"]
+  *_, last = watch(["abc", "def", "\n", "ghi", *"\b\b\b\b", "z"], 8)
+  assert last == ["go XXXX", "XX", "XXXz"]
+
+
+def test_where_there_is_no_terminal_erasures_are_told():
+  out = io.StringIO()
+  screen = show.Screen(out, 0)
+  for key in ("a", "b", "\b", "c" * 200, show.END):
+    screen.key(key)
+  assert out.getvalue() == "ab⌫" + "c" * 200
+
+
+def test_a_typist_goes_on_where_it_was(typed):
+  actions = [ONE, TWO, BACKSPACE, TWO, BACKSPACE, BACKSPACE, TWO, EOS, PAD, PAD]
+  typist = show.Typist(VOCAB, [TWO, TWO])
+  keys = [key for action in actions for key in typist.keys([action])]
+  assert keys == typed == show.strokes(actions, VOCAB, [TWO, TWO])

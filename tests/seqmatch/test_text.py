@@ -1,0 +1,207 @@
+"""The task of text, assembled: a run of a few steps, its numbers against naive ones, bad input."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import seqmatch_gpt2, seqmatch_llama7b, seqmatch_text
+from seqmatch_jax import encode, evaluate_text, text, tokens
+from seqmatch_jax import method as seqmatch
+from seqmatch_jax.rollout import Rollout
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS
+from train_jax import mesh as mesh_lib
+from train_jax import state as state_lib
+from train_jax.errors import UserError
+from train_jax.step import make_train_step
+
+X = BACKSPACE
+FLAGS = {
+  "prompt": None,
+  "prompts": None,
+  "temperature": None,
+  "top_k": None,
+  "top_p": 0.9,
+  "stream": False,
+  "num": 3,
+  "seed": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory):
+  """A file of 60 short documents."""
+  path = tmp_path_factory.mktemp("corpus") / "texts.txt"
+  path.write_text(
+    "\n<|endoftext|>\n".join(f"{i} is {i * i}.\nfine" * (1 + i % 9) for i in range(60))
+  )
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(corpus_file):
+  made = seqmatch_text.get_config("debug")
+  made.data.path = corpus_file
+  made.loss.warmup = 0
+  return made
+
+
+@pytest.fixture(scope="module")
+def run(config, one_device):
+  """(method, facts, state after two steps, metrics)."""
+  method, facts = seqmatch.make_method(config, one_device)
+  tx = optax.adam(1e-2)
+  state = jax.jit(state_lib.create(method, tx, {"sample": 0.9}, 0))()
+  step = jax.jit(make_train_step(method, tx, {"sample": 0.9}, clip=1.0))
+  stream = method.stream(0, 0)
+  for _ in range(2):
+    state, metrics = step(state, next(stream))
+  return method, facts, state, metrics
+
+
+def test_a_run_rolls_out_from_its_prompts(run, config):
+  method, facts, state, metrics = run
+  assert np.isfinite(metrics["loss"]) and float(metrics["penalty_model"]) != 0
+  batch = next(method.stream(0, 0))
+  memory = jax.device_get(state.extra)
+  assert memory["filled"] == config.buffer.rollouts
+  np.testing.assert_array_equal(memory["prompt"][:8], batch["prompt"])
+  assert facts["max_length"] == config.data.context - config.noise.max_errors
+  assert tokens.from_facts(json.loads(json.dumps(facts))).size == 4 + len(
+    set("0123456789 is.\nfine")
+  )
+
+
+def test_perplexity_is_that_of_one_document_after_the_other(run, config):
+  method, facts, state, _ = run
+  found = dict(method.evaluate(state.params, 2, True))
+  network = seqmatch.make_network(config, facts)
+  _, test, vocab = text.open_documents(config.data)
+  most, k = config.data.context - config.noise.max_errors - 1, config.data.prompt
+  pieces = []  # padded to one length, so that one compilation does
+  for i in range(len(test.length)):
+    ids = [*test.read(i).tolist(), EOS]
+    cut = [ids[a : a + most] for a in range(0, len(ids) - 1, most)]
+    if cut[-1][-1] != EOS:
+      cut[-1] = [*cut[-1], EOS]
+    pieces += cut
+  width = most + 2
+  rows = np.zeros((len(pieces), width), np.int32)
+  for row, piece in zip(rows, pieces, strict=True):
+    row[: 1 + len(piece)] = [BOS, *piece]
+  place = np.broadcast_to(np.arange(width), rows.shape)
+  logits = np.array(jax.jit(network.apply)(state.params, rows, place, np.full_like(rows, width)))
+  total, count, characters = 0.0, 0, 0
+  for row, piece in zip(logits.astype(np.float64), pieces, strict=True):
+    for i, token in enumerate(piece):
+      if i >= k or token == EOS:
+        row[i, [0, 1]] = -np.inf
+        if i <= min(k, len(piece) - 1):
+          row[i, X] = -np.inf  # at the prompt
+        total += row[i, token] - np.log(np.exp(row[i]).sum())
+        count += 1
+    characters += len(vocab.decode(piece[k:]))
+  np.testing.assert_allclose(found["perplexity/token"], np.exp(-total / count), rtol=1e-4)
+  np.testing.assert_allclose(found["perplexity/character"], np.exp(-total / characters), rtol=1e-4)
+  assert found["backspaces/T=1, forbidden"] == 0 < found["backspaces/T=1"] < 1
+  assert 0 <= found["finished/T=1"] <= 1
+
+
+def test_erasures_are_counted():
+  actions = np.array(
+    [[7, 8, X, X, 9, X, EOS, 0], [7, 7, 7, 7, 7, 7, 7, EOS], [7, 7, 7, EOS, *[0] * 4]]
+  )
+  made = Rollout(actions, np.zeros((3, 9)), np.array([1, 8, 9]), np.array([True, True, True]))
+  assert dict(evaluate_text.measure(made, "a")) == {
+    "backspaces/a": pytest.approx(3 / 19),
+    "erasing/a": pytest.approx(1 / 3),
+    "run/a": pytest.approx(1.5),
+    "finished/a": pytest.approx(2 / 3),  # the last one had no more room
+    "tokens/a": pytest.approx(5.0),
+  }
+
+
+def test_generations_are_made_a_batch_at_a_time_and_numbered_through():
+  def generate(params, prompt, length, key, row, temperature, backspace):
+    assert len(prompt) == 4 and temperature == 1 and backspace
+    made = prompt * params, prompt + row[:, None], length, row > 5
+    return Rollout(*map(jax.numpy.asarray, made))
+
+  prompt = np.arange(10, dtype=np.int32)[:, None]
+  made = evaluate_text.generations(generate, 3, prompt, np.arange(10), 4, 0, True)
+  np.testing.assert_array_equal(made.actions, prompt * 3)
+  np.testing.assert_array_equal(made.tokens, prompt * 2)
+  np.testing.assert_array_equal(made.length, np.arange(10))
+  np.testing.assert_array_equal(made.finished, np.arange(10) > 5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, capsys):
+  _, facts, state, _ = run
+  flags = SimpleNamespace(**{**FLAGS, "stream": stream})
+  seqmatch.sample_mode(config, facts, lambda: (state.params, 2), flags, tmp_path)
+  rows = json.loads((tmp_path / "generations.json").read_text())
+  _, test, vocab = text.open_documents(config.data)
+  held = [vocab.decode(test.read(i, 0, config.data.prompt)) for i in range(3)]
+  assert [row["prompt"] for row in rows] == held
+  out = capsys.readouterr().out
+  assert all(prompt in out for prompt in held) and "tokens/s" in out
+  assert "top_p 0.9" in (tmp_path / "generations.html").read_text()
+
+
+def test_stored_documents_are_the_same_run(run, config, corpus_file, tmp_path):
+  method, facts, _, _ = run
+  flags = SimpleNamespace(texts=corpus_file, out=str(tmp_path), tokenizer=None, shards=2)
+  encode.encode_mode(flags)
+  stored = config.copy_and_resolve_references()
+  stored.data.path = str(tmp_path)
+  other, its_facts = seqmatch.make_method(stored, mesh_lib.make_mesh(devices=jax.devices()[:1]))
+  assert its_facts == facts
+  batches = [next(m.stream(3, 7)) for m in (method, other)]
+  for name, value in batches[0].items():
+    np.testing.assert_array_equal(value, batches[1][name])
+
+
+@pytest.mark.parametrize("source", [seqmatch_gpt2, seqmatch_llama7b])
+def test_configs_of_pretrained_decoders_have_the_paper_s_settings_and_build(source, one_device):
+  config = source.get_config()
+  paper = (config.loss.alpha, config.noise.rate, config.loss.gamma, config.data.context)
+  assert paper == (0.01, 0.001, 0.998, 1024) and config.lora.rank > 0
+  compiled, position = seqmatch.without_data(source.get_config("debug"))
+  assert position == 1 and compiled.data.made_up == 100
+  for made in (source.get_config("debug"), compiled):
+    method, _ = seqmatch.make_method(made, one_device)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0))
+    assert any("_a" in name for name in state_lib.flatten(params))
+    batch = next(method.stream(0, 0)) | {"strength": 1.0}
+    loss, _ = jax.eval_shape(
+      method.loss, params, {}, batch, jax.random.key(0), method.frozen.shapes
+    )
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"path": "nowhere"}, r"data.path='nowhere' has no texts"),
+    ({"test": "nowhere"}, r"data.test='nowhere' has no texts"),
+    ({"tests": 60}, r"data.tests=60 must be at least 1 and less than the 60 documents"),
+    ({"prompt": 60}, r"data.prompt=60 must be at least 0"),
+    ({"tokenizer": "nowhere"}, "nowhere"),
+  ],
+)
+def test_bad_configs_are_refused_in_a_sentence(changes, message, config, one_device):
+  config = config.copy_and_resolve_references()
+  config.data.update(changes)
+  with pytest.raises(UserError, match=message):
+    seqmatch.make_method(config, one_device)
+
+
+def test_noise_from_questions_is_refused(config, one_device):
+  config = config.copy_and_resolve_references()
+  config.noise.source = "prompt"
+  with pytest.raises(UserError, match=r"noise.source='prompt' is for questions"):
+    seqmatch.make_method(config, one_device)
