@@ -24,6 +24,7 @@ from train_jax import aot, distributed, loop, mesh, optim, start
 from train_jax import config as config_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
+from train_jax.saver import SaveError, check_writable
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
@@ -123,6 +124,7 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
 def train(config: ConfigDict, workdir: Path) -> bool:
   """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
+  check_writable(workdir)
   distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
@@ -198,14 +200,14 @@ def main(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> int:
-  """Exit code: 0 done, 2 the user's mistake (one sentence, no traceback), 1 a run that diverged."""
+  """Exit code: 0 done, 2 the user's mistake (one sentence, no traceback), 1 a run that failed."""
   try:
     args = config_lib.parse_flags(argv)
     main(args)
   except UserError as err:
     print(f"error: {err}", file=sys.stderr)
     return 2
-  except loop.DivergedError as err:
+  except (loop.DivergedError, SaveError) as err:
     print(f"stopped: {err}", file=sys.stderr)
     return 1
   except Exception:
