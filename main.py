@@ -24,6 +24,7 @@ from train_jax import aot, distributed, loop, mesh, optim, start
 from train_jax import config as config_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
+from train_jax.faults import check_same_everywhere
 from train_jax.saver import SaveError, check_writable
 
 FLAGS = flags.FLAGS
@@ -132,8 +133,10 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor)
   mesh.check_batch(config.batch, devices)
   method, facts = method_module(config).make_method(config, devices)
-  if saved:
-    config_lib.check_same(facts, saved["facts"], workdir)
+  check_same_everywhere(facts)
+  if saved:  # by a version that knew fewer facts, perhaps
+    known = {name: value for name, value in facts.items() if name in saved["facts"]}
+    config_lib.check_same(known, saved["facts"], workdir)
 
   names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
   settings = loop.LoopConfig(clip=config.optim.clip, **{name: config[name] for name in names})

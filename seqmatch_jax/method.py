@@ -27,6 +27,7 @@ from seqmatch_jax.data import Encoded, Example
 from seqmatch_jax.tokens import Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.faults import LIMIT
 from train_jax.metrics import table
 from train_jax.step import Method
 
@@ -37,7 +38,8 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
   if source.source == "files":
     train = source.train or data.OFFICIAL / "add_or_sub_in_base_train.txt"
     test = source.test or data.OFFICIAL / "add_or_sub_in_base_test.txt"
-    return data.read_module(train), data.read_module(test)
+    faults = source.get("max_faults", LIMIT)
+    return data.read_module(train, faults), data.read_module(test, faults)
   makers = {
     "add_or_sub_in_base": lambda: data.make_add_or_sub_in_base(wanted, 0),
     "two_sum": lambda: data.make_two_sum(wanted, 0, source.numbers, source.modulus),
@@ -125,6 +127,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   answers, erasures = max(x.actions(Noise()) for x in (known, asked)), config.eval.erasures
   facts = {
     "symbols": list(vocab.symbols),
+    "examples": len(train),
     "max_length": max(x.nodes(Noise()) for x in (known, asked)),
     "max_actions": answers + 2 * erasures,
     "max_erasures": erasures,
