@@ -25,6 +25,8 @@ from train_jax import aot, distributed, loop, mesh, optim, start
 from train_jax import config as config_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
+from train_jax.faults import check_same_everywhere
+from train_jax.saver import SaveError, check_writable
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
@@ -141,6 +143,7 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
 def train(config: ConfigDict, workdir: Path) -> bool:
   """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
+  check_writable(workdir)
   distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
@@ -148,8 +151,10 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor)
   mesh.check_batch(config.batch, devices)
   method, facts = method_module(config).make_method(config, devices)
-  if saved:
-    config_lib.check_same(facts, saved["facts"], workdir)
+  check_same_everywhere(facts)
+  if saved:  # by a version that knew fewer facts, perhaps
+    known = {name: value for name, value in facts.items() if name in saved["facts"]}
+    config_lib.check_same(known, saved["facts"], workdir)
 
   names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
   settings = loop.LoopConfig(clip=config.optim.clip, **{name: config[name] for name in names})
@@ -219,14 +224,14 @@ def main(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> int:
-  """Exit code: 0 done, 2 the user's mistake (one sentence, no traceback), 1 a run that diverged."""
+  """Exit code: 0 done, 2 the user's mistake (one sentence, no traceback), 1 a run that failed."""
   try:
     args = config_lib.parse_flags(argv)
     main(args)
   except UserError as err:
     print(f"error: {err}", file=sys.stderr)
     return 2
-  except loop.DivergedError as err:
+  except (loop.DivergedError, SaveError) as err:
     print(f"stopped: {err}", file=sys.stderr)
     return 1
   except Exception:

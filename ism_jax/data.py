@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ism_jax import images as images_lib
 from train_jax.errors import UserError
+from train_jax.faults import LIMIT, Faults
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def _read(images: images_lib.Images, i: int, side: int, mode: str) -> tuple[np.n
   return np.asarray(image, np.uint8).reshape(side, side, -1), label
 
 
-def _in_memory(images: images_lib.Images, path: str, side: int, channels: int) -> Source:
+def _in_memory(
+  images: images_lib.Images, path: str, side: int, channels: int, max_faults: int
+) -> Source:
   """The centre square of each image; files that can't be read are named, skipped and counted."""
   if channels not in (1, 3):
     raise UserError(f"data.channels={channels} must be 1 (grey) or 3 (RGB).")
@@ -109,9 +112,10 @@ def _in_memory(images: images_lib.Images, path: str, side: int, channels: int) -
     read = pool.map(lambda i: _read(images, i, side, mode), range(images.size))
     found = list(tqdm(read, total=images.size, desc="reading images", unit="img", disable=None))
 
+  faults = Faults(max_faults, f"data.path={path!r}")
   bad = [images.name(i) for i, (pixels, _) in enumerate(found) if pixels is None]
   for name in bad:
-    logging.warning("skipped: cannot read the image %s", name)
+    faults.add(name, "it is no whole image")
   if bad:
     logging.warning("skipped %d of %d images that cannot be read", len(bad), images.size)
   kept = [item for item in found if item[0] is not None]
@@ -126,24 +130,25 @@ def _in_memory(images: images_lib.Images, path: str, side: int, channels: int) -
   return Source(stacked, labels, names, _decode_bytes)
 
 
-def folder(root: str, side: int, channels: int) -> Source:
+def folder(root: str, side: int, channels: int, max_faults: int = LIMIT) -> Source:
   """`root/<class name>/*.png|jpg|...`: the centre square of each image, resized to `side`.
 
   Files that can't be read are named, skipped and counted.
 
   Raises:
-    UserError: no such folder, no class folders, or no readable image in one of them.
+    UserError: no such folder, no class folders, no readable image in one of them, or more than
+      `max_faults` that cannot be read.
   """
-  return _in_memory(images_lib.folder(root, "data.path"), root, side, channels)
+  return _in_memory(images_lib.folder(root, "data.path"), root, side, channels, max_faults)
 
 
-def tfds(name: str, side: int, channels: int) -> Source:
+def tfds(name: str, side: int, channels: int, max_faults: int = LIMIT) -> Source:
   """A prepared TFDS data set of small images, NAME or directory, `@SPLIT` after it; see `folder`.
 
   Raises:
     UserError: it is not prepared, or has no labelled images.
   """
-  return _in_memory(images_lib.tfds(name, "data.path"), name, side, channels)
+  return _in_memory(images_lib.tfds(name, "data.path"), name, side, channels, max_faults)
 
 
 def batches(source: Source, batch: int, seed: int) -> Callable[[int], np.ndarray]:

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ import numpy as np
 from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
 from train_jax.errors import UserError
+from train_jax.faults import LIMIT, Faults
 from train_jax.weights import sha256
 
 VERSION = 1  # of the layout above
@@ -124,11 +126,20 @@ def _read_json(path: Path) -> dict:
     ) from err
 
 
-def make_reader(files: list[Path], counts: list[int], shape: tuple[int, int, int]) -> Callable:
+def make_reader(
+  files: list[Path], labels: list[np.ndarray], shape: tuple[int, int, int], faults: Faults
+) -> Callable:
   """Returns `read(image, view)`, see `Latents`: random access, nothing is kept in memory.
 
+  In the place of a record that cannot be read comes the next of its class that can: which one is a
+  function of the files alone, so that batches stay full and are the same for any number of
+  processes and after a resume.
+
+  Args:
+    labels: of the images of each file.
+
   Raises:
-    UserError: a shard is missing, damaged, or of another length than `counts` says.
+    UserError: a shard is missing, damaged, or of another length than `labels` says.
   """
   from array_record.python.array_record_module import ArrayRecordReader
 
@@ -146,22 +157,52 @@ def make_reader(files: list[Path], counts: list[int], shape: tuple[int, int, int
       )
     return reader
 
+  counts = [len(each) for each in labels]
   readers = [open_shard(file, count) for file, count in zip(files, counts, strict=True)]
-  starts = np.concatenate([[0], np.cumsum(counts)])
+  starts, label = np.concatenate([[0], np.cumsum(counts)]), np.concatenate(labels)
+  dtype, bad = record_dtype(shape), set()
 
-  dtype = record_dtype(shape)
-  start = dtype.fields["posterior"][1]
-  bytes_of_view = (dtype.itemsize - start) // 2
+  def read_one(image: int) -> np.ndarray:
+    number = int(np.searchsorted(starts, image, side="right")) - 1
+    # One by one: a list of positions costs the library twice the processor time.
+    record = readers[number].read([int(image - starts[number])])[0]
+    if len(record) != dtype.itemsize:
+      raise ValueError(f"it has {len(record)} bytes, and a record has {dtype.itemsize}")
+    found = np.frombuffer(record, dtype)[0]
+    # Of both views: whether a record is good must not depend on which of them is asked for.
+    if found["label"] != label[image] or not np.isfinite(found["posterior"]).all():
+      raise ValueError("its class is another, or its numbers are not finite")
+    return found["posterior"]
+
+  def read_with_patience(image: int) -> np.ndarray:
+    for pause in (0.1, 1.0):
+      try:
+        return read_one(image)
+      except (OSError, RuntimeError, ValueError):  # a disk across a network, perhaps
+        time.sleep(pause)
+    return read_one(image)
+
+  def stand_ins(image: int) -> Iterator[int]:
+    yield image
+    same = np.flatnonzero(label == label[image])
+    yield from np.roll(same, -1 - int(np.searchsorted(same, image)))[:-1].tolist()
+
+  def read_or_another(image: int) -> np.ndarray:
+    for candidate in stand_ins(image):
+      if candidate not in bad:
+        try:
+          return read_with_patience(candidate)
+        except (OSError, RuntimeError, ValueError) as err:
+          bad.add(candidate)
+          faults.add(f"image {candidate}", " ".join(str(err).split()))
+    raise UserError(
+      f"no image of the class {label[image]} in {files[0].parent} can be read; mend it."
+    )
 
   def read(image: np.ndarray, view: np.ndarray) -> np.ndarray:
     out = np.empty((2, len(image), *shape), np.float16)
-    shard = np.searchsorted(starts, image, side="right") - 1
-    places = zip(shard.tolist(), (image - starts[shard]).tolist(), view.tolist(), strict=True)
-    for i, (number, position, side) in enumerate(places):
-      # One by one: a list of positions costs the library twice the processor time.
-      record = readers[number].read([position])[0]
-      values = np.frombuffer(record, "<f2", bytes_of_view // 2, start + side * bytes_of_view)
-      out[:, i] = values.reshape(2, *shape)
+    for i, (number, side) in enumerate(zip(image.tolist(), view.tolist(), strict=True)):
+      out[:, i] = read_or_another(number)[side]
     return out
 
   return read
@@ -193,14 +234,16 @@ def _check_statistics(path: str, manifest: dict, read: Callable, std: tuple[floa
       )
 
 
-def open_set(path: str, std: tuple[float, float] = STD_RANGE) -> Latents:
+def open_set(path: str, std: tuple[float, float] = STD_RANGE, max_faults: int = LIMIT) -> Latents:
   """The latent set in the directory `path`.
 
   Args:
     std: what is accepted as the standard deviation of a channel of scaled latents.
+    max_faults: records that may be unreadable.
 
   Raises:
-    UserError: not a whole latent set, of another layout, or its statistics are off.
+    UserError: not a whole latent set, of another layout, or its statistics are off; `read` raises
+      it when there are too many faults.
   """
   top = Path(path).expanduser()
   manifest = _read_json(top / "manifest.json")
@@ -211,9 +254,10 @@ def open_set(path: str, std: tuple[float, float] = STD_RANGE) -> Latents:
     )
   shards, shape = manifest["shards"], tuple(manifest["shape"])
   parts = [_read_json(top / f"{shard_name(i, shards)}.json") for i in range(shards)]
-  labels = np.concatenate([part["labels"] for part in parts]).astype(np.int32)
+  labels = [np.array(part["labels"], np.int32) for part in parts]
   files = [top / f"{shard_name(i, shards)}.array_record" for i in range(shards)]
-  read = make_reader(files, [len(part["labels"]) for part in parts], shape)
+  read = make_reader(files, labels, shape, Faults(max_faults, f"data.path={path!r}"))
+  labels = np.concatenate(labels)
   if not 0 < len(labels) == manifest["count"]:
     raise UserError(
       f"data.path={path!r} has labels of {len(labels)} images and its manifest.json says "

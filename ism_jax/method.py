@@ -32,6 +32,7 @@ from train_jax import aot
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
+from train_jax.faults import LIMIT
 from train_jax.metrics import table
 from train_jax.step import Method, no_augment
 
@@ -54,9 +55,10 @@ def make_source(config) -> data.Source | latents.Latents:
     raise UserError(
       f"data.path is empty; give --config.data.path=PATH, what data.source={kind!r} is to read."
     )
+  faults = config.data.get("max_faults", LIMIT)
   if kind == "latents":
-    return latents.open_set(where, config.data.get("std", latents.STD_RANGE))
-  return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels)
+    return latents.open_set(where, config.data.get("std", latents.STD_RANGE), faults)
+  return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels, faults)
 
 
 def without_data(config) -> tuple[ConfigDict, int]:
@@ -169,7 +171,11 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   _check(config, source)
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
-  facts = {"names": list(source.names), "shape": list(source.shape)}
+  facts = {
+    "names": list(source.names),
+    "shape": list(source.shape),
+    "examples": len(source.labels),
+  }
   in_latents = isinstance(source, latents.Latents)
   if in_latents:
     facts["vae"] = source.vae

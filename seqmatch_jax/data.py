@@ -21,6 +21,7 @@ import numpy as np
 from seqmatch_jax.actions import Noise, corrupt, fold, pack, tree
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL, Vocab
 from train_jax.errors import UserError
+from train_jax.faults import LIMIT, Faults
 
 OFFICIAL = Path(__file__).parent / "mathematics_dataset"
 
@@ -33,21 +34,21 @@ class Example(NamedTuple):
   candidates: str
 
 
-def read_module(path) -> tuple[Example, ...]:
+def read_module(path, max_faults: int = LIMIT) -> tuple[Example, ...]:
   """A text file of any module of mathematics_dataset: question and answer on alternating lines.
 
+  A question with bytes in it that are no text (a damaged disk, say) is named, skipped and counted.
+
   Raises:
-    UserError: no such file, nothing in it, or a line that is not as it should be.
+    UserError: no such file, nothing in it, a line that is not as it should be, or more than
+      `max_faults` questions that are no text.
   """
   try:
-    text = Path(path).read_text(encoding="utf-8")
+    content = Path(path).read_bytes()
   except OSError as err:
     raise UserError(f"the data file {str(path)!r} cannot be read: {err.strerror}.") from err
-  except UnicodeDecodeError as err:
-    line = err.object[: err.start].count(b"\n") + 1
-    raise UserError(f"{path}, line {line}: this is not text in UTF-8; save it as such.") from err
-  lines = text.rstrip("\n").split("\n")
-  if lines == [""]:
+  lines = content.replace(b"\r\n", b"\n").rstrip(b"\n").split(b"\n")
+  if lines == [b""]:
     raise UserError(f"{path} is empty; give question and answer on alternating lines.")
   for number, line in enumerate(lines, 1):
     if not line.strip():
@@ -57,8 +58,18 @@ def read_module(path) -> tuple[Example, ...]:
       )
   if len(lines) % 2:
     raise UserError(f"{path}, line {len(lines)}: the last question has no answer; add it.")
-  pairs = zip(lines[::2], lines[1::2], strict=True)
-  return tuple(Example(question, answer, question) for question, answer in pairs)
+  faults, found = Faults(max_faults, str(path)), []
+  for number in range(0, len(lines), 2):
+    try:
+      question, answer = (line.decode() for line in lines[number : number + 2])
+      if "\0" in question + answer:
+        raise ValueError("zero bytes")
+      found.append(Example(question, answer, question))
+    except ValueError:
+      faults.add(f"the question of line {number + 1}", "it is not text in UTF-8")
+  if not found:
+    raise UserError(f"{path} has no question that is text in UTF-8; save it as such.")
+  return tuple(found)
 
 
 def _distinct(draw: Callable[[], tuple | None], count: int, what: str) -> tuple[Example, ...]:

@@ -21,6 +21,7 @@ FREE = (
   "max_skipped",
   "mesh.",
   "eval.",
+  "data.max_faults",
   "init_from",
 )
 

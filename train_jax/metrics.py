@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 
 class MetricWriter:
   """Writes scalars and pictures of a run; every process but the first writes nothing.
+
+  What cannot be written (a full disk, say) is logged once and tried again with the next line.
 
   Args:
     workdir: gets `metrics.jsonl`, `samples/<step>_<name>.png` and TensorBoard's event file.
@@ -24,7 +32,7 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: Path, step: int, active: bool = True):
-    self.active = active
+    self.active, self._failed = active, False
     self.path = Path(workdir) / "metrics.jsonl"
     self.samples = Path(workdir) / "samples"
     if not active:
@@ -43,30 +51,73 @@ class MetricWriter:
     partial.write_text("".join(kept))
     partial.replace(self.path)
     self._file = self.path.open("a")
-    self._board = SummaryWriter(str(workdir), purge_step=step + 1)
+    # Not SummaryWriter, whose thread ends on a full disk: training would wait for it for ever.
+    self._board = EventsWriter(str(Path(workdir) / "events"), f".{time.time_ns()}")
+    self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+  def _add(self, step: int, **what) -> None:
+    self._board.write_event(Event(wall_time=time.time(), step=step, **what))
+
+  @contextmanager
+  def _guard(self, step: int) -> Iterator[None]:
+    try:
+      yield
+      self._failed = False
+    except OSError as err:
+      if not self._failed:
+        logging.error("numbers of step %d cannot be written: %s", step, err.strerror)
+      self._failed = True
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Appends one JSON line and the TensorBoard points."""
     if not self.active or not values:
       return
     values = {name: float(value) for name, value in values.items()}
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    with self._guard(step):
+      self._file.write(json.dumps({"step": step, **values}) + "\n")
+      self._file.flush()
+      for name, value in values.items():
+        self._add(step, summary=summary.scalar(name, value))
+      self._board.flush()
 
   def picture(self, step: int, name: str, pixels: np.ndarray) -> Path:
     """Saves uint8 [h, w, 3] as a PNG; returns its path."""
     path = self.samples / f"{step:08d}_{name}.png"
     if self.active:
-      Image.fromarray(pixels).save(path)
-      self._board.add_image(name, pixels, step, dataformats="HWC")
+      with self._guard(step):
+        Image.fromarray(pixels).save(path)
+        self._add(step, summary=summary.image(name, pixels, dataformats="HWC"))
     return path
 
   def close(self) -> None:
-    if self.active:
-      self._file.close()
-      self._board.close()
+    for file in (self._file, self._board) if self.active else ():
+      with self._guard(-1):
+        file.close()
+
+
+class Spikes:
+  """Finds losses far above the usual: the median of the last `window` finite ones.
+
+  Far is `far` median absolute deviations; a normal distribution gets so far once in 1e11 draws.
+  """
+
+  def __init__(self, window: int = 200, least: int = 50, far: float = 10.0):
+    self._recent = collections.deque(maxlen=window)
+    self._least, self._far, self._high = least, far, False
+
+  def find(self, loss: float) -> float | None:
+    """What is usual, at the first step of a spike; None at all others. Once a step, in order."""
+    if not np.isfinite(loss):
+      return None
+    before, self._high = self._high, False
+    usual = None
+    if len(self._recent) >= self._least:
+      recent = np.array(self._recent)
+      usual = float(np.median(recent))
+      deviation = max(float(np.median(np.abs(recent - usual))), 1e-3 * abs(usual))
+      self._high = loss > usual + self._far * deviation
+    self._recent.append(loss)
+    return usual if self._high and not before else None
 
 
 class StepClock:
@@ -87,10 +138,26 @@ class StepClock:
     return milliseconds
 
 
+class _Terminal:
+  """sys.stderr, where what cannot be written (a log on a full disk) is lost and nothing else."""
+
+  def __getattr__(self, name):
+    return getattr(sys.stderr, name)
+
+  def write(self, text: str) -> None:
+    with suppress(OSError):
+      sys.stderr.write(text)
+
+  def flush(self) -> None:
+    with suppress(OSError):
+      sys.stderr.flush()
+
+
 def progress_bar(total: int, initial: int, active: bool = True, **kwargs) -> tqdm:
   """A bar with speed and time left; where there is no terminal, a line every 20 s."""
   live = sys.stderr.isatty()
   return tqdm(
+    file=_Terminal(),
     total=total,
     initial=initial,
     dynamic_ncols=True,

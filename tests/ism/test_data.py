@@ -221,6 +221,8 @@ def test_unreadable_images_are_named_skipped_and_counted(photos, caplog):
   for name in ("truncated.jpg", "text.png", "empty.webp"):
     assert re.search(rf"skipped.*{re.escape(name)}", caplog.text)
   assert "skipped 3 of 6 images" in caplog.text
+  with pytest.raises(UserError, match=r"more than data.max_faults=2 records of data.path="):
+    data.folder(str(photos), side=4, channels=3, max_faults=2)
 
 
 def test_good_folders_warn_of_nothing(photos, caplog):

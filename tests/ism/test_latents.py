@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from configs import ism_imagenet256
 from ism_jax import data, encode, latents
@@ -176,6 +177,96 @@ def test_sets_that_are_not_whole_are_refused(stored, tmp_path):
     latents.open_set(str(top))
 
 
+def spoil(top, posterior, images, how):
+  """Damages the records of `images` on the disk."""
+  for image in images:
+    shard = top / f"latents-{image // 100:05d}-of-00003.array_record"
+    content = bytearray(shard.read_bytes())
+    at = content.index(posterior[image].tobytes())
+    how(content, at)
+    shard.write_bytes(content)
+
+
+def flip(content, at):
+  content[at + 100] ^= 4
+
+
+def zero(content, at):
+  content[at - 8 : at + 64] = bytes(72)
+
+
+@pytest.mark.parametrize("how", [flip, zero])
+def test_damaged_records_are_named_and_others_of_their_class_stand_in(
+  stored, tmp_path, how, monkeypatch, caplog
+):
+  """The same ones in any order of reading, so for any number of processes and after a resume."""
+  monkeypatch.setattr(latents.time, "sleep", lambda seconds: None)
+  top, posterior = copy(stored, tmp_path), stored[1]
+  bad, stand_in = (3, 10, 294, 298), {3: 17, 10: 17, 294: 0, 298: 4}  # i % 7 is the class
+  spoil(top, posterior, bad, how)
+  order = np.arange(2 * COUNT)
+  for index in (order, order[::-1]):
+    caplog.clear()
+    mean = latents.open_set(str(top)).rows(index)["mean"]
+    for example, row in zip(index, mean, strict=True):
+      image = stand_in.get(example // 2, example // 2)
+      np.testing.assert_array_equal(row, posterior[image, example % 2, 0])
+    for image in bad:
+      assert sum(f"cannot read image {image} (" in text for text in caplog.messages) == 1
+  latents.open_set(str(top), max_faults=4).rows(order)
+  with pytest.raises(UserError, match=r"more than data.max_faults=3 records of data.path="):
+    latents.open_set(str(top), max_faults=3).rows(order)
+
+
+def test_a_record_of_other_numbers_or_length_is_damaged(stored, tmp_path, monkeypatch, caplog):
+  """What the file's own checksums let pass, because it was written so."""
+  monkeypatch.setattr(latents.time, "sleep", lambda seconds: None)
+  top, posterior = copy(stored, tmp_path), stored[1]
+  records = np.zeros(100, latents.record_dtype(SHAPE))
+  records["posterior"], records["label"] = posterior[:100], np.arange(100) % 7
+  records["posterior"][1, 1, 0, 2, 2, 2] = np.nan  # in one view, of two
+  records["label"][2] = 5
+  rows = [row.tobytes() for row in records]
+  rows[3] = rows[3][:-2]
+  writer = ArrayRecordWriter(str(top / "latents-00000-of-00003.array_record"), "group_size:1")
+  for row in rows:
+    writer.write(row)
+  writer.close()
+  found = latents.open_set(str(top)).rows(2 * np.arange(5))["mean"]
+  np.testing.assert_array_equal(found, posterior[[0, 8, 9, 10, 4], 0, 0])
+  assert len(caplog.messages) == 3
+
+
+def test_a_read_that_fails_once_is_tried_again(stored, monkeypatch, caplog):
+  pauses, source = [], latents.open_set(str(stored[0]))
+  expected = source.rows(np.arange(4))["mean"]
+  frombuffer = np.frombuffer
+
+  def fail(*args, **kwargs):
+    if len(pauses) < 2:
+      raise OSError("the network is away")
+    return frombuffer(*args, **kwargs)
+
+  monkeypatch.setattr(latents.time, "sleep", pauses.append)
+  monkeypatch.setattr(latents.np, "frombuffer", fail)
+  np.testing.assert_array_equal(source.rows(np.arange(4))["mean"], expected)
+  assert pauses == [0.1, 1.0] and not caplog.messages
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_an_epoch_comes_once_from_any_number_of_processes(source, processes):
+  """75 batches of 16 are two epochs of 600 examples: read by the streams, and enumerated."""
+  places = {row.tobytes(): i for i, row in enumerate(source.rows(np.arange(2 * COUNT))["mean"])}
+  share = BATCH // processes
+  seen = np.empty((75, BATCH), np.int64)
+  for process in range(processes):
+    rows = slice(process * share, (process + 1) * share)
+    for number, batch in enumerate(take(75, source, rows=rows)):
+      seen[number, rows] = [places[row.tobytes()] for row in batch["mean"]]
+  for epoch in seen.reshape(2, 2 * COUNT):
+    np.testing.assert_array_equal(np.sort(epoch), np.arange(2 * COUNT))
+
+
 # --- as a method ----------------------------------------------------------------------------------
 
 
@@ -196,6 +287,7 @@ def made(stored):
 
 def test_a_method_on_latents_knows_its_autoencoder(made):
   method, facts = made
+  assert facts.pop("examples") == 2 * COUNT
   assert facts == {"names": list("abcdefg"), "shape": list(SHAPE), "vae": "vae hash"}
   assert method.augment is latents.draw
   assert list(method.evaluate(None, 1, True)) == []  # nothing to draw with

@@ -83,7 +83,7 @@ def test_options_differ_where_they_say():
 
 def test_facts_are_what_sampling_needs(default):
   _, facts, _ = default
-  assert facts == {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
+  assert facts == {"names": [str(i) for i in range(10)], "shape": [8, 8, 1], "examples": 1797}
   assert json.loads(json.dumps(facts)) == facts
 
 
@@ -224,7 +224,7 @@ FOLDER = {"data__source": "folder", "data__side": 8, "data__channels": 3}
 def test_a_folder_of_images_will_do(tmp_path):
   save_images(tmp_path, {"cats": 5, "dogs": 4})
   method, facts = build(get_config(**FOLDER, data__path=str(tmp_path)))
-  assert facts == {"names": ["cats", "dogs"], "shape": [8, 8, 3]}
+  assert facts == {"names": ["cats", "dogs"], "shape": [8, 8, 3], "examples": 9}
   batch = next(method.stream(0, 0))
   assert batch["image"].shape == (16, 8, 8, 3) and set(batch["label"].tolist()) == {0, 1}
 

@@ -69,10 +69,18 @@ def test_malformed_files_name_the_line(tmp_path, text, message):
     data.read_module(path)
 
 
-def test_files_that_are_not_text(tmp_path):
-  (tmp_path / "module.txt").write_bytes(b"q1\na1\n\xff\xfe\na2\n")
-  with pytest.raises(UserError, match="line 3: this is not text in UTF-8"):
-    data.read_module(tmp_path / "module.txt")
+def test_questions_that_are_not_text_are_named_skipped_and_limited(tmp_path, caplog):
+  path = tmp_path / "module.txt"
+  path.write_bytes(b"q1\na1\n\xff\xfe\na2\nq3\n\0\0\0\nq4\na4\n")
+  assert [x[:2] for x in data.read_module(path)] == [("q1", "a1"), ("q4", "a4")]
+  assert [text[:46] for text in caplog.messages] == [
+    f"skipped: cannot read the question of line {n} (i" for n in (3, 5)
+  ]
+  with pytest.raises(UserError, match=r"more than data.max_faults=1 records of .*module.txt"):
+    data.read_module(path, max_faults=1)
+  path.write_bytes(b"\xff\na1\n")
+  with pytest.raises(UserError, match="has no question that is text in UTF-8"):
+    data.read_module(path)
   for path in (tmp_path, tmp_path / "no.txt"):
     with pytest.raises(UserError, match="cannot be read"):
       data.read_module(path)

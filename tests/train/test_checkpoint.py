@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what was saved, or the step before it, or a clear refusal."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -13,10 +14,11 @@ import pytest
 from absl import logging as absl_logging
 
 from ism_jax import dit
-from train_jax import checkpoint
+from train_jax import checksum, stored
 from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
+from train_jax.saver import SaveError, check_writable
 from train_jax.state import TrainState
 from train_jax.step import make_train_step
 
@@ -141,9 +143,64 @@ def test_only_the_newest_are_kept(tmp_path, states, restore, differences):
   checkpoints = Checkpoints(tmp_path, keep=1)
   for step, state in states.items():
     checkpoints.save(state, meta_of(step))
+  checkpoints.wait()
   checkpoints.close()
   assert checkpoints.steps() == [2]
   assert differences(restore(tmp_path)[0], states[2]) == []
+
+
+def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore, differences, log):
+  """Nor does a step that is found damaged when it is read back, right after its save."""
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  for step in (1, 2, 3):
+    checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(step)), meta_of(step))
+    checkpoints.wait()
+  for step in (2, 3):
+    remove_item(tmp_path / "checkpoints" / str(step))
+  (tmp_path / "checkpoints" / "9").mkdir()
+  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(4)), meta_of(4))
+  checkpoints.wait()
+  checkpoints.close()
+  assert checkpoints.steps() == [9, 4, 3, 2]
+  assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name == "1"] == []
+
+
+def test_step_that_reads_back_wrong_is_reported_and_deletes_nothing(
+  workdir, states, monkeypatch, log
+):
+  def spoil(step, *args):
+    files = sorted(step.rglob("state/**/d/*"), key=lambda path: path.stat().st_size)
+    flip_bit(files[-1], 4 * files[-1].stat().st_size)
+    read_back(step, *args)
+
+  read_back = stored.read_back
+  monkeypatch.setattr(stored, "read_back", spoil)
+  checkpoints = Checkpoints(workdir, keep=1)
+  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(3)), meta_of(3))
+  with pytest.raises(SaveError, match="step 3 could not be saved"):
+    checkpoints.wait()
+  checkpoints.close()
+  assert checkpoints.steps() == [2, 1] and (workdir / "damaged" / "3").is_dir()
+  assert len(log) == 1
+
+
+def test_what_a_killed_save_or_deletion_left_is_removed(workdir, states):
+  for name in ("7.orbax-checkpoint-tmp", "1.deleted"):
+    shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / name)
+  checkpoints = Checkpoints(workdir)
+  assert checkpoints.steps() == [2, 1]
+  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(7)), meta_of(7))
+  checkpoints.wait()
+  checkpoints.close()
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "7"]
+
+
+def test_directory_that_cannot_be_written_to_is_refused(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match=r"file/run cannot be written to .Not a directory"):
+    check_writable(tmp_path / "file" / "run")
+  check_writable(tmp_path / "a" / "b")
+  assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_save_has_copied_what_is_donated_after_it(tmp_path, restore, differences):
@@ -187,13 +244,13 @@ def test_every_flip_in_an_array_changes_its_checksum():
   draw = random.Random(0)
   dtypes = (np.float32, jnp.bfloat16, np.int8, np.uint16)
   arrays = [np.random.default_rng(0).normal(size=(3, 5)).astype(d) for d in dtypes]
-  before = checkpoint.checksums(arrays)
+  before = checksum.checksums(arrays)
   for _ in range(50):
     flipped = [np.array(a) for a in arrays]
     for a in flipped:
       bit = draw.randrange(8 * a.nbytes)
       a.view(np.uint8).reshape(-1)[bit // 8] ^= 1 << (bit % 8)
-    after = checkpoint.checksums(flipped)
+    after = checksum.checksums(flipped)
     assert all(after[path] != before[path] for path in before)
 
 
@@ -201,14 +258,24 @@ def test_every_flip_in_an_array_changes_its_checksum():
 @pytest.mark.parametrize("size", [1, 64, 4096])
 def test_checksum_tells_constant_arrays_apart(value, size):
   """A zeroed block is the commonest damage, and constants the likeliest to collide with it."""
-  zeros, constant = checkpoint.checksums([jnp.zeros(size), jnp.full(size, value)]).values()
+  zeros, constant = checksum.checksums([jnp.zeros(size), jnp.full(size, value)]).values()
   assert zeros != constant
 
 
 def test_checksum_sees_order_and_shape():
   a = jnp.arange(12.0)
-  sums = checkpoint.checksums([a, a[::-1], a.at[:2].set(a[:2][::-1]), a > 3, a <= 3])
+  sums = checksum.checksums([a, a[::-1], a.at[:2].set(a[:2][::-1]), a > 3, a <= 3])
   assert len(set(sums.values())) == 5
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 2**18 - 1, 2**18 + 5])
+def test_host_and_device_count_the_same(size):
+  draw = np.random.default_rng(size)
+  arrays = [draw.normal(size=size).astype(d) for d in (np.float32, jnp.bfloat16, np.int8)]
+  arrays += [arrays[0] > 0, np.float32(3), draw.normal(size=(3, 5, size % 11)).astype(np.float16)]
+  found = [checksum.of_host(np.asarray(a)) for a in arrays]
+  assert found == list(checksum.checksums(arrays).values())
+  assert len(set(found)) == (6 if size > 1 else len(set(found)))
 
 
 def test_checksum_does_not_depend_on_the_layout(make_mesh, monkeypatch):
@@ -219,9 +286,9 @@ def test_checksum_does_not_depend_on_the_layout(make_mesh, monkeypatch):
     mesh = make_mesh(*shape)
     placed = jax.device_put(tree, mesh_lib.state_sharding(tree, mesh))
     assert placed["a"].is_fully_replicated == (shape[1] == 1)
-    sums.append(checkpoint.checksums(placed))
+    sums.append(checksum.checksums(placed))
   assert all(s == sums[0] for s in sums)
-  assert sums[0] == checkpoint.checksums(jax.device_get(tree))
+  assert sums[0] == checksum.checksums(jax.device_get(tree))
 
 
 def truncate(step: Path) -> None:

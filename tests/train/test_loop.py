@@ -1,5 +1,6 @@
 """The loop: resume to the bit, one compilation, and how a run ends before its time."""
 
+import errno
 import itertools
 import json
 import os
@@ -11,11 +12,18 @@ import numpy as np
 import optax
 import pytest
 
+<<<<<<< HEAD
 from train_jax import loop, metrics
 from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.step import Frozen
+=======
+from train_jax import checksum, loop, metrics
+from train_jax.checkpoint import Checkpoints
+from train_jax.errors import UserError
+from train_jax.saver import SaveError
+>>>>>>> h-e1
 
 DECAYS = {"target": 0.5, "sample": 0.99}
 RECORD = {"config": {"name": "tiny"}, "facts": {"classes": 3}}
@@ -85,7 +93,7 @@ def test_checkpoint_holds_the_record_and_the_data_position(tmp_path, train, load
   train(tmp_path, steps=3)
   _, meta = load(tmp_path)
   del meta["checksums"]
-  assert meta == {**RECORD, "step": 3, "position": 3}
+  assert meta == {**RECORD, "step": 3, "position": 3, "rollbacks": 0}
   assert Checkpoints(tmp_path).steps() == [3, 2]
 
 
@@ -174,19 +182,131 @@ def test_steps_that_are_not_finite_are_counted_and_passed_over(tmp_path, train, 
   assert skipped == [0, 0, 1, 2, 0, 0]
 
 
-def test_too_many_in_a_row_stop_the_run_and_name_the_last_checkpoint(
+def test_too_many_in_a_row_again_stop_the_run_and_name_the_last_checkpoint(
   tmp_path, train, load, method, differences
 ):
+  """Saves that are due meanwhile wait: the checkpoints of before are the ones to go back to."""
   bad = stream_with(poison(range(5, 99)), method)
   with pytest.raises(loop.DivergedError) as err:
     train(tmp_path / "bad", method=bad, steps=20, save_every=2, max_skipped=3)
   sentence = str(err.value)
   assert "not finite for 3 steps in a row, from step 6 on" in sentence
-  assert f"last good checkpoint: {tmp_path / 'bad' / 'checkpoints' / '6'}" in sentence
-  train(tmp_path / "good", steps=5)
+  assert f"last good checkpoint: {tmp_path / 'bad' / 'checkpoints' / '4'}" in sentence
+  assert Checkpoints(tmp_path / "bad").steps() == [4, 2]
+  train(tmp_path / "good", steps=4)
   (state, _), (good, _) = load(tmp_path / "bad"), load(tmp_path / "good")
-  for name in ("params", "opt_state", "ema", "extra"):
-    assert differences(getattr(state, name), getattr(good, name)) == []
+  assert differences(state, good) == []
+
+
+def test_save_that_was_due_while_steps_were_skipped_is_made_after_them(tmp_path, train, method):
+  seen = []
+
+  def act(position):
+    seen.append(Checkpoints(tmp_path).steps()[:1])
+
+  bad = stream_that(act, stream_with(poison({3, 4}), method))
+  train(tmp_path, method=bad, steps=8, save_every=4)
+  # Steps 4 and 5 were skipped, and 6 is the first that is good.
+  assert [6] in [*seen[6:], Checkpoints(tmp_path).steps()[1:2]] and [4] not in seen
+
+
+def poison_order(seed, method):
+  """`method` with data that are bad from position 5 on, in the order of `seed` only."""
+
+  def stream(found, position):
+    change = poison(range(5, 99) if found == seed else ())
+    yield from stream_with(change, method).stream(found, position)
+
+  return method._replace(stream=stream)
+
+
+def test_run_goes_back_once_with_another_order_and_resumes_to_the_bit(
+  tmp_path, train, load, method, differences
+):
+  bad = poison_order(0, method)
+  for name, stops in (("whole", (12,)), ("parts", (7, 12))):
+    for steps in stops:
+      assert train(
+        tmp_path / name, method=bad, steps=steps, save_every=4, max_skipped=3 - (steps < 8)
+      )
+  (whole, meta), (parts, parts_meta) = load(tmp_path / "whole"), load(tmp_path / "parts")
+  assert differences(whole, parts) == [] and meta == parts_meta
+  assert meta["rollbacks"] == 1 and meta["position"] == int(whole.step) == 12
+  assert int(whole.extra["count"]) == 12  # none of them was skipped
+  assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 13))
+  assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_second_divergence_after_going_back_stops_also_a_resumed_run(tmp_path, train, method):
+  train(tmp_path, method=poison_order(0, method), steps=8, save_every=4, max_skipped=3)
+  bad = poison_order(loop.data_seed(0, 1), method)
+  with pytest.raises(loop.DivergedError, match="from step 9 on"):
+    train(tmp_path, method=bad, steps=20, save_every=4, max_skipped=3)
+
+
+def test_seeds_of_the_data_are_the_same_every_time_and_never_twice():
+  assert loop.data_seed(7, 0) == 7
+  seeds = [loop.data_seed(seed, back) for seed in range(50) for back in range(3)]
+  assert len(set(seeds)) == 150 and min(seeds) >= 0 and max(seeds) < 2**31
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+  """step -> from now on, its save fails in the background, as on a full disk; None: no more."""
+
+  def fill(step):
+    def of_json(value):
+      if value["step"] == step:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      return whole(value)
+
+    monkeypatch.setattr(checksum, "of_json", of_json)
+
+  whole = checksum.of_json
+  return fill
+
+
+def test_save_that_fails_is_reported_and_training_goes_on(
+  tmp_path, train, load, differences, full_disk, caplog
+):
+  full_disk(4)
+  assert train(tmp_path / "full", steps=6)
+  full_disk(None)
+  checkpoints = tmp_path / "full" / "checkpoints"
+  assert Checkpoints(tmp_path / "full").steps() == [6, 2]
+  said = [text for text in caplog.messages if "could not be saved" in text]
+  assert len(said) == 1 and "step 4 could not be saved (No space left on device)" in said[0]
+  assert f"{checkpoints / '2'} is whole" in said[0]
+  train(tmp_path / "good", steps=6)
+  assert differences(load(tmp_path / "full")[0], load(tmp_path / "good")[0]) == []
+
+
+def test_end_that_cannot_be_saved_is_an_error(tmp_path, train, load, full_disk):
+  full_disk(4)
+  with pytest.raises(SaveError, match=r"step 4 could not be saved .*checkpoints/2 is whole"):
+    train(tmp_path, steps=4)
+  full_disk(None)
+  assert int(load(tmp_path)[0].step) == 2
+  assert train(tmp_path, steps=4)
+
+
+def test_stop_that_cannot_be_saved_is_an_error(tmp_path, train, method):
+  (tmp_path / "checkpoints").write_text("not a directory")
+
+  def act(position):
+    if position == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(SaveError, match=r"step 3 could not be saved .*no step was saved before it"):
+    train(tmp_path, method=stream_that(act, method), steps=9, save_every=2)
+
+
+def test_spike_is_logged_once_and_written(tmp_path, train, method):
+  def change(rows, i):
+    return {**rows, "y": rows["y"] + (1000 if i in (70, 71, 90) else 0)}
+
+  train(tmp_path, method=stream_with(change, method), steps=95, log_every=100, save_every=100)
+  assert [line["step"] for line in lines(tmp_path) if "spike/loss" in line] == [71, 91]
 
 
 def test_divergence_before_the_first_save_says_that_none_is_there(tmp_path, train, method):
@@ -252,13 +372,17 @@ def test_signal_between_steps_loses_nothing(tmp_path, train, method, load, monke
 
 
 def test_second_signal_acts_at_once(tmp_path, train, method):
+  found = []
+
   def act(position):
     if position == 2:
       os.kill(os.getpid(), signal.SIGINT)
-      os.kill(os.getpid(), signal.SIGINT)
+      found.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
 
-  with pytest.raises(KeyboardInterrupt):
-    train(tmp_path, method=stream_that(act, method), steps=8)
+  before = signal.getsignal(signal.SIGINT)
+  assert not train(tmp_path, method=stream_that(act, method), steps=8)
+  assert found == [signal.SIG_DFL] * 2  # not KeyboardInterrupt, which would wait for the save
+  assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_evaluates_the_slow_average_on_time(tmp_path, train, method, load):

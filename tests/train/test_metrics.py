@@ -1,6 +1,8 @@
 """What is written, and what a resumed run finds in the file of the run before it."""
 
 import json
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,3 +107,36 @@ def test_table_has_a_row_for_each_setting_and_a_column_for_each_metric():
 
 def test_table_of_nothing_is_empty():
   assert metrics.table({}).strip() == ""
+
+
+def test_full_disk_is_reported_once_and_nothing_is_lost_after_it(tmp_path, caplog):
+  """Nor does anything wait: TensorBoard's own writer does, for ever, from the tenth number on."""
+  writer = metrics.MetricWriter(tmp_path, 0)
+  file = writer._file
+  with suppress(OSError), Path("/dev/full").open("w") as writer._file:
+    for step in range(1, 31):
+      writer.scalars(step, {"loss": 1})
+  writer._file = file
+  writer.scalars(31, {"loss": 1})
+  writer.close()
+  said = [record.getMessage() for record in caplog.records]
+  assert said == ["numbers of step 1 cannot be written: No space left on device"]
+  assert lines(tmp_path)[-1] == {"step": 31, "loss": 1.0}
+
+
+def test_spikes_are_found_against_the_median_of_the_last():
+  draw = np.random.default_rng(0)
+  losses = draw.normal(5, 0.1, 1000)
+  losses[[10, 300, 301, 600]] = 50  # the first comes before anything is usual
+  losses += np.arange(1000) / 1000  # slow growth is none
+  losses[700] = np.nan
+  spikes = metrics.Spikes()
+  found = {i: usual for i, loss in enumerate(losses) if (usual := spikes.find(loss)) is not None}
+  assert list(found) == [300, 600]
+  assert found[300] == np.median(losses[100:300])
+
+
+def test_spikes_of_a_constant_loss():
+  spikes = metrics.Spikes()
+  assert [spikes.find(1.0) for _ in range(100)] == [None] * 100
+  assert spikes.find(1.005) is None and spikes.find(1.02) == 1.0
