@@ -26,12 +26,10 @@ from seqmatch_jax.actions import Noise, tree
 from seqmatch_jax.model import make_given, make_network  # noqa: F401  main.py asks for them here
 from train_jax import lora
 from train_jax.errors import UserError
-from train_jax.faults import LIMIT
 from train_jax.metrics import table
 from train_jax.step import Method
 
 
-<<<<<<< HEAD
 def task_of(config):
   """The module of what is written (see task.py)."""
   if config.data.source == "text":
@@ -40,29 +38,6 @@ def task_of(config):
     return questions
   known = ", ".join([*questions.SOURCES, "text"])
   raise UserError(f"data.source={config.data.source!r} is unknown; choose from {known}.")
-=======
-def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-  """Training and test examples of `config.data`."""
-  source, wanted = config.data, config.data.examples + config.data.tests
-  if source.source == "files":
-    train = source.train or data.OFFICIAL / "add_or_sub_in_base_train.txt"
-    test = source.test or data.OFFICIAL / "add_or_sub_in_base_test.txt"
-    faults = source.get("max_faults", LIMIT)
-    return data.read_module(train, faults), data.read_module(test, faults)
-  makers = {
-    "add_or_sub_in_base": lambda: data.make_add_or_sub_in_base(wanted, 0),
-    "two_sum": lambda: data.make_two_sum(wanted, 0, source.numbers, source.modulus),
-  }
-  if source.source not in makers:
-    known = ", ".join(["files", *makers])
-    raise UserError(f"data.source={source.source!r} is unknown; choose from {known}.")
-  if min(source.examples, source.tests) < 1:
-    raise UserError(
-      f"data.examples={source.examples} and data.tests={source.tests} must be at least 1."
-    )
-  made = makers[source.source]()
-  return made[: source.examples], made[source.examples :]
->>>>>>> h-e1
 
 
 # For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
@@ -122,25 +97,10 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """
   _check(config)
   loss_config, noise = make_loss_config(config), Noise(**dict(config.noise))
-<<<<<<< HEAD
   config = model.with_tokenizer(config)
   task = task_of(config).make_task(config, mesh)
   facts = model.make_facts(config, task.facts)
   model.read(config, facts)  # what does not fit is refused before anything is computed
-=======
-  train, test = make_examples(config)
-  vocab = Vocab.from_texts([text for x in (*train, *test) for text in (x.question, x.answer)])
-  known, asked = (data.encode(x, vocab, config.data.context) for x in (train, test))
-  # What a generation may take: the data's longest row, and as many errors as the data make.
-  answers, erasures = max(x.actions(Noise()) for x in (known, asked)), config.eval.erasures
-  facts = {
-    "symbols": list(vocab.symbols),
-    "examples": len(train),
-    "max_length": max(x.nodes(Noise()) for x in (known, asked)),
-    "max_actions": answers + 2 * erasures,
-    "max_erasures": erasures,
-  }
->>>>>>> h-e1
   network = make_network(config, facts)
   generate = rollout.make_rollout(network, make_limits(facts))
   schedule, memory = config.loss, config.buffer

@@ -12,6 +12,7 @@ from seqmatch_jax.task import Asked, Task
 from seqmatch_jax.tokens import Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.faults import LIMIT
 
 TEMPERATURE = 0.0  # of a generation, where none is asked for
 GAP = "  "  # between a prompt and what is typed, as it is shown
@@ -24,7 +25,8 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
   if source.source == "files":
     train = source.train or data.OFFICIAL / "add_or_sub_in_base_train.txt"
     test = source.test or data.OFFICIAL / "add_or_sub_in_base_test.txt"
-    return data.read_module(train), data.read_module(test)
+    faults = source.get("max_faults", LIMIT)
+    return data.read_module(train, faults), data.read_module(test, faults)
   if min(source.examples, source.tests) < 1:
     raise UserError(
       f"data.examples={source.examples} and data.tests={source.tests} must be at least 1."
@@ -56,6 +58,7 @@ def make_task(config, mesh) -> Task:
   answers, erasures = max(x.actions(Noise()) for x in (known, asked)), config.eval.erasures
   facts = {
     **tokens.to_facts(vocab),
+    "examples": len(train),
     "max_length": max(x.nodes(Noise()) for x in (known, asked)),
     "max_actions": answers + 2 * erasures,
     "max_erasures": erasures,

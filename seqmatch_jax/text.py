@@ -98,6 +98,7 @@ def make_task(config, mesh) -> Task:
   most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
   facts = {
     **tokens.to_facts(vocab),
+    "documents": len(train.length),
     "max_length": most,
     "max_actions": most + 2 * erasures,
     "max_erasures": erasures,

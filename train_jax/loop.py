@@ -220,29 +220,8 @@ def _run(
 
   owed = False  # a save that was due while steps were skipped: the state before is the one to keep
   try:
-<<<<<<< HEAD
-    with _stop_on_signal() as stopped:
-      for step in range(start + 1, config.steps + 1):
-        state, values = step_fn(state, mesh_lib.to_global(next(stream), mesh), *frozen)
-        position += 1
-        pending.append((step, values))
-        read()
-        last = step == config.steps
-        stop = agree(bool(stopped))  # once: what is left without a save must not be broken off
-        due_save = step % config.save_every == 0 or last or stop
-        due_eval = config.eval_every and step % config.eval_every == 0 and not last
-        if due_save or due_eval:
-          read(wait_for_all=True)
-          if due_save:
-            save()
-          if due_eval and not stop:
-            evaluate(final=False)
-          clock.restart(step)
-        if stop:
-          break
-=======
     for step in range(start + 1, config.steps + 1):
-      state, values = step_fn(state, mesh_lib.to_global(next(stream), mesh))
+      state, values = step_fn(state, mesh_lib.to_global(next(stream), mesh), *frozen)
       position += 1
       pending.append((step, values))
       read()
@@ -261,7 +240,6 @@ def _run(
         clock.restart(step)
       if stop:
         break
->>>>>>> h-e1
     checkpoints.wait()
     signals.release()  # all is on disk
     bar.close()

@@ -12,18 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-<<<<<<< HEAD
-from train_jax import loop, metrics
+from train_jax import checksum, loop, metrics
 from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
-from train_jax.step import Frozen
-=======
-from train_jax import checksum, loop, metrics
-from train_jax.checkpoint import Checkpoints
-from train_jax.errors import UserError
 from train_jax.saver import SaveError
->>>>>>> h-e1
+from train_jax.step import Frozen
 
 DECAYS = {"target": 0.5, "sample": 0.99}
 RECORD = {"config": {"name": "tiny"}, "facts": {"classes": 3}}
