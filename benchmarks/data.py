@@ -1,18 +1,19 @@
-"""How fast stored latents are fed, against what the parts of it cost.
+"""How fast each pipeline feeds, against what its parts cost, and what training waits for it.
 
     python benchmarks/data.py [--records=16384] [--batch=256] [--seconds=5] [--cores=2]
 
-Writes a set of random latents of 32 x 32 x 4 to a temporary directory (0.5 GB, so it is read from
-the page cache), and times the stream that training pulls from: shuffled, random access, one of the
-two views of each record. "plain loader" reads the same records one by one and stacks them. The
-second column is what a core does that has nothing else to do.
+Latents: writes a set of random latents of 32 x 32 x 4 to a temporary directory (0.5 GB, so it is
+read from the page cache), and times the stream that training pulls from: shuffled, random access,
+one of the two views of each record. "plain loader" reads the same records one by one and stacks
+them. The second column is what a core does that has nothing else to do.
 Encoding is timed up to the autoencoder: JPEGs of 500 x 375 read, cut to 256 pixels and stacked.
+Questions: their answers, with noise, as trees in batches. The last table trains on each pipeline
+and on one batch again and again, in turn.
 """
 
 import argparse
 import io
 import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,12 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
+from timing import in_turn, show
+from train_step import Step
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from configs import ism_digits, seqmatch_arithmetic
 from ism_jax import data, encode, images, latents
-from train_jax.metrics import table
+from train_jax import mesh as mesh_lib
 
 SHAPE = (32, 32, 4)
 
@@ -78,9 +80,8 @@ def photo(i: int) -> bytes:
   return file.getvalue()
 
 
-def main(args) -> None:
-  if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+def latent_rates(args) -> dict[str, float]:
+  """Rows of the first table: latents a second, of wall time and of processor time."""
   rows: dict[str, float] = {}
   with tempfile.TemporaryDirectory() as top:
     write_set(Path(top), args.records)
@@ -99,17 +100,59 @@ def main(args) -> None:
       measured = rate(job, args.batch, args.seconds)
       rows[f"latents a second/{name}"], rows[f"a second of processor time/{name}"] = measured
     stream.close()
-  print(table(rows))
+  return rows
 
+
+def image_rates(args) -> dict[str, float]:
+  """JPEGs read and cut a second."""
   jpegs = [photo(i) for i in range(64)]
   found = images.Images(10**6, (), lambda i: (jpegs[i % 64], 0), str)
   with ThreadPoolExecutor() as pool:
     reader = images.read_batches(found, range(10**6), 32, 256, pool)
-    speed, busy = rate(
-      lambda: np.stack([pixels for _, pixels, _ in next(reader)]), 32, args.seconds
-    )
+    job = lambda: np.stack([pixels for _, pixels, _ in next(reader)])  # noqa: E731
+    speed, busy = rate(job, 32, args.seconds)
   name = "JPEG to 256 pixels"
-  print(table({f"images a second/{name}": speed, f"a second of processor time/{name}": busy}))
+  return {f"images a second/{name}": speed, f"a second of processor time/{name}": busy}
+
+
+def token_rates(step: Step, seconds: float) -> dict[str, float]:
+  """Nodes of the trees a second, padding not counted."""
+  tokens = int(np.sum(np.asarray(step.batch["token"]) > 0))
+  speed, busy = rate(lambda: next(step.stream), tokens, seconds)
+  name = "questions with noise"
+  return {f"tokens a second/{name}": speed, f"a second of processor time/{name}": busy}
+
+
+def waiting(steps: dict[str, Step], rounds: int, n: int = 32) -> dict[str, float]:
+  """Milliseconds a step on data and on one batch, and their ratio."""
+
+  def on_data(step: Step):
+    for _ in range(n):
+      batch = mesh_lib.to_global(next(step.stream), step.mesh)
+      step.state, _ = step.step(step.state, batch)
+    return step.state
+
+  rows = {}
+  for name, step in steps.items():
+    jobs = {"one batch": lambda step=step: step.run(n), "data": lambda step=step: on_data(step)}
+    seconds = in_turn(jobs, rounds)
+    for job, value in seconds.items():
+      rows[f"ms a step/{name}, {job}"] = 1e3 * value / n
+      rows[f"ratio/{name}, {job}"] = value / seconds["one batch"]
+  return rows
+
+
+def main(args) -> None:
+  if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+  tables = {"latents": latent_rates(args), "images to encode": image_rates(args)}
+  steps = {
+    "ism_digits": Step(ism_digits.get_config()),
+    "seqmatch_arithmetic": Step(seqmatch_arithmetic.get_config()),
+  }
+  tables["questions"] = token_rates(steps["seqmatch_arithmetic"], args.seconds)
+  tables["training"] = waiting(steps, args.rounds)
+  show("data", tables)
 
 
 if __name__ == "__main__":
@@ -118,4 +161,5 @@ if __name__ == "__main__":
   parser.add_argument("--batch", type=int, default=256)
   parser.add_argument("--seconds", type=float, default=5.0)
   parser.add_argument("--cores", type=int, default=2)
+  parser.add_argument("--rounds", type=int, default=4)
   main(parser.parse_args())

@@ -115,7 +115,7 @@ def summary(runs: list[dict]) -> dict[str, tuple[float, float]]:
   return ablation.spread(rows)
 
 
-def table(summaries: dict[str, dict], times: dict[str, dict], n: int) -> str:
+def table(summaries: dict[str, dict], times: dict[str, float], n: int) -> str:
   """Two tables: w = 0, and the strength with the lowest Fréchet distance at one step."""
   unguided, guided = [], []
   for rung, s in summaries.items():
@@ -123,7 +123,7 @@ def table(summaries: dict[str, dict], times: dict[str, dict], n: int) -> str:
     rest = [ablation.cell(s[f"{m}/1/w0"]) for m in METRICS[1:]] + [
       ablation.cell(s["accuracy/4/w0"])
     ]
-    speed = [f"{times[rung]['ms']:.1f}", f"{times[rung]['ratio']:.2f}"]
+    speed = [f"{times[f'ms/{rung}']:.1f}", f"{times[f'ratio/{rung}']:.2f}"]
     unguided.append([rung, *fd, *rest, ablation.cell(s.get("leak")), *speed])
     one = [ablation.cell(s[f"{m}/1/best"]) for m in METRICS]
     guided.append(

@@ -10,25 +10,20 @@ solved in between, turn by turn in the same run.
 
 import argparse
 import itertools
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import ot
-from scipy.optimize import linear_sum_assignment
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import train_step
+from scipy.optimize import linear_sum_assignment
+from timing import in_turn, show
 
 from configs import ism_digits
 from ism_jax import method as ism
 from ism_jax import pairing
 from ism_jax.path import draw_noise
 from train_jax import mesh as mesh_lib
-from train_jax.metrics import table
 
 RNG = jax.random.key(0)
 
@@ -76,10 +71,9 @@ def solvers(n: int, d: int) -> dict[str, float]:
   for name, (job, groups) in jobs.items():
     seconds, chosen = timed(job)
     best = cost[noise, optimum(groups)].mean()
-    key = f"n={n} d={d} {name}"
-    rows[f"seconds/{key}"] = seconds
-    rows[f"cost/{key}"] = cost[noise, chosen].mean() / best
-    rows[f"distinct/{key}"] = len(np.unique(chosen)) / n
+    rows[f"seconds/{name}"] = seconds
+    rows[f"cost/{name}"] = cost[noise, chosen].mean() / best
+    rows[f"distinct/{name}"] = len(np.unique(chosen)) / n
   return rows
 
 
@@ -108,14 +102,7 @@ def overlap(pools: int) -> dict[str, float]:
 
   jobs = {name: lambda stream=stream: train(stream) for name, stream in streams.items()}
   jobs["sOT, in between"] = lambda: (between(), train(streams["random pairs"]))
-  times = {name: [] for name in jobs}
-  for turn in range(pools + 1):
-    for name, job in jobs.items():
-      start = time.perf_counter()
-      job()
-      if turn:  # the first compiles
-        times[name].append((time.perf_counter() - start) / steps * 1e3)
-  medians = {name: float(np.median(t)) for name, t in times.items()}
+  medians = {name: 1e3 * t / steps for name, t in in_turn(jobs, pools).items()}
   first = medians["random pairs"]
   return {f"ms a step/{name}": value for name, value in medians.items()} | {
     f"ratio/{name}": value / first for name, value in medians.items()
@@ -128,7 +115,9 @@ if __name__ == "__main__":
   parser.add_argument("--d", default="64")
   parser.add_argument("--overlap", type=int, default=4, help="pools to train on; 0: none")
   args = parser.parse_args()
+  tables = {}
   for n, d in itertools.product(args.n.split(","), args.d.split(",")):
-    print(table(solvers(int(n), int(d))), flush=True)
+    tables[f"a pool of {n} in {d} dimensions"] = solvers(int(n), int(d))
   if args.overlap:
-    print(table(overlap(args.overlap)))
+    tables["training"] = overlap(args.overlap)
+  show("sinkhorn", tables)
