@@ -4,8 +4,9 @@
 
 Needs TPU's compiler (pip install 'jax[tpu]') and no TPU. A row is `main.py --mode=compile` with the
 config, mesh and batch that it names. GiB are of one chip: `state` is parameters, moments, averages
-and replay buffer, `peak` all that a step needs, `moved` what comes from other chips in a step. `ms`
-is an estimate, not a measurement; docs/SCALE.md has its assumptions.
+and replay buffer, `peak` all that a step needs, `moved` what comes from other chips in a step,
+`between` from other slices. `ms` is an estimate, not a measurement; docs/SCALE.md has its
+assumptions.
 """
 
 import argparse
@@ -18,13 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main
 from configs import ism_imagenet256, seqmatch_arithmetic
 from seqmatch_jax import transformer
-from train_jax import aot
+from train_jax import aot, cost
 
 # (model, topology, fsdp, tensor, rows of the batch)
 ROWS = (
   ("XL/2", "v5e:2x4", 8, 1, 128),
   ("XL/2", "v5e:4x4", 16, 1, 256),
   ("XL/2", "v5e:16x16", 8, 1, 2048),
+  ("XL/2", "v5e:4x4*2", 16, 1, 512),
   ("XL/2", "v5p:2x2x2", 1, 1, 256),
   ("XL/2", "v6e:2x4", 8, 1, 256),
   ("7B", "v5p:2x2x2", 8, 1, 8),
@@ -33,7 +35,8 @@ ROWS = (
   ("7B", "v6e:8x8", 64, 1, 64),
 )
 COLUMNS = (
-  "model, topology, mesh, batch, state, peak, of, fits, TFLOP, moved, ms, sampler, compiled in"
+  "model, topology, mesh, batch, state, peak, of, fits, TFLOP, moved, between, ms, sampler, "
+  "compiled in"
 )
 
 
@@ -62,6 +65,7 @@ def row(model: str, topology: str, fsdp: int, tensor: int, rows: int) -> list[st
   chip = aot.CHIPS[topology.partition(":")[0]]
   compute, memory, network = step.estimate(chip)
   chips = len(aot.find_devices(topology))
+  between = step.received.get(cost.BETWEEN, 0.0)
   return [
     model,
     topology,
@@ -72,7 +76,8 @@ def row(model: str, topology: str, fsdp: int, tensor: int, rows: int) -> list[st
     f"{chip.memory / aot.GIB:.0f}",
     "yes" if step.fits else "no",
     f"{step.flops / 1e12:.1f}",
-    f"{sum(step.received.values()) / aot.GIB:.2f}" if step.fits else "",
+    f"{(sum(step.received.values()) - between) / aot.GIB:.2f}" if step.fits else "",
+    f"{between / aot.GIB:.2f}" if between else "",
     f"{1e3 * (max(compute, memory) + network):.0f}" if step.fits else "",
     f"{sampler[0].peak / aot.GIB:.2f}" if sampler else "",
     f"{step.seconds:.0f} s",

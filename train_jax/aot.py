@@ -48,8 +48,9 @@ CHIPS = {
 EFFICIENCY = 0.5
 ASSUMPTIONS = (
   f"Estimated time: the larger of FLOPs at {EFFICIENCY:.0%} of the bfloat16 peak and one pass over "
-  "the memory in use, plus the collectives over all links of a chip; nothing overlaps, and a loop "
-  "whose length is not known (sampling steps, rollouts) counts once."
+  "the memory in use, plus the collectives over all links of a chip; nothing overlaps, a loop "
+  "whose length is not known (sampling steps, rollouts) counts once, and what comes from other "
+  "slices takes no time."
 )
 
 
@@ -105,7 +106,7 @@ class Program:
     peak: bytes of memory, or of what was asked for where it does not fit.
     fits: whether the compiler and the chip's table agree that it does; None for chips unknown.
     flops: of matrix products.
-    received: bytes from other chips, by kind of collective.
+    received: bytes from other chips, by kind of collective; from other slices, `cost.BETWEEN`.
     seconds: of compilation.
   """
 
@@ -119,10 +120,11 @@ class Program:
 
   def estimate(self, chip: Chip) -> tuple[float, float, float]:
     """Seconds of compute, memory and network in one run; see ASSUMPTIONS."""
+    inside = sum(size for kind, size in self.received.items() if kind != cost.BETWEEN)
     return (
       self.flops / (EFFICIENCY * chip.flops),
       self.peak / chip.bandwidth,
-      sum(self.received.values()) / chip.network,
+      inside / chip.network,
     )
 
 

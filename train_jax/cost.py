@@ -25,6 +25,7 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[(.*?)\] \{(.*?)\})")
 _AXIS = re.compile(r"'(\w+)'(?:=|:\(\d+\))?(\d*)")
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN = "between slices"  # what TPU's compiler leaves to the hosts and their network
 
 
 def flops(jaxpr) -> float:
@@ -150,7 +151,8 @@ def collectives(text: str, chips: int) -> dict[str, float]:
   """Bytes that each chip receives in one run of compiled HLO, by kind of collective.
 
   A ring is assumed: an all-gather brings all but the chip's own share, an all-reduce twice that.
-  Of branches the dearest counts.
+  Of branches the dearest counts. What comes from other slices, through the hosts, is BETWEEN: the
+  arrays that the hosts hand to the chip, where they have reduced them already.
   """
   computations, entry = parse(text)
   channels = set()
@@ -164,10 +166,13 @@ def collectives(text: str, chips: int) -> dict[str, float]:
       if kind in KINDS:
         # A collective that is spread over several fusions appears in each of them.
         channel = _CHANNEL.search(rest)
-        if channel is None or channel.group(1) not in channels:
-          channels.add(channel and channel.group(1))
+        key = channel and (kind, channel.group(1))
+        if key is None or key not in channels:
+          channels.add(key)
           group = _group(rest, chips)
           found[kind] += _received(kind, opcode != kind, operation.types, group)
+      elif opcode == "recv" and "megascale" in rest:
+        found[BETWEEN] += _bytes(operation.types.partition("]")[0] + "]")
       elif opcode == "while":
         condition, body = _LOOP.search(rest).groups()
         times = trips(operation, computations[condition], computations[body])

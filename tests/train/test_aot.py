@@ -8,7 +8,7 @@ import pytest
 
 import main
 from configs import ism_digits, ism_imagenet256, seqmatch_arithmetic
-from train_jax import aot
+from train_jax import aot, cost
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
@@ -34,7 +34,7 @@ def test_digits_are_compiled_for_eight_devices(monkeypatch, capsys, fsdp, tensor
   config.mesh.fsdp, config.mesh.tensor = fsdp, tensor
   step, sampler = main.compile_for(config, "cpu:8")
   out = capsys.readouterr().out
-  assert f"cpu:8: 8 chips, data={8 // (fsdp * tensor)} fsdp={fsdp} tensor={tensor}" in out
+  assert f"cpu:8: 8 chips, fsdp={fsdp} data={8 // (fsdp * tensor)} tensor={tensor}" in out
   assert "train step: compiled in" in out and "sampler, one step: compiled in" in out
   bytes_ = step.arguments
   assert bytes_["averages"] == 2 * bytes_["parameters"]
@@ -72,6 +72,13 @@ def test_estimate_adds_up():
   )
 
 
+def test_what_comes_from_other_slices_is_told_apart():
+  received = {"all-reduce": 10.0, cost.BETWEEN: 1e9}
+  program = aot.Program("p", {}, 50.0, True, 12.0, received, 1.0)
+  assert program.estimate(CHIP)[2] == 2.0
+  assert f"between slices     {1e9 / 2**30:.3f} GiB" in aot.describe(program, CHIP)
+
+
 def test_what_does_not_fit_is_said():
   program = aot.Program("p", {}, 500.0, False, 12.0, {}, 1.0)
   text = aot.describe(program, CHIP)
@@ -100,7 +107,12 @@ def test_without_libtpu_the_way_out_is_named():
   importlib.util.find_spec("libtpu") is None,
   reason="libtpu, the compiler for TPUs, is not installed",
 )
-def test_a_step_is_compiled_for_a_tpu():
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:2x2*2"])
+def test_a_step_is_compiled_for_a_tpu(topology):
   config = ism_digits.get_config("debug")
-  step, _ = main.compile_for(config, "v5e:2x4")
+  step, _ = main.compile_for(config, topology)
   assert step.fits and step.received["all-reduce"] > 0
+  if "*" in topology:  # at least the gradients
+    assert step.received[cost.BETWEEN] >= step.arguments["parameters"]
+  else:
+    assert cost.BETWEEN not in step.received
