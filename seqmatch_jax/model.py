@@ -39,7 +39,7 @@ def make_facts(config, facts: dict) -> dict:
   """`facts` of the data, and the sizes of the pretrained decoder, if there is one.
 
   Raises:
-    UserError: the folder is not one, or the data have other tokens than it.
+    UserError: the folder is not one, or the data have other tokens than it, or longer texts.
   """
   if not config.get("pretrained"):
     return facts
@@ -49,7 +49,8 @@ def make_facts(config, facts: dict) -> dict:
       f"pretrained={config.pretrained!r} has a tokenizer that these data were not encoded with; "
       "encode them with it, or leave data.tokenizer empty."
     )
-  TransformerConfig(vocab=vocab.size, **sizes).check_length(facts["max_length"])
+  longest = max(facts["max_length"], config.data.context)
+  TransformerConfig(vocab=vocab.size, **sizes).check_length(longest)
   return {**facts, "sizes": sizes}
 
 

@@ -135,7 +135,8 @@ def read_sizes(folder: str | Path) -> dict:
         f"{folder}/config.json has {name}={there!r}, a variant of {kind} that is not supported; "
         f"{name}={value!r} is."
       )
-  return {"family": kind, "erase": True, **sizes}
+  without = {"kv_heads": 0, "theta": 10_000.0, "scaling": [], "context": 0}
+  return {"family": kind, "erase": True, **without, **sizes}
 
 
 def _gpt2(found: dict) -> tuple[dict, dict]:
