@@ -21,7 +21,7 @@ import numpy as np
 
 from seqmatch_jax import tokens
 from seqmatch_jax.corpus import Texts
-from seqmatch_jax.tokens import SPECIAL, TextVocab, Vocab
+from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
 
 VERSION = 1  # of the layout above
@@ -101,12 +101,6 @@ def encode_texts(texts: Texts, vocab: Vocab | TextVocab) -> Documents:
   if not rows:
     raise UserError("these texts have no tokens; give texts that are not blank.")
   return Documents.from_parts([np.concatenate(rows)], [np.array([len(row) for row in rows])])
-
-
-def made_up(vocab: int, length: int) -> Documents:
-  """1000 random documents of `length` tokens, of a vocabulary of that size."""
-  ids = np.random.default_rng(0).integers(SPECIAL, vocab, 1000 * length).astype(np.int32)
-  return Documents.from_parts([ids], [np.full(1000, length)])
 
 
 def read_text(texts: Texts, i: int) -> str:

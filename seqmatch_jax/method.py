@@ -77,14 +77,15 @@ def _check(config) -> None:
 def without_data(config) -> tuple[ConfigDict, int]:
   """For `--mode=compile`: a config that reads nothing but the files here, and a batch's number.
 
-  The batch is the first with noise: rows of questions are wider then. Text of a large vocabulary is
-  made up, and a pretrained decoder is drawn, with config.model's sizes.
+  Texts are Python's own, and a pretrained decoder is drawn: it has the sizes in `config.model` and
+  `data.vocab` tokens. The batch is the first with noise: rows of questions are wider then.
   """
   config = config.copy_and_resolve_references()
-  if config.data.source == "text":
-    config.data.path = config.data.test = config.data.tokenizer = ""
-    with config.unlocked():
-      config.pretrained, config.data.made_up = "", config.data.get("vocab", 0)
+  with config.unlocked():
+    config.pretrained = ""
+    if config.data.source == "text":
+      config.data.path = config.data.test = config.data.tokenizer = ""
+      config.model.vocab = config.data.get("vocab", 0)
   return config, config.loss.warmup
 
 

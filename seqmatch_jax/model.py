@@ -39,7 +39,7 @@ def make_facts(config, facts: dict) -> dict:
   """`facts` of the data, and the sizes of the pretrained decoder, if there is one.
 
   Raises:
-    UserError: the folder is not one, or the data have other tokens than it.
+    UserError: the folder is not one, or the data have other tokens than it, or longer texts.
   """
   if not config.get("pretrained"):
     return facts
@@ -49,16 +49,23 @@ def make_facts(config, facts: dict) -> dict:
       f"pretrained={config.pretrained!r} has a tokenizer that these data were not encoded with; "
       "encode them with it, or leave data.tokenizer empty."
     )
-  TransformerConfig(vocab=vocab.size, **sizes).check_length(facts["max_length"])
+  longest = max(facts["max_length"], config.data.context)
+  TransformerConfig(vocab=vocab.size, **sizes).check_length(longest)
   return {**facts, "sizes": sizes}
 
 
 def make_sizes(config, facts: dict) -> TransformerConfig:
-  """Sizes of the network: those of the pretrained one, if there is one, else the config's."""
-  sizes = {**config.model, **facts.get("sizes", {})}
+  """Sizes of the network: those of the pretrained one, if there is one, else the config's.
+
+  `config.model.vocab` may ask for more tokens than there are, as large as some pretrained model's.
+  """
+  sizes, vocab = dict(config.model), tokens.from_facts(facts).size
+  most = sizes.pop("vocab", 0)
+  if "sizes" in facts:
+    sizes, most = {**sizes, **facts["sizes"]}, 0
   if config.get("lora") and config.lora.rank:
     sizes["lora"] = lora.LoraConfig(**config.lora)
-  return TransformerConfig(vocab=tokens.from_facts(facts).size, **sizes)
+  return TransformerConfig(vocab=max(vocab, most), **sizes)
 
 
 def make_network(config, facts: dict) -> transformer.Network:

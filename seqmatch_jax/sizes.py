@@ -33,6 +33,7 @@ class TransformerConfig:
   lora: lora.LoraConfig | None = None  # learn these adapters (and `erase`) only
 
   def __post_init__(self):
+    object.__setattr__(self, "scaling", tuple(self.scaling))  # JSON has lists
     for name in ("vocab", "width", "depth", "heads", "hidden"):
       if getattr(self, name) < 1:
         raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")

@@ -17,7 +17,7 @@ from seqmatch_jax import (
 )
 from seqmatch_jax.documents import Documents
 from seqmatch_jax.task import Asked, Task
-from seqmatch_jax.tokens import SPECIAL, TextVocab, Vocab
+from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
@@ -49,9 +49,6 @@ def open_documents(
   Raises:
     UserError: they cannot be read, or do not belong together.
   """
-  if source.get("made_up"):
-    made = documents.made_up(source.made_up, source.context)
-    return *made.split(min(source.tests, source.context)), Vocab(_symbols(source.made_up))
   if documents.is_set(source.path):
     train, stored = documents.open_set(source.path)
     vocab = _check_same(source.path, stored, vocab)
@@ -69,11 +66,6 @@ def open_documents(
     vocab = _characters(texts) if source.path else Vocab(tuple(corpus.PRINTABLE))
   encoded = [documents.encode_texts(x, vocab) for x in texts]
   return (*encoded, vocab) if source.test else (*encoded[0].split(source.tests), vocab)
-
-
-def _symbols(count: int) -> tuple[str, ...]:
-  """As many characters as a vocabulary of `count` tokens has."""
-  return tuple(map(chr, range(2**16, 2**16 + count - SPECIAL)))
 
 
 def _check_same(path: str, stored: Vocab | TextVocab, vocab: Vocab | TextVocab | None):

@@ -43,10 +43,18 @@ class Lazy:
     return out
 
   def place(self, sharding, dtype) -> jax.Array:
-    """The whole as a global array of another dtype, each process reading its devices' shares."""
-    return jax.make_array_from_callback(
-      self.shape, sharding, replace(self, dtype=dtype).__getitem__
-    )  # fmt: skip
+    """The whole as a global array of another dtype; each process reads its devices' shares.
+
+    One after the other, and once where several devices have the same.
+    """
+    view, owners = replace(self, dtype=dtype), {}
+    for device, index in sharding.addressable_devices_indices_map(self.shape).items():
+      owners.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
+    arrays = []
+    for bounds, devices in owners.items():
+      share = view[tuple(slice(*ends) for ends in bounds)]
+      arrays += [jax.device_put(share, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(self.shape, sharding, arrays)
 
 
 def stored(weights: Weights, name: str, shape: tuple[int, ...]) -> Lazy:
@@ -94,13 +102,14 @@ def rows(inner: Lazy, numbers: np.ndarray) -> Lazy:
   """The rows `numbers` of a tensor, in that order; zeros where a number is negative."""
 
   def fill(out, index):
-    wanted = numbers[index[0]]
+    wanted, start = numbers[index[0]], 0
     out[...] = 0
-    there = wanted >= 0
-    if there.any():
-      low, high = wanted[there].min(), wanted[there].max() + 1
-      block = replace(inner, dtype=out.dtype)[(slice(low, high), *index[1:])]
-      out[there] = block[wanted[there] - low]
+    ends = (np.diff(wanted) != 1) | (wanted[:-1] < 0)  # of runs of rows that follow each other
+    for run in np.split(wanted, np.flatnonzero(ends) + 1):
+      if len(run) and run[0] >= 0:
+        these = slice(int(run[0]), int(run[-1]) + 1)
+        inner.fill(out[start : start + len(run)], (these, *index[1:]))
+      start += len(run)
 
   return Lazy((len(numbers), *inner.shape[1:]), fill)
 

@@ -146,6 +146,9 @@ def test_mistakes_cost_a_sentence(get_config, tmp_path):
   vocab = model.TextVocab.from_file(config.pretrained)
   with pytest.raises(UserError, match=r"400 tokens does not fit into the 96 positions"):
     model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 400})
+  config.data.context = 97
+  with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
+    model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 90})
   config.pretrained = str(tmp_path)
   with pytest.raises(UserError, match=r"pretrained=.*give a folder with config.json"):
     seqmatch.make_method(config, mesh_lib.make_mesh())

@@ -171,7 +171,7 @@ def test_configs_of_pretrained_decoders_have_the_paper_s_settings_and_build(sour
   paper = (config.loss.alpha, config.noise.rate, config.loss.gamma, config.data.context)
   assert paper == (0.01, 0.001, 0.998, 1024) and config.lora.rank > 0
   compiled, position = seqmatch.without_data(source.get_config("debug"))
-  assert position == 1 and compiled.data.made_up == 100
+  assert position == 1 and compiled.model.vocab == 100
   for made in (source.get_config("debug"), compiled):
     method, _ = seqmatch.make_method(made, one_device)
     params, _ = jax.eval_shape(method.init, jax.random.key(0))
