@@ -7,8 +7,8 @@ with Python; every variant goes on from it, for as many steps. BC, behavioural c
 noised data, with <backspace>; the 2 x 2 is MLE or chi2-mixture, without or with noise and
 <backspace>. Nucleus sampling needs no training of its own: it is a column of every row. MAUVE is
 measured with the features of another model of characters, which was trained on other text: the
-docstrings of Python's packages. Writes table.md, results.json and ablation.png; stopped, it goes on
-where it was.
+docstrings of Python's packages. "training text" is what training documents get in a model's place.
+Writes table.md, results.json and ablation.png; stopped, it goes on where it was.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 
 from configs import seqmatch_text
-from seqmatch_jax import corpus
+from seqmatch_jax import corpus, packing, quality, text, text_features
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -69,8 +69,8 @@ def write_docstrings(path: Path) -> None:
   known = {prose.read(i) for i in range(prose.size)}
   for file in sorted(Path(os.__file__).parent.glob("*/**/*.py")):
     if {"site-packages", "test", "tests", "idle_test"}.isdisjoint(file.parts):
-      for text in re.findall(r'"""(.*?)"""', file.read_text("utf-8", "ignore"), re.S):
-        for paragraph in re.split(r"\n\s*\n", text):
+      for docstring in re.findall(r'"""(.*?)"""', file.read_text("utf-8", "ignore"), re.S):
+        for paragraph in re.split(r"\n\s*\n", docstring):
           line = " ".join(paragraph.split())
           if len(line) >= 32 and line[-1] == "." and line.isascii() and line.isprintable():
             found[line] = line not in known
@@ -122,6 +122,29 @@ def make_variant(out: Path, variant: str, seed: int, part: float):
   return config
 
 
+def training_text(out: Path) -> dict[str, float]:
+  """The numbers of 1000 training documents, as if a model had written them: what can be reached."""
+  config = make_config(1, 0)
+  train, test, vocab = text.open_documents(config.data)
+  source, errors = config.data, config.noise.max_errors
+  held, known = (
+    packing.pack(documents, vocab.size, source.context, errors, source.prompt)
+    for documents in (test, train)
+  )
+  begins, known_begins = (np.flatnonzero(packed.start == 0) for packed in (held, known))
+  chosen = np.random.default_rng(0).choice(known_begins, config.eval.samples, replace=False)
+  real, drawn = quality.real(held, begins), quality.real(known, chosen)
+  features = text_features.load(str(out / "features_seed0"))
+  both = [quality.embed(x, vocab, features) for x in (real, drawn)]
+  return dict([*quality.variety(drawn, "T=1"), *quality.closeness(*both, "T=1")])
+
+
+def real_cell(summary: dict, key: str) -> str:
+  """The cell of held-out text in the column `key`."""
+  value = summary.get(f"{key.partition('/')[0]}/real")
+  return f"{value[0]:.3f}" if value and key.endswith("/T=1") else ""
+
+
 def plot(summaries: dict[str, dict], path: Path) -> None:
   """MAUVE and repetition by variant, with and without nucleus sampling."""
   figure, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=120)
@@ -162,8 +185,11 @@ if __name__ == "__main__":
     [name, *(ablation.cell(s.get(key), 3) for key in COLUMNS.values())]
     for name, s in summaries.items()
   ]
-  own = [real.get(re.sub("/.*", "/real", key)) for key in COLUMNS.values()]
-  rows.append(["held-out text", *(ablation.cell(value, 3) for value in own)])
+  drawn = training_text(out)
+  rows += [
+    ["training text", *(f"{drawn[key]:.3f}" if key in drawn else "" for key in COLUMNS.values())],
+    ["held-out text", *(real_cell(real, key) for key in COLUMNS.values())],
+  ]
   plot(summaries, out / "ablation.png")
-  text = f"T = 1 unless named; mean ± spread of {len(seeds)} seeds; 1000 texts a seed.\n\n"
-  ablation.write(out, text + ablation.markdown(["", *COLUMNS], rows), results)
+  head = f"T = 1 unless named; mean ± spread of {len(seeds)} seeds; 1000 texts a seed.\n\n"
+  ablation.write(out, head + ablation.markdown(["", *COLUMNS], rows), results)

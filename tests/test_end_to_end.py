@@ -199,3 +199,13 @@ def test_bad_prompts_cost_one_sentence(flags, words, writer):
   code, out, err = call(f"--workdir={writer}", *flags)
   assert code == 2 and "Traceback" not in out + err
   assert all(word in err for word in words), err
+
+
+def test_texts_are_encoded_and_images_are_not_texts(tmp_path):
+  (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo")
+  texts, out = f"--texts={tmp_path / 'a.txt'}", f"--out={tmp_path / 'tokens'}"
+  code, text, err = call("--mode=encode", texts, out)
+  assert code == 0, err
+  assert "6 of 2 documents" in text and (tmp_path / "tokens" / "manifest.json").exists()
+  code, _, err = call("--mode=encode", texts, out, "--images=photos")
+  assert code == 2 and "--images and --texts are both given" in err

@@ -125,3 +125,15 @@ def test_a_typist_goes_on_where_it_was(typed):
   typist = show.Typist(VOCAB, [TWO, TWO])
   keys = [key for action in actions for key in typist.keys([action])]
   assert keys == typed == show.strokes(actions, VOCAB, [TWO, TWO])
+
+
+class Counting:
+  """A vocabulary whose tokens look otherwise at another place in the text."""
+
+  def pieces(self, ids):
+    return [f"{place}:{token} " for place, token in enumerate(ids)]
+
+
+def test_what_is_typed_depends_on_the_text_that_is_left():
+  keys = show.strokes([5, 6, 7, BACKSPACE, BACKSPACE, 8, EOS], Counting(), prompt=[4])
+  assert keys == ["1:5 ", "2:6 ", "3:7 ", "\b", "\b", "2:8 ", show.END]
