@@ -16,7 +16,7 @@ def get_common() -> ml_collections.ConfigDict:
   config.eval_every = 1000  # 0: only at the end
   config.save_every = 1000
   config.keep = 2  # checkpoints
-  config.max_skipped = 10  # non-finite steps in a row before the run stops
+  config.max_skipped = 10  # non-finite steps in a row before the run goes back, then stops
 
   config.optim = ml_collections.ConfigDict()
   config.optim.lr = 1e-3

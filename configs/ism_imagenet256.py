@@ -18,7 +18,7 @@ nor the warm-up: those are ours. It pairs noise without regard to classes, which
 into the noise; pairing.condition=none does the same.
 
 What keeps XL from diverging: the gradient is clipped to norm 1; a step whose loss or gradient is
-not finite is skipped, counted, and after ten in a row the run stops; the learning rate warms up;
+not finite is skipped, counted, and after ten in a row the run goes back once; lr warms up;
 parameters, moments, averages, attention's softmax, the norms' statistics and the loss are float32
 and only the products and activations between are bfloat16; blocks, d and w begin at zero effect. If
 `skipped` ever rises after the warm-up, add --config.model.qk_norm=True (queries and keys

@@ -59,13 +59,13 @@ class MetricWriter:
     self._board.write_event(Event(wall_time=time.time(), step=step, **what))
 
   @contextmanager
-  def _guard(self, step: int) -> Iterator[None]:
+  def _guard(self, what: str) -> Iterator[None]:
     try:
       yield
       self._failed = False
     except OSError as err:
       if not self._failed:
-        logging.error("numbers of step %d cannot be written: %s", step, err.strerror)
+        logging.error("%s cannot be written: %s", what, err.strerror)
       self._failed = True
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -73,7 +73,7 @@ class MetricWriter:
     if not self.active or not values:
       return
     values = {name: float(value) for name, value in values.items()}
-    with self._guard(step):
+    with self._guard(f"numbers of step {step}"):
       self._file.write(json.dumps({"step": step, **values}) + "\n")
       self._file.flush()
       for name, value in values.items():
@@ -84,14 +84,14 @@ class MetricWriter:
     """Saves uint8 [h, w, 3] as a PNG; returns its path."""
     path = self.samples / f"{step:08d}_{name}.png"
     if self.active:
-      with self._guard(step):
+      with self._guard(str(path)):
         Image.fromarray(pixels).save(path)
         self._add(step, summary=summary.image(name, pixels, dataformats="HWC"))
     return path
 
   def close(self) -> None:
     for file in (self._file, self._board) if self.active else ():
-      with self._guard(-1):
+      with self._guard("the last numbers"):
         file.close()
 
 

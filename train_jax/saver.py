@@ -98,41 +98,34 @@ class Saver:
       p for p in self.directory.iterdir() if p.suffix in (".orbax-checkpoint-tmp", ".deleted")
     ]
 
-  def _open(self) -> bool:
-    """Whether the directory can be written to, for all processes; cleans it up the first time."""
-    ready = True
+  def _open(self) -> str:
+    """Why a process cannot write to the directory, "" if all can; cleans it up the first time."""
+    problem = ""
     try:
       check_writable(self.directory)
     except UserError as err:
-      logging.error("%s", err)
-      ready = False
-    if not all_agree(ready):
-      return False
+      problem = stored.reason(err.__cause__)
+    if not all_agree(not problem):
+      return problem or "another process cannot write to it"
     if self._orbax is None:
       self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
       self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
       logging.get_absl_logger().addFilter(_not_orbax)
       self._remove(self._leftovers())
-    return True
+    return ""
 
   def save(self, step: int, items: dict[str, PyTree], meta: dict) -> None:
     """Saves in the background; returns once the arrays are copied and may be donated.
 
     What goes wrong is logged, and `finish` returns it.
     """
-    since = time.monotonic()
-    self.finish()
-    if (waited := time.monotonic() - since) > PATIENCE:
-      logging.warning(
-        "training waited %.0f s for the save before to end: the disk is slow; raise save_every.",
-        waited,
-      )
+    self._finish_patiently()
+    if problem := self._open():
+      self._failure = self._sentence(step, problem)
+      return self._report(self._failure)
     # Neither the arrays nor their checksums are waited for: both are on their way to the disk.
     sums = {name: checksum.start(tree) for name, tree in items.items()}
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), items)
-    self._failure = self._sentence(step, "the directory cannot be written to")
-    if not self._open():
-      return self._report(self._failure)
 
     def make_meta() -> dict:
       made = {**meta, "checksums": jax.tree.map(int, jax.device_get(sums))}
@@ -178,6 +171,15 @@ class Saver:
     set_aside(self.directory, step)
     self._remove(self._leftovers())
     return self._failure
+
+  def _finish_patiently(self) -> None:
+    since = time.monotonic()
+    self.finish()
+    if (waited := time.monotonic() - since) > PATIENCE:
+      logging.warning(
+        "training waited %.0f s for the save before to end: the disk is slow; raise save_every.",
+        waited,
+      )
 
   def _sentence(self, step: int, why: str) -> str:
     if self.good is None:

@@ -64,6 +64,7 @@ def test_many_differences_are_counted_not_listed():
     {"mesh": {"fsdp": 4}},
     {"eval": {"samples": 9}},
     {"init_from": "elsewhere"},
+    {"data": {"max_faults": 7}},
   ],
 )
 def test_what_does_not_change_learning_may_differ(free):
