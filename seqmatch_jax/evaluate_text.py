@@ -54,12 +54,17 @@ def generations(
   backspace: bool,
   top_p: float | None = None,
 ) -> Rollout:
-  """Goes on from prompts [m, p] at temperature 1, `batch` at a time; NumPy arrays."""
+  """Goes on from prompts [m, p] at temperature 1, `batch` at a time; NumPy arrays.
+
+  The policy itself: it may type again what it has just erased. Where a good token was erased only
+  worse ones would be left otherwise, which are erased in their turn.
+  """
+  settings = {"retype": True, "top_p": top_p}
   key, made = jax.random.key(seed), []
   for start in range(0, len(prompt), batch):
     row = np.arange(start, start + batch)
     chosen = row % len(prompt)  # the last batch is filled: one shape, one compilation
-    out = generate(params, prompt[chosen], length[chosen], key, row, 1.0, backspace, top_p=top_p)
+    out = generate(params, prompt[chosen], length[chosen], key, row, 1.0, backspace, **settings)
     made.append([mesh_lib.fetch(x) for x in out])
   return Rollout(*(np.concatenate(parts)[: len(prompt)] for parts in zip(*made, strict=True)))
 

@@ -178,8 +178,10 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   """
   task, vocab = task_of(config), tokens.from_facts(facts)
   asked = task.ask(config, facts, sample.prompts(flags), flags.num or 64)
+  temperature = task.TEMPERATURE if flags.temperature is None else flags.temperature
   settings = {
-    "temperature": task.TEMPERATURE if flags.temperature is None else flags.temperature,
+    "temperature": temperature,
+    "retype": task.RETYPE and temperature > 0,  # a greedy one would repeat itself
     "allow_backspace": config.loss.backspace,
     "top_k": flags.top_k,
     "top_p": flags.top_p,

@@ -22,6 +22,7 @@ from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
 TEMPERATURE = 1.0  # of a generation, where none is asked for
+RETYPE = True  # whether a sample may type again what it has erased
 GAP = ""  # between a prompt and what is typed, as it is shown
 
 

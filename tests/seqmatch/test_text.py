@@ -125,8 +125,8 @@ def test_erasures_are_counted():
 
 
 def test_generations_are_made_a_batch_at_a_time_and_numbered_through():
-  def generate(params, prompt, length, key, row, temperature, backspace, top_p):
-    assert len(prompt) == 4 and temperature == 1 and backspace and top_p == 0.9
+  def generate(params, prompt, length, key, row, temperature, backspace, retype, top_p):
+    assert len(prompt) == 4 and temperature == 1 and backspace and retype and top_p == 0.9
     made = prompt * params, prompt + row[:, None], length, row > 5
     return Rollout(*map(jax.numpy.asarray, made))
 
