@@ -112,7 +112,8 @@ def test_a_step_is_compiled_for_a_tpu(topology):
   config = ism_digits.get_config("debug")
   step, _ = main.compile_for(config, topology)
   assert step.fits and step.received["all-reduce"] > 0
-  if "*" in topology:  # at least the gradients
-    assert step.received[cost.BETWEEN] >= step.arguments["parameters"]
+  if "*" in topology:  # each chip of a slice can bring a share of the gradients, or all of them
+    gradients = step.arguments["parameters"]
+    assert gradients / 4 <= step.received[cost.BETWEEN] < 2 * gradients
   else:
     assert cost.BETWEEN not in step.received
