@@ -42,6 +42,10 @@ def _not_orbax(record) -> bool:
   return record.levelno < logging.converter.STANDARD_ERROR or "/orbax/" not in record.pathname
 
 
+def _fetch(sums: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
+  return jax.tree.map(int, jax.device_get(sums))
+
+
 def check_writable(workdir: Path) -> None:
   """Makes `workdir`; raises UserError unless this process can write into it."""
   probe = workdir / f".write-{jax.process_index()}"
@@ -123,12 +127,11 @@ class Saver:
     if problem := self._open():
       self._failure = self._sentence(step, problem)
       return self._report(self._failure)
-    # Neither the arrays nor their checksums are waited for: both are on their way to the disk.
-    sums = {name: checksum.start(tree) for name, tree in items.items()}
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), items)
+    sums: Future[dict[str, dict[str, jax.Array]]] = Future()
 
     def make_meta() -> dict:
-      made = {**meta, "checksums": jax.tree.map(int, jax.device_get(sums))}
+      made = {**meta, "checksums": _fetch(sums.result())}
       return {**made, "checksum": checksum.of_json(made)}
 
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -136,18 +139,20 @@ class Saver:
     try:
       self._orbax.save(self.directory / str(step), args=args, force=True)
     except Exception as err:  # of many kinds
+      sums.set_exception(err)
       self._failure = self._sentence(step, stored.reason(err))
       if jax.process_count() > 1:  # the others wait inside Orbax for this one
         raise SaveError(self._failure) from err
       return self._report(self._failure)
+    # After the copies, which would queue up behind them; and nobody waits here for their values.
+    sums.set_result({name: checksum.start(tree) for name, tree in items.items()})
     self._saving = step, self._background.submit(self._complete, step, abstract, sums)
 
-  def _complete(self, step: int, abstract: dict[str, PyTree], sums: dict) -> str:
+  def _complete(self, step: int, abstract: dict[str, PyTree], sums: Future) -> str:
     """In the background: returns what went wrong with the save of `step`, "" if nothing did."""
     try:
       self._orbax.wait_until_finished()
-      sums = jax.tree.map(int, jax.device_get(sums))
-      stored.read_back(self.directory / str(step), abstract, sums)
+      stored.read_back(self.directory / str(step), abstract, _fetch(sums.result()))
     except Exception as err:  # of many kinds
       failure = self._sentence(step, stored.reason(err))
       self._report(failure)
