@@ -33,6 +33,7 @@ ROWS = (
   ("7B", "v5p:4x4x4", 64, 1, 64),
   ("7B", "v5p:4x4x4", 16, 4, 64),
   ("7B", "v6e:8x8", 64, 1, 64),
+  ("7B", "v5e:16x16", 64, 1, 256),
 )
 COLUMNS = (
   "model, topology, mesh, batch, state, peak, of, fits, TFLOP, moved, between, ms, sampler, "
