@@ -48,15 +48,15 @@ alive: set[int] = set()  # processes that were started here and have not ended
 COMMON = ("--config.log_every=1", "--config.eval_every=0")
 
 
-def fork(work, log: Path, devices: int = 1, **env: str) -> int:
+def fork(work, log: Path, devices: int = 1, flags: str = FLAGS, **env: str) -> int:
   """Runs `work() -> exit code` in a process of its own; returns its number."""
   if pid := os.fork():
     alive.add(pid)
     return pid
   code = 1
   try:
-    flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
-    os.environ.update(env, XLA_FLAGS=flags)
+    os.environ.update(env)
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     code = work() or 0
@@ -329,7 +329,7 @@ def full_disk(root: Path) -> tuple[int, int, str]:
 def targets(root: Path) -> tuple[int, int, str]:
   """Saving 400 MB: how long training waits, and what the checksums add."""
   result = root / "targets.json"
-  pid = fork(lambda: faults.save_times(root / "save", result), root / "targets.log")
+  pid = fork(lambda: faults.save_times(root / "save", result), root / "targets.log", flags="")
   assert wait(pid, 600) == 0, (root / "targets.log").read_text()
   found = json.loads(result.read_text())
   return found["good"], 2, found["note"]

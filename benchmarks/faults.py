@@ -95,11 +95,12 @@ def damage(workdir: Path, result: Path, flips: int, seed: int) -> None:
 
 
 def hide_newest() -> None:
-  """From now on this process cannot read step 8."""
-  read_meta = stored.read_meta
+  """This process cannot read step 8 the first two times: for its config, and for its state."""
+  read_meta, left = stored.read_meta, [1, 2]
 
   def blind(step: Path) -> dict:
-    if step.name == "8":
+    if step.name == "8" and left:
+      left.pop()
       raise OSError("this disk does not answer")
     return read_meta(step)
 
@@ -240,8 +241,9 @@ def save_times(directory: Path, result: Path, rounds: int = 8) -> None:
   note = (
     f"best of {rounds}: blocked for {1e3 * blocked:.0f} ms (median "
     f"{1e3 * np.median(summed[:, 0]):.0f}), on disk after {took:.2f} s, without checksums "
-    f"{bare.min(0)[1]:.2f} s ({added:+.0%}; processor time {added_work:+.0%}); then read back in the "
-    f"background in {back:.2f} s; load average {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+    f"{bare.min(0)[1]:.2f} s ({added:+.0%}; processor time {added_work:+.0%}); then read back in "
+    f"{back:.2f} s, in the background; load average {os.getloadavg()[0]:.0f} on "
+    f"{os.cpu_count()} cores"
   )
   good = int(blocked <= 0.05) + int(added <= 0.05)
   result.write_text(json.dumps({"good": good, "note": note}))
