@@ -143,7 +143,6 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
 def train(config: ConfigDict, workdir: Path) -> bool:
   """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
-  check_writable(workdir)
   distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
@@ -160,6 +159,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   settings = loop.LoopConfig(clip=config.optim.clip, **{name: config[name] for name in names})
   record = {"config": config.to_dict(), "facts": facts}
   given = {} if saved else make_given(config, facts)
+  check_writable(workdir)
   complete = loop.train(
     method, make_optimizer(config), dict(config.ema), settings, devices, workdir, record, given
   )

@@ -192,7 +192,7 @@ def test_prompts_are_answered(writer, tmp_path):
     (("--mode=sample", "--prompt=12?"), ("'?'",)),
     (("--mode=sample", "--prompts=nowhere"), ("nowhere",)),
     (("--mode=sample", "--temperature=-1"), ("temperature",)),
-    (("--mode=export",), ("--mode=export", "'seqmatch'")),
+    (("--mode=export",), ("--mode=export", "config.pretrained")),
   ],
 )
 def test_bad_prompts_cost_one_sentence(flags, words, writer):

@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.rollcall import Place, Roll
+from train_jax.saver import check_writable
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -140,15 +141,16 @@ def start() -> None:
 
 
 def check_shared(workdir: Path, patience: float = 30) -> None:
-  """Makes `workdir`; raises UserError unless all processes see it within `patience` seconds.
+  """Makes `workdir` where there are several processes: a checkpoint is one place for all of them.
 
-  A checkpoint is written by all of them into one place.
+  Raises:
+    UserError: not all of them see it within `patience` seconds, or this one cannot write to it.
   """
   if jax.process_count() == 1:
     return
+  check_writable(workdir)
   mark = np.int32(time.time_ns() % 2**31)
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / f".start-{mark}").touch()
   mark = multihost_utils.broadcast_one_to_all(mark)
   deadline, file = time.monotonic() + patience, workdir / f".start-{mark}"
