@@ -18,6 +18,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
+FLUSH = 20.0  # seconds between TensorBoard's looks at the disk
+
 
 class MetricWriter:
   """Writes scalars and pictures of a run; every process but the first writes nothing.
@@ -53,6 +55,7 @@ class MetricWriter:
     self._file = self.path.open("a")
     # Not SummaryWriter, whose thread ends on a full disk: training would wait for it for ever.
     self._board = EventsWriter(str(Path(workdir) / "events"), f".{time.time_ns()}")
+    self._flush_at = 0.0
     self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def _add(self, step: int, **what) -> None:
@@ -78,7 +81,9 @@ class MetricWriter:
       self._file.flush()
       for name, value in values.items():
         self._add(step, summary=summary.scalar(name, value))
-      self._board.flush()
+      if time.monotonic() > self._flush_at:  # it waits for the disk
+        self._board.flush()
+        self._flush_at = time.monotonic() + FLUSH
 
   def picture(self, step: int, name: str, pixels: np.ndarray) -> Path:
     """Saves uint8 [h, w, 3] as a PNG; returns its path."""

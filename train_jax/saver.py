@@ -145,7 +145,10 @@ class Saver:
         raise SaveError(self._failure) from err
       return self._report(self._failure)
     # After the copies, which would queue up behind them; and nobody waits here for their values.
-    sums.set_result({name: checksum.start(tree) for name, tree in items.items()})
+    try:
+      sums.set_result({name: checksum.start(tree) for name, tree in items.items()})
+    except Exception as err:  # else the save would wait for them for ever
+      sums.set_exception(err)
     self._saving = step, self._background.submit(self._complete, step, abstract, sums)
 
   def _complete(self, step: int, abstract: dict[str, PyTree], sums: Future) -> str:
