@@ -8,7 +8,7 @@
     ./launch.sh --mode=sample --workdir=runs/seqmatch_arithmetic \
          --prompt='In base 7, what is 2 + 5?'
 
-Hardware: 2 CPU cores; 10 to 15 minutes (an estimate), first numbers within 3; two_sum about 5.
+Hardware: 2 CPU cores; 8 minutes, first numbers after a minute and a half; two_sum about 5.
 """
 
 import ml_collections

@@ -258,6 +258,10 @@ def test_bad_sizes_are_refused_in_a_sentence():
     replace(SMALL, width=20, heads=4)
   with pytest.raises(UserError, match=r"model.heads=0 must be at least 1"):
     replace(SMALL, heads=0)
+  with pytest.raises(UserError, match=r"model.attention='flash' is unknown"):
+    replace(SMALL, attention="flash")
+  with pytest.raises(UserError, match=r"model.attention='cudnn' needs a 16-bit .*'float32'"):
+    replace(SMALL, attention="cudnn")
   for name in ("XXL/2", "XL", "XL/two"):
     with pytest.raises(UserError, match=f"unknown model size '{name}'.*XL/2"):
       dit.with_size(SMALL, name)
