@@ -41,8 +41,14 @@ from benchmarks.runs import (
 )
 
 
-def kills(root: Path, draw: random.Random, method: str, count: int) -> tuple[int, int, str]:
-  """SIGKILL at random moments; in the end, the same bits as a run that was left alone."""
+def kills(
+  root: Path, draw: random.Random, method: str, count: int, longest: float = 4
+) -> tuple[int, int, str]:
+  """SIGKILL at random moments; in the end, the same bits as a run that was left alone.
+
+  Args:
+    longest: seconds between a life's first step and its end.
+  """
   workdir, every, good, lost, seconds = root / f"kills_{method}", 5, 0, [], []
   args = (f"--config.steps={ENDLESS}", f"--config.save_every={every}")
   expected = logged = 0
@@ -59,7 +65,7 @@ def kills(root: Path, draw: random.Random, method: str, count: int) -> tuple[int
       good += (resumed(log) or 0) == expected >= (logged - 1) // every * every - every
       lost.append(logged - (resumed(log) or 0))
     if life < count:
-      time.sleep(draw.uniform(0, 4))
+      time.sleep(draw.uniform(0, longest))
       kill(pid)
       logged, expected = max(history(workdir), default=0), whole(workdir)
   until(lambda: whole(workdir) >= 2 * every)
@@ -221,7 +227,7 @@ def targets(root: Path) -> tuple[int, int, str]:
 def rows(root: Path, draw: random.Random, short: bool):
   """(fault, its mark, what runs it) of each row."""
   if short:
-    yield "SIGKILL at a random moment", "all resume", lambda: kills(root, draw, "ism", 3)
+    yield "SIGKILL at a random moment", "all resume", lambda: kills(root, draw, "ism", 2, 1.5)
     yield "a flipped bit, truncation, deletion, empty", "all found", lambda: flips(root, draw, 8)
     yield "SIGTERM", "exit 0 in 30 s", lambda: stop_one(root, signal.SIGTERM, 1)
     return
