@@ -6,7 +6,9 @@ tried. Older steps are deleted only when a newer one has been read back and is w
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -47,10 +49,10 @@ def _fetch(sums: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
 
 
 def check_writable(workdir: Path) -> None:
-  """Makes `workdir`; raises UserError unless this process can write into it."""
-  probe = workdir / f".write-{jax.process_index()}"
+  """Raises UserError unless this process can write into `workdir`, or make it; makes nothing."""
+  there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+  probe = there / f".write-{socket.gethostname()}-{os.getpid()}"
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"0")
     probe.unlink()
   except OSError as err:
@@ -106,9 +108,10 @@ class Saver:
     """Why a process cannot write to the directory, "" if all can; cleans it up the first time."""
     problem = ""
     try:
+      self.directory.mkdir(parents=True, exist_ok=True)
       check_writable(self.directory)
-    except UserError as err:
-      problem = stored.reason(err.__cause__)
+    except (OSError, UserError) as err:
+      problem = stored.reason(err.__cause__ or err)
     if not all_agree(not problem):
       return problem or "another process cannot write to it"
     if self._orbax is None:
