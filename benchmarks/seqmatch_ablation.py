@@ -97,7 +97,7 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
     axis.bar(x + (i - 1) * 0.27, mean, 0.25, yerr=spread, capsize=2, label=name)
   axis.set(ylim=(0, 1), ylabel="of test questions, T = 1")
   axis.set_xticks(x, list(summaries), rotation=25, ha="right")
-  axis.legend(fontsize=8)
+  axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
   figure.tight_layout()
   figure.savefig(path)
   plt.close(figure)
