@@ -5,28 +5,22 @@
 Generation plays the same number of actions in every row: tokens only; tokens and <backspace>s; the
 same, in chunks of 8 as --stream makes them; and tokens with the whole prefix computed again at each
 step (no cache). The parallel pass takes a gradient of the SequenceMatch loss on trees of
-trajectories with <backspace>s, and of the likelihood of plain texts with as many tokens. Times are
-those of the fastest round: what else runs on a machine only adds to them.
+trajectories with <backspace>s, and of the likelihood of plain texts with as many tokens.
 """
 
 import argparse
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from timing import in_turn, show
 
 from seqmatch_jax.actions import tree
 from seqmatch_jax.loss import LossConfig, loss
 from seqmatch_jax.rollout import RolloutConfig, make_rollout, make_stream
 from seqmatch_jax.tokens import BACKSPACE, EOS, SPECIAL
 from seqmatch_jax.transformer import TransformerConfig, make_network
-from train_jax.metrics import table
 
 VOCAB, PROMPT = 40, 8
 
@@ -73,18 +67,6 @@ def gradient(network, config: LossConfig):
   return jax.jit(jax.grad(value))
 
 
-def in_turn(jobs: dict, rounds: int) -> dict[str, float]:
-  """name -> the fewest seconds of all rounds, in each of which every job has its turn."""
-  times: dict[str, list[float]] = {name: [] for name in jobs}
-  for i in range(rounds + 1):
-    for name, job in jobs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(job())
-      if i:  # the first compiles
-        times[name].append(time.perf_counter() - start)
-  return {name: min(t) for name, t in times.items()}
-
-
 def main(args) -> None:
   rng = np.random.default_rng(0)
   sizes = {"vocab": VOCAB, "width": args.width, "depth": args.depth, "heads": 4}
@@ -116,7 +98,7 @@ def main(args) -> None:
     rows[f"seconds/{name}"] = seconds
     rows[f"actions a second/{name}"] = b * count / seconds
     rows[f"ratio/{name}"] = seconds / times["tokens only"]
-  print(table(rows))
+  tables = {f"{b} rows, {args.length} tokens": rows}
 
   # As many nodes in both: what is typed and erased on one side is more text on the other.
   actions = random_actions(rng, b, count, 0.3)
@@ -136,8 +118,8 @@ def main(args) -> None:
   times = in_turn(jobs, args.rounds)
   rows = {f"ms/{name}": seconds * 1e3 for name, seconds in times.items()}
   rows |= {f"ratio/{name}": s / times["maximum likelihood"] for name, s in times.items()}
-  print(f"\nparallel pass and gradient, {b} rows of {nodes} nodes")
-  print(table(rows))
+  tables[f"parallel pass and gradient, {b} rows of {nodes} nodes"] = rows
+  show("decode", tables)
 
 
 if __name__ == "__main__":
