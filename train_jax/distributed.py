@@ -151,6 +151,7 @@ def check_shared(workdir: Path, patience: float = 30) -> None:
   check_writable(workdir)
   mark = np.int32(time.time_ns() % 2**31)
   if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / f".start-{mark}").touch()
   mark = multihost_utils.broadcast_one_to_all(mark)
   deadline, file = time.monotonic() + patience, workdir / f".start-{mark}"
