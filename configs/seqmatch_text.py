@@ -14,6 +14,7 @@ Hardware: 2 CPU cores; about 12 minutes (an estimate).
 import ml_collections
 
 from configs.common import apply_options, get_common
+from configs.seqmatch_arithmetic import bc, mle
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -71,22 +72,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights
   apply_options(config, arg, OPTIONS)
   return config
-
-
-def mle(config):
-  """Maximum likelihood without <backspace>: the same call with everything switched off."""
-  config.loss.divergence = "chi2"
-  config.loss.alpha = 0.0
-  config.loss.gamma = 1.0
-  config.loss.backspace = False
-  config.noise.rate = 0.0
-
-
-def bc(config):
-  """Behavioural cloning: maximum likelihood on noised data, with <backspace>."""
-  config.loss.divergence = "chi2"
-  config.loss.alpha = 0.0
-  config.loss.gamma = 1.0
 
 
 def debug(config):
