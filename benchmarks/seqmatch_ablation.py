@@ -79,6 +79,8 @@ VARIANTS = {
 def make_config(task: str, variant: str, seed: int, steps: int):
   """The config of one run."""
   config = seqmatch_arithmetic.get_config("two_sum" if task == "two_sum" else "")
+  if task == "generated":  # so many that none comes twice
+    config.data.source, config.data.examples = "add_or_sub_in_base", 200_000
   VARIANTS[variant](config)
   config.seed = seed
   config.steps = steps or config.steps
@@ -105,7 +107,7 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--task", choices=("two_sum", "arithmetic"), default="two_sum")
+  parser.add_argument("--task", choices=("two_sum", "arithmetic", "generated"), default="two_sum")
   parser.add_argument("--out", type=Path)
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by ;")
