@@ -106,6 +106,15 @@ def test_a_killed_process_is_named_and_ends_the_other(start, tmp_path):
   assert f"stopped: process 1 ({socket.gethostname()}) died." in text
 
 
+@pytest.mark.slow
+def test_two_processes_that_diverge_go_back_once_and_stop_together(start, tmp_path):
+  huge = ("--config.optim.lr=1e30", "--config.optim.warmup=4", "--config.max_skipped=2")
+  run = (*ENDLESS, *huge, "--config.save_every=1", f"--workdir={tmp_path}")
+  for code, text in finish(start(2, *run)):
+    assert code == 1 and text.count("Going back, once") == 1, text
+    assert "stopped: loss or gradient was not finite for 2 steps in a row" in text
+
+
 def test_a_process_that_never_comes_is_named(start, tmp_path, monkeypatch):
   monkeypatch.setenv("START_LIMIT", "3")
   monkeypatch.setenv("PROCESS_HOSTS", "here,elsewhere")

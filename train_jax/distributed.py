@@ -16,12 +16,10 @@ Read from the environment; `launch.sh` sets them, Slurm's and Cloud TPU's own ar
 from __future__ import annotations
 
 import collections
-import glob
 import os
 import re
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import jax
@@ -30,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train_jax import mesh as mesh_lib
+from train_jax import metadata
 from train_jax.errors import UserError
 from train_jax.rollcall import Place, Roll
 from train_jax.saver import check_writable
@@ -38,8 +37,6 @@ NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # A process that sends no sign of life for so many seconds is dead, and the others end.
 HEARTBEAT = 50
-
-TPUS = ("/dev/accel*", "/dev/vfio/[0-9]*")  # the files of a host that has some
 
 _rolls: list[Roll] = []  # this process's, once it has started beside others
 
@@ -91,9 +88,10 @@ def _find_cluster() -> tuple[str, str, str]:
   # MEGASCALE_* are there where several slices are joined.
   facts = dict(os.environ)
   workers, index = facts.get("TPU_WORKER_HOSTNAMES", ""), facts.get("TPU_WORKER_ID", "0")
-  if not (workers or facts.get("TPU_SKIP_MDS_QUERY")) and any(map(glob.glob, TPUS)):
-    workers, index = _ask("worker-network-endpoints"), _ask("agent-worker-number")
-    facts |= re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", _ask("tpu-env"), re.MULTILINE)
+  if not (workers or facts.get("TPU_SKIP_MDS_QUERY")) and metadata.has_tpus():
+    keys = ("worker-network-endpoints", "agent-worker-number", "tpu-env")
+    workers, index, rest = (metadata.ask(f"attributes/{key}") for key in keys)
+    facts |= re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", rest, re.MULTILINE)
   if not workers:
     return "", "1", "0"
   hosts = [worker.split(":")[-1] for worker in workers.split(",")]  # `host` or `name:id:host`
@@ -101,18 +99,6 @@ def _find_cluster() -> tuple[str, str, str]:
   before = int(facts.get("MEGASCALE_SLICE_ID") or 0) * len(hosts)
   count = int(facts.get("MEGASCALE_NUM_SLICES") or 1) * len(hosts)
   return f"{host}:{chosen or 8482}", str(count), str(before + int(index))
-
-
-def _ask(key: str) -> str:
-  """What a Google VM's metadata server says of it; "" if there is none."""
-  server = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
-  url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
-  request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-  try:
-    with urllib.request.urlopen(request, timeout=5) as answer:
-      return answer.read().decode()
-  except OSError:
-    return ""
 
 
 def start() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ from train_jax import metrics as metrics_lib
 from train_jax import state as state_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
-from train_jax.step import Method, make_train_step
+from train_jax.signals import Signals
+from train_jax.state import TrainState
+from train_jax.step import Method, Metrics, make_train_step
 
 
 @dataclass(frozen=True)
@@ -64,30 +66,6 @@ class DivergedError(RuntimeError):
     self.rollbacks = rollbacks
 
 
-class Signals:
-  """SIGTERM and SIGINT, noted instead of obeyed; a second one ends the program at once."""
-
-  def __enter__(self) -> Signals:
-    self.received: list[str] = []
-    self._before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    for number in self._before:
-      signal.signal(number, self._note)
-    return self
-
-  def _note(self, number, _frame) -> None:
-    self.received.append(signal.Signals(number).name)
-    for each in self._before:
-      signal.signal(each, signal.SIG_DFL)
-
-  def release(self) -> None:
-    """From now on they act as they did before."""
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def __exit__(self, *_) -> None:
-    self.release()
-
-
 def data_seed(seed: int, rollbacks: int) -> int:
   """Seed of the data's order after `rollbacks`: another order each time, the same in every run."""
   if not rollbacks:
@@ -121,146 +99,194 @@ def train(
     UserError: checkpoints are there but none is good.
   """
   with Signals() as signals:
-    run = partial(_run, method, tx, decays, config, mesh, workdir, record, given or {}, signals)
+    run = partial(_Run, method, tx, decays, config, mesh, workdir, record, given or {}, signals)
     try:
-      return run(rollbacks=0)
+      return run(rollbacks=0).train()
     except DivergedError as err:
       if err.rollbacks:
         raise
       report = str(err)
     # Out of the handler: the frames of the error hold a state, and there may be no room for two.
     logging.error("%s Going back, once, with the data in another order.", report)
-    return run(rollbacks=1)
+    return run(rollbacks=1).train()
 
 
-def _run(
-  method: Method,
-  tx: optax.GradientTransformation,
-  decays: dict[str, float],
-  config: LoopConfig,
-  mesh: jax.sharding.Mesh,
-  workdir: Path,
-  record: dict,
-  given: dict[str, np.ndarray],
-  signals: Signals,
-  rollbacks: int,
-) -> bool:
-  """`train` until it ends, stops or diverges; `rollbacks` counts how often it has gone back."""
-  chief = jax.process_index() == 0
-  checkpoints = Checkpoints(workdir, config.keep)
-  init = state_lib.create(method, tx, decays, config.seed)
-  shardings = mesh_lib.state_sharding(jax.eval_shape(init), mesh)
-  init = jax.jit(init, out_shardings=shardings)
-  abstract = jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), jax.eval_shape(init), shardings
-  )
-  frozen = ()
-  if method.frozen:
-    frozen = (method.frozen.make(mesh_lib.state_sharding(method.frozen.shapes, mesh)),)
-  found = checkpoints.restore(abstract)
-  if found:
-    state, position = found[0], found[1]["position"]
-    if rollbacks > (before := found[1].get("rollbacks", 0)):
+@dataclass
+class _Run:
+  """A run, from its newest good step until it ends, is stopped or diverges; else as `train`'s.
+
+  Attributes:
+    rollbacks: how often it has gone back.
+    state: after the newest step.
+    position: of the data, after that step.
+  """
+
+  method: Method
+  tx: optax.GradientTransformation
+  decays: dict[str, float]
+  config: LoopConfig
+  mesh: jax.sharding.Mesh
+  workdir: Path
+  record: dict
+  given: dict[str, np.ndarray]
+  signals: Signals
+  rollbacks: int
+
+  def __post_init__(self):
+    self.checkpoints = Checkpoints(self.workdir, self.config.keep)
+    init = state_lib.create(self.method, self.tx, self.decays, self.config.seed)
+    self.shardings = mesh_lib.state_sharding(jax.eval_shape(init), self.mesh)
+    self.frozen = ()
+    if frozen := self.method.frozen:
+      self.frozen = (frozen.make(mesh_lib.state_sharding(frozen.shapes, self.mesh)),)
+    self.state, self.position = self._begin(jax.jit(init, out_shardings=self.shardings))
+    self.log = _Log(self.config, self.workdir, int(self.state.step))
+
+  def _begin(self, init: Callable) -> tuple[TrainState, int]:
+    """State and position of the newest good step, or of step 0."""
+    abstract = jax.tree.map(
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+      jax.eval_shape(init),
+      self.shardings,
+    )
+    found = self.checkpoints.restore(abstract)
+    if not found:
+      return init(mesh_lib.place(self.given, state_lib.flatten(self.shardings.params))), 0
+    state, meta = found
+    if self.rollbacks > (before := meta.get("rollbacks", 0)):
       state = dataclasses.replace(state, skipped=0 * state.skipped)
-    rollbacks = max(rollbacks, before)
-  else:
-    state, position = init(mesh_lib.place(given, state_lib.flatten(shardings.params))), 0
-  start = int(state.step)
-  if found and chief:
-    print(f"resumed at step {start} of {config.steps} from {checkpoints.directory}", flush=True)
+    self.rollbacks = max(self.rollbacks, before)
+    if jax.process_index() == 0:
+      reached = f"resumed at step {int(state.step)} of {self.config.steps}"
+      print(f"{reached} from {self.checkpoints.directory}", flush=True)
+    return state, meta["position"]
 
-  step_fn = jax.jit(
-    mesh_lib.within(mesh, make_train_step(method, tx, decays, config.clip)),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
-  )
-  writer = metrics_lib.MetricWriter(workdir, start, active=chief)
+  def train(self) -> bool:
+    """Takes the steps that are left; the final evaluation. Returns and raises as `train` does."""
+    stream = self.method.stream(data_seed(self.config.seed, self.rollbacks), self.position)
+    try:
+      stopped = self._steps(stream)
+      self.checkpoints.wait()
+      self.signals.release()  # all is on disk
+      self.log.bar.close()
+      if stopped and (step := int(self.state.step)) < self.config.steps:
+        reason = (self.signals.received or ["another process was told to stop"])[0]
+        logging.warning("%s: saved step %d; the same command goes on.", reason, step)
+        return False
+      results = self._evaluate(final=True)
+      if jax.process_index() == 0:
+        print(metrics_lib.table(results))
+      return True
+    finally:
+      stream.close()
+      self.log.close()
+      self.checkpoints.close()
 
-  def save():
-    facts = {"step": int(state.step), "position": position, "rollbacks": rollbacks}
-    checkpoints.save(state, {**record, **facts})
-
-  def evaluate(final: bool) -> dict[str, float]:
-    results = {}
-    for name, value in method.evaluate(state.ema["sample"], int(state.step), final, *frozen):
-      if np.ndim(value):
-        writer.picture(int(state.step), name, value)
-      else:
-        results[name] = value
-    writer.scalars(int(state.step), {f"eval/{name}": value for name, value in results.items()})
-    return results
-
-  bar = metrics_lib.progress_bar(config.steps, start, active=chief, unit="step", desc="training")
-  stream = method.stream(data_seed(config.seed, rollbacks), position)
-  agree, stop = distributed.Agreement(mesh), False
-  clock = metrics_lib.StepClock(start)
-  # Metrics are read two steps late: the device is never waited for, nor run away from.
-  pending: collections.deque = collections.deque()
-
-  spikes, in_a_row = metrics_lib.Spikes(), 0
-
-  def read(wait_for_all: bool = False) -> None:
-    nonlocal in_a_row
-    while pending and (wait_for_all or len(pending) > 2):
-      step, values = pending.popleft()
-      loss, in_a_row = float(values["loss"]), int(values["skipped"])
-      if in_a_row >= config.max_skipped:
-        raise DivergedError(_describe(step, in_a_row, checkpoints.newest_good()), rollbacks)
-      if chief and in_a_row == 1:
-        logging.warning("step %d: loss or gradient is not finite; it is not applied.", step)
-      if chief and (usual := spikes.find(loss)) is not None:
-        logging.warning("step %d: the loss is %.4g; %.4g is usual.", step, loss, usual)
-        writer.scalars(step, {"spike/loss": loss, "spike/usual": usual})
-      bar.update()
-      if step % config.log_every == 0 or step == config.steps:
-        values = {name: float(value) for name, value in values.items()}
-        shown = {k: v for k, v in values.items() if k != "skipped"}
-        writer.scalars(step, {**values, "milliseconds_per_step": clock.lap(step)})
-        bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
-
-  owed = False  # a save that was due while steps were skipped: the state before is the one to keep
-  try:
-    for step in range(start + 1, config.steps + 1):
-      state, values = step_fn(state, mesh_lib.to_global(next(stream), mesh), *frozen)
-      position += 1
-      pending.append((step, values))
-      read()
+  def _steps(self, stream: Iterator) -> bool:
+    """Steps, with their saves and evaluations; returns whether they were ended by a signal."""
+    config = self.config
+    step_fn = make_train_step(self.method, self.tx, self.decays, config.clip)
+    step_fn = jax.jit(
+      mesh_lib.within(self.mesh, step_fn), donate_argnums=0, out_shardings=(self.shardings, None)
+    )
+    agree, stop = distributed.Agreement(self.mesh), False
+    owed = (
+      False  # a save that was due while steps were skipped: the state before is the one to keep
+    )
+    for step in range(int(self.state.step) + 1, config.steps + 1):
+      batch = mesh_lib.to_global(next(stream), self.mesh)
+      self.state, values = step_fn(self.state, batch, *self.frozen)
+      self.position += 1
+      self.log.add(step, values)
+      self._read(leave=2)
       last = step == config.steps
       # Once a step: what is left without a save must not be broken off.
-      stop = agree(bool(signals.received))
+      stop = agree(bool(self.signals.received))
       owed = owed or step % config.save_every == 0
       due_eval = config.eval_every and step % config.eval_every == 0 and not last
       if owed or last or stop or due_eval:
-        read(wait_for_all=True)
-        if last or stop or (owed and not in_a_row):
-          save()
+        self._read(leave=0)
+        if last or stop or (owed and not self.log.skipped):
+          self._save()
           owed = False
         if due_eval and not stop:
-          evaluate(final=False)
-        clock.restart(step)
+          self._evaluate(final=False)
+        self.log.clock.restart(step)
       if stop:
         break
-    checkpoints.wait()
-    signals.release()  # all is on disk
-    bar.close()
-    if stop and state.step < config.steps:
-      reason = (signals.received or ["another process was told to stop"])[0]
-      logging.warning("%s: saved step %d; the same command goes on.", reason, int(state.step))
-      return False
-    results = evaluate(final=True)
-    if chief:
-      print(metrics_lib.table(results))
-    return True
-  finally:
-    bar.close()
-    stream.close()
-    writer.close()
-    checkpoints.close()
+    return stop
+
+  def _read(self, leave: int) -> None:
+    """Reads the metrics of all but the newest `leave` steps. Raises DivergedError."""
+    self.log.read(leave)
+    if step := self.log.diverged:
+      first, good = step - self.log.skipped + 1, self.checkpoints.newest_good()
+      raise DivergedError(
+        f"loss or gradient was not finite for {self.log.skipped} steps in a row, from step {first} "
+        f"on; none was applied. The last good checkpoint: {good or 'none was saved yet'}. Lower "
+        "optim.lr, or look at the data of those steps.",
+        self.rollbacks,
+      )
+
+  def _save(self) -> None:
+    facts = {"step": int(self.state.step), "position": self.position, "rollbacks": self.rollbacks}
+    self.checkpoints.save(self.state, {**self.record, **facts})
+
+  def _evaluate(self, final: bool) -> dict[str, float]:
+    step, results = int(self.state.step), {}
+    for name, value in self.method.evaluate(self.state.ema["sample"], step, final, *self.frozen):
+      if np.ndim(value):
+        self.log.writer.picture(step, name, value)
+      else:
+        results[name] = value
+    self.log.writer.scalars(step, {f"eval/{name}": value for name, value in results.items()})
+    return results
 
 
-def _describe(step: int, in_a_row: int, good: Path | None) -> str:
-  return (
-    f"loss or gradient was not finite for {in_a_row} steps in a row, from step "
-    f"{step - in_a_row + 1} on; none was applied. The last good checkpoint: "
-    f"{good or 'none was saved yet'}. Lower optim.lr, or look at the data of those steps."
-  )
+class _Log:
+  """What is said of the steps: progress bar, metrics, spikes, and whether they are finite.
+
+  Metrics are read two steps late: the device is never waited for, nor run away from.
+
+  Attributes:
+    skipped: non-finite steps in a row, up to the newest step that was read.
+    diverged: the step at which they were too many; no step after it is read. 0 until then.
+  """
+
+  def __init__(self, config: LoopConfig, workdir: Path, start: int):
+    self._config, self._chief = config, jax.process_index() == 0
+    self.writer = metrics_lib.MetricWriter(workdir, start, active=self._chief)
+    self.bar = metrics_lib.progress_bar(
+      config.steps, start, active=self._chief, unit="step", desc="training"
+    )
+    self.clock, self._spikes = metrics_lib.StepClock(start), metrics_lib.Spikes()
+    self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+    self.skipped = self.diverged = 0
+
+  def add(self, step: int, values: Metrics) -> None:
+    """Takes the metrics of a step, which may still be under way."""
+    self._pending.append((step, values))
+
+  def read(self, leave: int) -> None:
+    """Waits for all but the newest `leave` steps."""
+    while len(self._pending) > leave and not self.diverged:
+      step, values = self._pending.popleft()
+      loss, self.skipped = float(values["loss"]), int(values["skipped"])
+      if self.skipped >= self._config.max_skipped:
+        self.diverged = step
+        return
+      if self._chief and self.skipped == 1:
+        logging.warning("step %d: loss or gradient is not finite; it is not applied.", step)
+      if self._chief and (usual := self._spikes.find(loss)) is not None:
+        logging.warning("step %d: the loss is %.4g; %.4g is usual.", step, loss, usual)
+        self.writer.scalars(step, {"spike/loss": loss, "spike/usual": usual})
+      self.bar.update()
+      if step % self._config.log_every == 0 or step == self._config.steps:
+        values = {name: float(value) for name, value in values.items()}
+        shown = {name: f"{value:.3g}" for name, value in values.items() if name != "skipped"}
+        self.writer.scalars(step, {**values, "milliseconds_per_step": self.clock.lap(step)})
+        self.bar.set_postfix(shown, refresh=False)
+
+  def close(self) -> None:
+    self.bar.close()
+    self.writer.close()

@@ -1,19 +1,17 @@
 """Where a process stands, the roll call with its absences, the agreement to stop."""
 
-import http.server
 import os
 import re
 import socket
 import threading
 import time
-import typing
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from train_jax import distributed, rollcall
+from train_jax import distributed, metadata, rollcall
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.rollcall import Place, Roll
@@ -80,36 +78,22 @@ def test_tpu_slices_of_gke_are_found(environment):
   assert distributed.find_place() is None
 
 
-class Metadata(http.server.BaseHTTPRequestHandler):
-  """Answers as a TPU VM's metadata server does."""
+def test_tpu_vms_are_found(environment, monkeypatch, tmp_path, metadata_server):
+  monkeypatch.setattr(metadata, "TPUS", (str(tmp_path),))
+  environment(GCE_METADATA_HOST=metadata_server.host)
+  assert distributed.find_place() is None
 
-  answers: typing.ClassVar[dict] = {}
+  def attributes(**values):
+    metadata_server.answers |= {
+      f"attributes/{name.replace('_', '-')}": value for name, value in values.items()
+    }
 
-  def do_GET(self):
-    found = self.answers.get(self.path.rpartition("/")[2])
-    self.send_response(200 if found and self.headers["Metadata-Flavor"] == "Google" else 404)
-    self.end_headers()
-    self.wfile.write((found or "").encode())
-
-  def log_message(self, *args):
-    pass
-
-
-def test_tpu_vms_are_found(environment, monkeypatch, tmp_path):
-  monkeypatch.setattr(distributed, "TPUS", (str(tmp_path),))
-  with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    environment(GCE_METADATA_HOST=f"127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(Metadata, "answers", {})
-    assert distributed.find_place() is None
-    answers = {"worker-network-endpoints": "n:0:10.0.0.1,m:1:10.0.0.2", "agent-worker-number": "1"}
-    monkeypatch.setattr(Metadata, "answers", answers)
-    assert distributed.find_place() == Place("10.0.0.1", 8482, 2, 1, 50)
-    joined = "".join(f"MEGASCALE_{name}: '{value}'\n" for name, value in SLICES.items())
-    answers["tpu-env"] = f"ZONE: 'a'\n{joined}"
-    place = distributed.find_place()
-    assert (place.host, place.count, place.index) == ("x", 6, 5)
-    server.shutdown()
+  attributes(worker_network_endpoints="n:0:10.0.0.1,m:1:10.0.0.2", agent_worker_number="1")
+  assert distributed.find_place() == Place("10.0.0.1", 8482, 2, 1, 50)
+  joined = "".join(f"MEGASCALE_{name}: '{value}'\n" for name, value in SLICES.items())
+  attributes(tpu_env=f"ZONE: 'a'\n{joined}")
+  place = distributed.find_place()
+  assert (place.host, place.count, place.index) == ("x", 6, 5)
 
 
 @pytest.mark.parametrize(

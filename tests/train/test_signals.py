@@ -1,0 +1,130 @@
+"""Signals and the notice of preemption: the step is finished, saved, and the run goes on."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from train_jax import metadata, metrics, signals
+from train_jax.saver import SaveError
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_saves_and_stops(
+  tmp_path, train, method, load, number, stream_that
+):
+  before = signal.getsignal(number)
+
+  def act(position):
+    if position == 4:
+      os.kill(os.getpid(), number)
+
+  assert not train(tmp_path, method=stream_that(act, method), steps=8, save_every=100)
+  state, meta = load(tmp_path)
+  assert int(state.step) == meta["position"] == 5
+  assert signal.getsignal(number) is before
+
+
+def test_run_goes_on_bit_exactly_after_a_signal(
+  tmp_path, train, method, load, differences, stream_that
+):
+  def act(position):
+    if position == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  assert not train(tmp_path / "parts", method=stream_that(act, method), steps=6)
+  assert train(tmp_path / "parts", steps=6)
+  train(tmp_path / "whole", steps=6)
+  assert differences(load(tmp_path / "parts")[0], load(tmp_path / "whole")[0]) == []
+
+
+def test_signal_at_the_last_step_lets_the_run_complete(tmp_path, train, method, stream_that):
+  def act(position):
+    if position == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  assert train(tmp_path, method=stream_that(act, method), steps=4)
+
+
+@pytest.mark.parametrize("when", ["evaluation", "logging"])
+def test_signal_between_steps_loses_nothing(tmp_path, train, method, load, monkeypatch, when):
+  """It may come after the loop has decided that nothing is due for a save."""
+
+  def evaluate(params, step, final):
+    if when == "evaluation" and step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    yield "norm", 1.0
+
+  scalars = metrics.MetricWriter.scalars
+
+  def log(self, step, values):
+    if when == "logging" and step == 2 and "loss" in values:
+      os.kill(os.getpid(), signal.SIGTERM)
+    scalars(self, step, values)
+
+  monkeypatch.setattr(metrics.MetricWriter, "scalars", log)
+  method = method._replace(evaluate=evaluate)
+  assert not train(tmp_path, method=method, steps=8, eval_every=2, save_every=100)
+  state, _ = load(tmp_path)
+  assert int(state.step) == 3
+
+
+def test_second_signal_acts_at_once(tmp_path, train, method, stream_that):
+  found = []
+
+  def act(position):
+    if position == 2:
+      os.kill(os.getpid(), signal.SIGINT)
+      found.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+
+  before = signal.getsignal(signal.SIGINT)
+  assert not train(tmp_path, method=stream_that(act, method), steps=8)
+  assert found == [signal.SIG_DFL] * 2  # not KeyboardInterrupt, which would wait for the save
+  assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_stop_that_cannot_be_saved_is_an_error(tmp_path, train, method, stream_that):
+  (tmp_path / "checkpoints").write_text("not a directory")
+
+  def act(position):
+    if position == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(SaveError, match=r"step 3 could not be saved .*no step was saved before it"):
+    train(tmp_path, method=stream_that(act, method), steps=9, save_every=2)
+
+
+def watchers():
+  return [thread for thread in threading.enumerate() if thread.name == "preemption"]
+
+
+def test_notice_of_preemption_is_as_a_signal(
+  tmp_path, train, method, load, stream_that, metadata_server, monkeypatch, caplog
+):
+  monkeypatch.setenv("GCE_METADATA_HOST", metadata_server.host)
+  monkeypatch.setattr(signals, "EVERY", 0.01)
+  metadata_server.answers["preempted"] = "FALSE"
+  assert train(tmp_path, steps=2)
+  assert not watchers()
+
+  def act(position):
+    if position == 4:
+      (watcher,) = watchers()
+      metadata_server.answers["preempted"] = "TRUE"
+      watcher.join(10)
+
+  assert not train(tmp_path, method=stream_that(act, method), steps=8, save_every=100)
+  assert int(load(tmp_path)[0].step) == 5
+  assert "notice of preemption: saved step 5; the same command goes on." in caplog.messages
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("product, there", [("Google Compute Engine\n", True), ("KVM\n", False)])
+def test_only_google_machines_are_asked(tmp_path, monkeypatch, product, there):
+  monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
+  monkeypatch.setattr(metadata, "TPUS", ())
+  monkeypatch.setattr(metadata, "PRODUCT", tmp_path / "product_name")
+  assert not metadata.expected()
+  (tmp_path / "product_name").write_text(product)
+  assert metadata.expected() is there

@@ -1,0 +1,53 @@
+"""When to stop before the end: SIGTERM, SIGINT, and the notice of preemption of a Google VM.
+
+A VM that is about to be taken away gets SIGTERM as it shuts down, and says so on its metadata
+server before; that reaches processes that no shutdown signals, too. Elsewhere (Slurm, GKE) notice
+comes as SIGTERM alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+from train_jax import metadata
+
+EVERY = 5.0  # seconds between two looks at the metadata server; a VM has 30 from its notice on
+
+
+class Signals:
+  """Signals, noted instead of obeyed; a second one ends the program at once.
+
+  Attributes:
+    received: the reasons to stop, in order.
+  """
+
+  def __enter__(self) -> Signals:
+    self.received: list[str] = []
+    self._before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    self._released = threading.Event()
+    for number in self._before:
+      signal.signal(number, self._note)
+    if metadata.expected():
+      threading.Thread(target=self._watch, name="preemption", daemon=True).start()
+    return self
+
+  def _note(self, number, _frame) -> None:
+    self.received.append(signal.Signals(number).name)
+    for each in self._before:
+      signal.signal(each, signal.SIG_DFL)
+
+  def _watch(self) -> None:
+    while metadata.ask("preempted") != "TRUE":
+      if self._released.wait(EVERY):
+        return
+    self.received.append("notice of preemption")
+
+  def release(self) -> None:
+    """From now on they act as they did before."""
+    self._released.set()
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def __exit__(self, *_) -> None:
+    self.release()
