@@ -35,15 +35,16 @@ SHAPE = (32, 32, 4)
 def write_set(out: Path, records: int, shards: int = 8) -> None:
   """`records` random latents in `shards` files."""
   rng = np.random.default_rng(0)
-  job = encode.Job(latents.VERSION, 256, "", "", records, shards)
+  facts = {"version": latents.VERSION, "vae": "", "shards": shards}
+  job = encode.Job(*encode.KIND, records, shards, facts)
   for shard in range(shards):
-    writer, rows = encode.ShardWriter(out, latents.shard_name(shard, shards)), job.rows(shard)
+    writer, rows = encode.ShardWriter(out, job, shard), job.rows(shard)
     for start in range(rows.start, rows.stop, 256):
       n = min(256, rows.stop - start)
       posterior = rng.normal(0, 1 / latents.SCALE, (n, 2, 2, *SHAPE)).astype(np.float16)
       posterior[:, :, 1] = 0.1
       writer.write(posterior, ["?"] * n, [i % 1000 for i in range(start, start + n)])
-    writer.finish(job, [])
+    writer.finish([])
   encode.write_manifest(out, job, tuple(map(str, range(1000))), SHAPE)
 
 

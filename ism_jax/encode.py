@@ -1,22 +1,17 @@
 """`--mode=encode`: images -> a latent set (see latents.py), in shards.
 
 Images are cut as in ADM (see `images.center_crop`), encoded with their mirror images, and stored as
-the mean and standard deviation of the posterior. Each process makes its own shards on its own
-devices; nothing is sent. A shard is written under another name and renamed when it is whole: a run
-that is killed loses the shard that it was at work on, and the same command goes on with the others
-kept.
+the mean and standard deviation of the posterior. Each process uses its own devices; for what
+processes do see shards.py.
 
 Dimensions: n images, b batch, h w image or latent, c channel.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,13 +22,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
 from ism_jax.images import Images, find, read_batches
-from ism_jax.latents import VERSION, moments, record_dtype, shard_name
+from ism_jax.latents import VERSION, moments, record_dtype
+from train_jax import shards as shards_lib
 from train_jax.errors import UserError
-from train_jax.metrics import progress_bar
+from train_jax.shards import Job, commit, make_missing, write_json
 from train_jax.weights import sha256
 
+KIND = "images", "img", ("latents.array_record", "latents.json")  # see shards.Job
 PER_DEVICE = 32  # images in one call of the encoder
-PER_SHARD = 8192  # images, about 270 MB
 
 
 def make_encoder(model) -> Callable:
@@ -55,64 +51,14 @@ def make_encoder(model) -> Callable:
   return lambda pixels: encode(params, jax.device_put(pixels, split))
 
 
-@dataclass(frozen=True)
-class Job:
-  """What a latent set is made of: two runs into one directory must agree in all of it."""
-
-  version: int
-  side: int
-  vae: str  # SHA-256 of the autoencoder's file
-  images: str  # SHA-256 of the images' names
-  size: int  # images
-  shards: int
-
-  def rows(self, shard: int) -> range:
-    """The images of a shard."""
-    return range(self.size * shard // self.shards, self.size * (shard + 1) // self.shards)
-
-
-def _check_same(out: Path, job: Job) -> None:
-  """Raises UserError if `out` holds shards of another job."""
-  known = {
-    "version": "layout version",
-    "side": "--side",
-    "vae": "--vae",
-    "images": "--images",
-    "size": "number of images",
-    "shards": "--shards",
-  }
-  for path in sorted(out.glob("latents-*.json")):
-    there = json.loads(path.read_text())["job"]
-    differ = [name for key, name in known.items() if there.get(key) != getattr(job, key)]
-    if differ:
-      raise UserError(
-        f"--out={out} holds latents of another {' and '.join(differ)} ({path.name}); choose "
-        "another directory, or give what those were made with to go on."
-      )
-
-
-def _commit(partial: Path, path: Path) -> None:
-  """Gives a whole file its name, once it is on the disk."""
-  with partial.open("rb+") as file:
-    os.fsync(file.fileno())
-  os.replace(partial, path)
-
-
-def _write_json(path: Path, value: dict) -> None:
-  # A name of this process's own: several may write the same manifest.
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  partial.write_text(json.dumps(value))
-  _commit(partial, path)
-
-
 class ShardWriter:
   """The records of one shard, under another name until `finish`."""
 
-  def __init__(self, out: Path, name: str):
+  def __init__(self, out: Path, job: Job, shard: int):
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    self.path = out / f"{name}.array_record"
-    self.partial = out / f".{name}.partial"
+    self.job, (self.records, self.json) = job, job.paths(out, shard)
+    self.partial = out / f".{self.records.stem}.partial"
     # Groups of 1 for random access; latents are mostly noise and do not compress.
     self.writer = ArrayRecordWriter(str(self.partial), "group_size:1,uncompressed")
     self.labels: list[int] = []
@@ -136,27 +82,27 @@ class ShardWriter:
     self.labels.extend(labels)
     self.sums.append([moment.sum(0) for moment in moments(posterior)])
 
-  def finish(self, job: Job, skipped: list[str]) -> None:
+  def finish(self, skipped: list[str]) -> None:
     """Writes the JSON file that goes with the shard, then gives the shard its name."""
     self.writer.close()
     first, second = np.sum(self.sums, axis=0).tolist() if self.sums else ([], [])
     part = {"labels": self.labels, "skipped": skipped, "sum": first, "square": second}
-    _write_json(self.path.with_suffix(".json"), {"job": vars(job), **part})
-    _commit(self.partial, self.path)
+    write_json(self.json, {"job": self.job.facts, **part})
+    commit(self.partial, self.records)
 
 
 def encode_shard(
-  encode: Callable, images: Images, job: Job, shard: int, batch: int, out: Path, progress: Callable
+  encode: Callable, images: Images, batch: int, job: Job, out: Path, shard: int, progress: Callable
 ) -> None:
   """Makes one shard, `batch` images a call; images that cannot be read are named and skipped.
 
   Raises:
     UserError: the autoencoder's output is not finite in float16, or an image has no class.
   """
-  writer = ShardWriter(out, shard_name(shard, job.shards))
+  writer = ShardWriter(out, job, shard)
   skipped, waiting = [], None  # waiting: written while the devices are at work on the next one
   with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-    for read in read_batches(images, job.rows(shard), batch, job.side, pool):
+    for read in read_batches(images, job.rows(shard), batch, job.facts["side"], pool):
       unread = [images.name(i) for i, pixels, _ in read if pixels is None]
       for name in unread:
         logging.warning("skipped: cannot read the image %s", name)
@@ -172,11 +118,7 @@ def encode_shard(
       progress(len(read))
   if waiting:
     writer.write(*waiting)
-  writer.finish(job, skipped)
-
-
-def _done(out: Path, job: Job, shard: int) -> bool:
-  return (out / f"{shard_name(shard, job.shards)}.array_record").exists()
+  writer.finish(skipped)
 
 
 def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int, ...]) -> dict:
@@ -185,16 +127,14 @@ def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int
   Raises:
     UserError: no image could be read.
   """
-  parts = [
-    json.loads((out / f"{shard_name(i, job.shards)}.json").read_text()) for i in range(job.shards)
-  ]
+  parts = job.parts(out)
   count = sum(len(part["labels"]) for part in parts)
   if not count:
     raise UserError(f"none of the {job.size} images can be read; give whole image files.")
   mean, square = (np.sum([p[key] for p in parts if p[key]], 0) / count for key in ("sum", "square"))
   classes = 1 + max(max(part["labels"], default=0) for part in parts)
   manifest = {
-    **vars(job),
+    **job.facts,
     "count": count,
     "skipped": sum(len(part["skipped"]) for part in parts),
     "names": names or [str(i) for i in range(classes)],
@@ -203,7 +143,7 @@ def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int
     "mean": mean.tolist(),
     "std": np.sqrt(square - mean**2).tolist(),
   }
-  _write_json(out / "manifest.json", manifest)
+  write_json(out / "manifest.json", manifest)
   return manifest
 
 
@@ -215,14 +155,8 @@ def make_job(images: Images, vae: str, side: int, shards: int) -> Job:
   """
   if side < 8 or side % 8:
     raise UserError(f"--side={side} must be a positive multiple of 8, such as 256.")
-  if not 0 <= shards <= images.size:
-    raise UserError(f"--shards={shards} must be between 1 and the {images.size} images.")
-  if not shards:
-    shards = min(images.size, max(-(-images.size // PER_SHARD), jax.process_count()))
-  listing = hashlib.sha256()
-  for i in range(images.size):
-    listing.update(images.name(i).encode() + b"\0")
-  return Job(VERSION, side, sha256(vae), listing.hexdigest(), images.size, shards)
+  flags = {"side": side, "vae": sha256(vae)}
+  return shards_lib.make_job(KIND, VERSION, images, shards, flags)
 
 
 def encode_images(images: Images, job: Job, load: Callable, out: Path) -> dict | None:
@@ -237,24 +171,17 @@ def encode_images(images: Images, job: Job, load: Callable, out: Path) -> dict |
   Raises:
     UserError: `out` holds latents of another job; the autoencoder is broken; no readable image.
   """
-  out.mkdir(parents=True, exist_ok=True)
-  _check_same(out, job)
-  mine = range(jax.process_index(), job.shards, jax.process_count())
-  missing = [shard for shard in mine if not _done(out, job, shard)]
-  if missing:
+
+  def prepare(missing: list[int]) -> Callable:
     devices = jax.local_device_count()
     largest = max(len(job.rows(shard)) for shard in missing)
     batch = min(PER_DEVICE * devices, -(-largest // devices) * devices)
     encode = make_encoder(load())
-    total = sum(len(job.rows(shard)) for shard in mine)
-    left = sum(len(job.rows(shard)) for shard in missing)
-    bar = progress_bar(total, total - left, unit="img", desc="encoding")
-    for shard in missing:
-      encode_shard(encode, images, job, shard, batch, out, bar.update)
-    bar.close()
-  if not all(_done(out, job, shard) for shard in range(job.shards)):
+    return partial(encode_shard, encode, images, batch, job, out)
+
+  if not make_missing(job, out, prepare):
     return None
-  shape = (job.side // 8, job.side // 8, 4)
+  shape = (job.facts["side"] // 8, job.facts["side"] // 8, 4)
   return write_manifest(out, job, images.names, shape)
 
 
@@ -266,10 +193,9 @@ def encode_mode(flags) -> None:
   images, out = find(flags.images), Path(flags.out)
   job = make_job(images, flags.vae, flags.side, flags.shards)
   manifest = encode_images(images, job, lambda: autoencoder.load(flags.vae), out)
-  if manifest is None:
-    return print(f"this process's shards are done; others are still at work in {out}")
-  print(
-    f"latents:   {manifest['count']} images of {len(manifest['names'])} classes in {out}, "
-    f"{manifest['skipped']} skipped\nchannels:  means {np.round(manifest['mean'], 3).tolist()}, "
-    f"stds {np.round(manifest['std'], 3).tolist()} after scaling"
-  )
+  if manifest:
+    print(
+      f"latents:   {manifest['count']} images of {len(manifest['names'])} classes in {out}, "
+      f"{manifest['skipped']} skipped\nchannels:  means {np.round(manifest['mean'], 3).tolist()}, "
+      f"stds {np.round(manifest['std'], 3).tolist()} after scaling"
+    )

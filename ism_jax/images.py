@@ -19,9 +19,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from train_jax import records
 from train_jax.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+FIELDS = {"image": bytes, "label": int}, "an encoded 'image' and an integer 'label'"  # of records
 
 # What Pillow raises on a file that is not a whole image.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -120,69 +123,13 @@ def tars(paths: list[Path]) -> Images:
   return Images(len(found), (), read, lambda i: f"{found[i][0].name}:{found[i][1]}")
 
 
-def array_records(paths: list[Path]) -> Images:
-  """ArrayRecord files of tf.train.Example with `image` (bytes) and `label`, as TFDS writes them.
-
-  Raises:
-    UserError: the files cannot be read, or their records hold something else.
-  """
-  from array_record.python.array_record_data_source import ArrayRecordDataSource
-  from google.protobuf.message import DecodeError
-  from tensorflow_datasets.proto import tf_example_pb2
-
-  try:
-    source = ArrayRecordDataSource([str(path) for path in paths])
-  except (RuntimeError, ValueError, OSError) as err:
-    raise UserError(f"{paths[0]} cannot be read as ArrayRecord: {err}") from err
-
-  def read(i: int) -> tuple[bytes, int]:
-    try:
-      feature = tf_example_pb2.Example.FromString(source[i]).features.feature
-      return feature["image"].bytes_list.value[0], feature["label"].int64_list.value[0]
-    except (DecodeError, IndexError) as err:
-      raise UserError(
-        f"record {i} of {paths[0].parent} is not a tf.train.Example with an encoded 'image' and an "
-        "integer 'label'; write the records so, or give the images in another form."
-      ) from err
-
-  if not len(source):
-    raise UserError(f"{paths[0]} has no ArrayRecord records; give whole .array_record files.")
-  read(0)
-  return Images(len(source), (), read, lambda i: f"record {i} from {paths[0].name} on")
+def _labelled(found: records.Records) -> Images:
+  return Images(found.size, found.classes, found.read, found.name)
 
 
 def tfds(name: str, flag: str = "--images") -> Images:
-  """A prepared TensorFlow Datasets builder, by name or directory, `@SPLIT` after it (train).
-
-  Read through `data_source`: TensorFlow is not imported.
-
-  Raises:
-    UserError: not prepared, not in ArrayRecord files, or without `image` and `label`.
-  """
-  import tensorflow_datasets
-
-  where, _, split = name.partition("@")
-  undecoded = {"image": tensorflow_datasets.decode.SkipDecoding()}
-  options = {"split": split or "train", "decoders": undecoded}
-  try:
-    if (directory := Path(where).expanduser()).is_dir():
-      source = tensorflow_datasets.builder_from_directory(directory).as_data_source(**options)
-    else:
-      source = tensorflow_datasets.data_source(where, download=False, **options)
-    features = source.dataset_info.features
-    names, _ = features["label"].names, features["image"]  # KeyError where there is none
-  except (AssertionError, AttributeError, KeyError, NotImplementedError, ValueError) as err:
-    reason = (str(err).strip() or type(err).__name__).splitlines()[0]
-    raise UserError(
-      f"{flag}={name!r} is not a prepared set of labelled images in ArrayRecord files ({reason}); "
-      f"prepare it with `tfds build {where} --file_format=array_record`."
-    ) from err
-
-  def read(i: int) -> tuple[bytes, int]:
-    example = source[i]
-    return example["image"], int(example["label"])
-
-  return Images(len(source), tuple(names), read, lambda i: f"{where}@{options['split']} {i}")
+  """A prepared TFDS builder with `image` and `label`, see `records.open_tfds`."""
+  return _labelled(records.open_tfds(name, flag, *FIELDS))
 
 
 def find(source: str) -> Images:
@@ -195,17 +142,15 @@ def find(source: str) -> Images:
   Raises:
     UserError: it is none of these.
   """
-  if source.startswith("tfds:"):
-    return tfds(source.removeprefix("tfds:"))
-  path = Path(source).expanduser()
-  if (path / "dataset_info.json").is_file():
+  if records.is_tfds(source):
     return tfds(source)
+  path = Path(source).expanduser()
   inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
   files = sorted(file for file in inside if file.is_file())
   if chosen := [file for file in files if file.suffix == ".tar"]:
     return tars(chosen)
   if chosen := [file for file in files if ".array_record" in file.name]:
-    return array_records(chosen)
+    return _labelled(records.open_array_records(chosen, *FIELDS))
   if path.is_dir():
     return folder(source)
   raise UserError(

@@ -34,6 +34,7 @@ from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
 from train_jax.errors import UserError
 from train_jax.faults import LIMIT, Faults
+from train_jax.shards import shard_name
 from train_jax.weights import sha256
 
 VERSION = 1  # of the layout above
@@ -44,11 +45,6 @@ STD_RANGE = (0.5, 2.0)  # sd-vae-ft-mse on ImageNet: about 0.7 to 1
 def record_dtype(shape: tuple[int, int, int]) -> np.dtype:
   """One image's record; `posterior[f, 0]` is the mean and `posterior[f, 1]` the std of view f."""
   return np.dtype([("label", "<i4"), ("posterior", "<f2", (2, 2, *shape))])
-
-
-def shard_name(number: int, shards: int) -> str:
-  """File name of a shard, without its suffix."""
-  return f"latents-{number:05d}-of-{shards:05d}"
 
 
 def moments(posterior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -253,9 +249,9 @@ def open_set(path: str, std: tuple[float, float] = STD_RANGE, max_faults: int = 
       f"reads {VERSION}; encode it again."
     )
   shards, shape = manifest["shards"], tuple(manifest["shape"])
-  parts = [_read_json(top / f"{shard_name(i, shards)}.json") for i in range(shards)]
+  parts = [_read_json(top / shard_name("latents.json", i, shards)) for i in range(shards)]
   labels = [np.array(part["labels"], np.int32) for part in parts]
-  files = [top / f"{shard_name(i, shards)}.array_record" for i in range(shards)]
+  files = [top / shard_name("latents.array_record", i, shards) for i in range(shards)]
   read = make_reader(files, labels, shape, Faults(max_faults, f"data.path={path!r}"))
   labels = np.concatenate(labels)
   if not 0 < len(labels) == manifest["count"]:

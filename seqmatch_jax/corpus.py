@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from train_jax import records
 from train_jax.errors import UserError
 
 SEPARATOR = b"<|endoftext|>"
 PLAIN, LINES, RECORDS = (".txt", ".md", ".rst"), (".jsonl", ".ndjson"), ".array_record"
+FIELDS = {"text": bytes}, "a 'text'"  # of records
 
 
 @dataclass(frozen=True)
@@ -109,70 +111,8 @@ def files(paths: list[Path]) -> Texts:
   return Texts(len(found), read, lambda i: found[i][3])
 
 
-def _text_of(record, name: str) -> str:
-  """The text of a serialised tf.train.Example."""
-  from google.protobuf.message import DecodeError
-  from tensorflow_datasets.proto import tf_example_pb2
-
-  try:
-    feature = tf_example_pb2.Example.FromString(record).features.feature
-    return feature["text"].bytes_list.value[0].decode("utf-8")
-  except (DecodeError, IndexError) as err:
-    raise UserError(
-      f"{name} is not a tf.train.Example with a 'text'; write the records so, or give the texts in "
-      "another form."
-    ) from err
-
-
-def array_records(paths: list[Path]) -> Texts:
-  """ArrayRecord files of tf.train.Example with `text`, as TFDS writes them.
-
-  Raises:
-    UserError: the files cannot be read, or their records hold something else.
-  """
-  from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-  try:
-    source = ArrayRecordDataSource([str(path) for path in paths])
-  except (RuntimeError, ValueError, OSError) as err:
-    raise UserError(f"{paths[0]} cannot be read as ArrayRecord: {err}") from err
-
-  def name(i: int) -> str:
-    return f"record {i} from {paths[0].name} on"
-
-  return Texts(len(source), lambda i: _text_of(source[i], name(i)), name)
-
-
-def tfds(name: str) -> Texts:
-  """A prepared TensorFlow Datasets builder, by name or directory, `@SPLIT` after it (train).
-
-  Read through `data_source`: TensorFlow is not imported.
-
-  Raises:
-    UserError: not prepared, not in ArrayRecord files, or without `text`.
-  """
-  import tensorflow_datasets
-
-  where, _, split = name.partition("@")
-  split = split or "train"
-  try:
-    if (directory := Path(where).expanduser()).is_dir():
-      source = tensorflow_datasets.builder_from_directory(directory).as_data_source(split=split)
-    else:
-      source = tensorflow_datasets.data_source(where, split=split, download=False)
-    source.dataset_info.features["text"]  # KeyError where there is none
-  except (AssertionError, AttributeError, KeyError, NotImplementedError, ValueError) as err:
-    reason = (str(err).strip() or type(err).__name__).splitlines()[0]
-    raise UserError(
-      f"{name!r} is not a prepared set with a 'text' in ArrayRecord files ({reason}); "
-      f"prepare it with `tfds build {where} --file_format=array_record`."
-    ) from err
-
-  def read(i: int) -> str:
-    text = source[i]["text"]
-    return text if isinstance(text, str) else bytes(text).decode("utf-8")
-
-  return Texts(len(source), read, lambda i: f"{where}@{split} {i}")
+def _decoded(found: records.Records) -> Texts:
+  return Texts(found.size, lambda i: found.read(i)[0].decode("utf-8"), found.name)
 
 
 def find(source: str, flag: str) -> Texts:
@@ -186,19 +126,19 @@ def find(source: str, flag: str) -> Texts:
     UserError: it is none of these, or has no document.
   """
   path = Path(source).expanduser()
-  if source.startswith("tfds:") or (path / "dataset_info.json").is_file():
-    found = tfds(source.removeprefix("tfds:"))
+  if records.is_tfds(source):
+    found = _decoded(records.open_tfds(source, flag, *FIELDS))
   else:
     inside = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path)))
     there = sorted(file for file in inside if file.is_file())
-    records = [file for file in there if RECORDS in file.name]
+    packed = [file for file in there if RECORDS in file.name]
     written = [file for file in there if file.suffix in (*PLAIN, *LINES)]
-    if not records and not written:
+    if not packed and not written:
       raise UserError(
         f"{flag}={source!r} has no texts; give .txt files (a document each, or split by lines "
         f"{SEPARATOR.decode()}), .jsonl or .array_record files, a TFDS directory, or tfds:NAME."
       )
-    found = array_records(records) if records else files(written)
+    found = _decoded(records.open_array_records(packed, *FIELDS)) if packed else files(written)
   if not found.size:
     raise UserError(f"{flag}={source!r} holds no document; give texts that are not blank.")
   return found

@@ -23,14 +23,10 @@ from seqmatch_jax import tokens
 from seqmatch_jax.corpus import Texts
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
+from train_jax.shards import shard_name
 
 VERSION = 1  # of the layout above
 MOST = 100_000_000  # characters that are turned into tokens at the start of a run
-
-
-def shard_name(kind: str, number: int, shards: int) -> str:
-  """File name of a shard's `tokens` or `lengths`."""
-  return f"{kind}-{number:05d}-of-{shards:05d}.npy"
 
 
 def token_type(size: int) -> np.dtype:
@@ -137,7 +133,7 @@ def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
   vocab, shards = tokens.from_facts(manifest["vocab"]), manifest["shards"]
   parts, lengths = [], []
   for i in range(shards):
-    files = [top / shard_name(kind, i, shards) for kind in ("tokens", "lengths")]
+    files = [top / shard_name(file, i, shards) for file in ("tokens.npy", "lengths.npy")]
     try:
       parts.append(np.load(files[0], mmap_mode="r"))
       lengths.append(np.load(files[1]))

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from train_jax.weights import sha256
 
 SIDE = 16
 SHAPE = (2, 2, 4)
+SUFFIXES = (".array_record", ".json")
 
 
 class Fake(NamedTuple):
@@ -119,11 +119,14 @@ def test_the_manifest_says_what_the_set_is(photos, vae, whole):
   scaled = 0.18215 * (posterior[:, :, 0] + posterior[:, :, 1] * draws)
   np.testing.assert_allclose(manifest["mean"], scaled.mean((0, 1, 2, 3, 4)), atol=1e-3)
   np.testing.assert_allclose(manifest["std"], scaled.std((0, 1, 2, 3, 4)), rtol=1e-2)
-  parts = [json.loads(p.read_text()) for p in sorted(out.glob("latents-*.json"))]
+  names = [f"latents-{i:05d}-of-00004" for i in range(4)]
+  expected = {"manifest.json", *(f"{name}{end}" for name in names for end in SUFFIXES)}
+  assert {path.name for path in out.iterdir()} == expected
+  parts = [json.loads((out / f"{name}.json").read_text()) for name in names]
+  assert {*parts[0]["job"]} == {"version", "side", "vae", "images", "size", "shards"}
   assert [len(part["labels"]) for part in parts] == [5, 6, 6, 6]
   labels = np.concatenate([part["labels"] for part in parts])
   np.testing.assert_array_equal(labels, records_of(out)["label"])
-  assert not list(out.glob(".*"))
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -187,17 +190,6 @@ def test_sigkill_loses_nothing_that_was_done(vae, whole, tmp_path):
   assert files_of(out) == files_of(whole[1])
 
 
-def test_processes_make_their_own_shards(photos, vae, whole, tmp_path, monkeypatch):
-  job = encode.make_job(photos, vae, SIDE, 4)
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(jax, "process_index", lambda: 1)
-  assert encode.encode_images(photos, job, load, tmp_path) is None
-  assert sorted(p.name[8:13] for p in tmp_path.glob("*.array_record")) == ["00001", "00003"]
-  monkeypatch.setattr(jax, "process_index", lambda: 0)
-  assert encode.encode_images(photos, job, load, tmp_path)["count"] == 23
-  assert files_of(tmp_path) == files_of(whole[1])
-
-
 def test_unreadable_images_are_named_skipped_and_counted(vae, tmp_path, caplog):
   write_images(tmp_path / "photos", 8)
   (tmp_path / "photos" / "b" / "004.png").write_text("not an image")
@@ -215,12 +207,9 @@ def test_another_job_in_the_same_directory_is_refused(photos, vae, whole, tmp_pa
   _, out = whole
   other = tmp_path / "other.safetensors"
   other.write_bytes(b"other weights")
-  fewer = images.Images(20, photos.names, photos.read, photos.name)
   jobs = {
     "--vae": encode.make_job(photos, str(other), SIDE, 4),
     "--side": encode.make_job(photos, vae, 2 * SIDE, 4),
-    "--shards": encode.make_job(photos, vae, SIDE, 5),
-    "--images and number of images": encode.make_job(fewer, vae, SIDE, 4),
   }
   before = files_of(out)
   for words, job in jobs.items():

@@ -28,13 +28,14 @@ def write_set(out, gain=1.0, shift=0.0, seed=0):
   posterior[:, 0, 0] = (rng.normal(shift, gain, (COUNT, *SHAPE))) / latents.SCALE
   posterior[:, 1, 0] = posterior[:, 0, 0, :, ::-1]
   posterior[:, :, 1] = rng.uniform(0.05, 0.2, (COUNT, 2, *SHAPE))
-  job = encode.Job(latents.VERSION, 32, "vae hash", "names", COUNT, SHARDS)
+  facts = {"version": latents.VERSION, "vae": "vae hash", "shards": SHARDS}
+  job = encode.Job(*encode.KIND, COUNT, SHARDS, facts)
   out.mkdir(exist_ok=True)
   for shard in range(SHARDS):
-    writer = encode.ShardWriter(out, latents.shard_name(shard, SHARDS))
+    writer = encode.ShardWriter(out, job, shard)
     rows = job.rows(shard)
     writer.write(posterior[rows.start : rows.stop], ["?"] * len(rows), [i % 7 for i in rows])
-    writer.finish(job, [])
+    writer.finish([])
   encode.write_manifest(out, job, tuple("abcdefg"), SHAPE)
   return posterior
 

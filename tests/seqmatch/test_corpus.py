@@ -3,25 +3,16 @@
 import json
 
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.proto import tf_example_pb2
+import tensorflow_datasets as tfds
 
 from seqmatch_jax import corpus
+from tests.train.record_files import write_array_record, write_tfds
 from train_jax.errors import UserError
 
 
 def read_all(source):
   texts = corpus.find(str(source), "--texts")
   return [texts.read(i) for i in range(texts.size)], [texts.name(i) for i in range(texts.size)]
-
-
-def write_records(path, texts, key="text"):
-  writer = ArrayRecordWriter(str(path), "group_size:1")
-  for text in texts:
-    example = tf_example_pb2.Example()
-    example.features.feature[key].bytes_list.value.append(text.encode())
-    writer.write(example.SerializeToString())
-  writer.close()
 
 
 def test_a_plain_file_is_a_document_unless_separators_split_it(tmp_path):
@@ -46,15 +37,17 @@ def test_json_lines(tmp_path):
       read_all(tmp_path / "x.jsonl")
 
 
-def test_array_records(tmp_path):
-  write_records(tmp_path / "a.array_record", ["one", "zwölf"])
-  assert read_all(tmp_path)[0] == ["one", "zwölf"]
-  write_records(tmp_path / "a.array_record", ["one"], key="words")
+def test_array_records_and_tfds(tmp_path):
+  rows = ["one", "zwölf"]
+  path = tmp_path / "a.array_record"
+  write_array_record(path, [{"text": text.encode()} for text in rows])
+  assert read_all(tmp_path)[0] == rows
+  write_array_record(path, [{"words": b"one"}])
   with pytest.raises(UserError, match=r"record 0 .* is not a tf.train.Example with a 'text'"):
     read_all(tmp_path)
-  (tmp_path / "a.array_record").write_bytes(b"no records")
-  with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
-    read_all(tmp_path)
+  examples = [{"text": text} for text in rows]
+  built = write_tfds(tmp_path, {"text": tfds.features.Text()}, examples)
+  assert sorted(read_all(built)[0]) == rows
 
 
 def test_sources_that_are_none(tmp_path):
@@ -63,7 +56,7 @@ def test_sources_that_are_none(tmp_path):
   (tmp_path / "a.txt").write_text(" \n<|endoftext|>\n")
   with pytest.raises(UserError, match="holds no document"):
     read_all(tmp_path)
-  with pytest.raises(UserError, match="'no_such_set' is not a prepared set with a 'text'"):
+  with pytest.raises(UserError, match="--texts='no_such_set' is not a prepared set with a 'text'"):
     read_all("tfds:no_such_set")
 
 

@@ -72,13 +72,15 @@ def test_a_tokenizer_goes_with_its_set(source, tokenizer, tmp_path):
 def test_what_is_done_is_kept_and_what_is_missing_is_made(source, tmp_path, monkeypatch):
   run(source, tmp_path / "out")
   files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-  (tmp_path / "out" / "part-00001-of-00003.json").unlink()
-  (tmp_path / "out" / "manifest.json").unlink()
+  part = json.loads(files["part-00001-of-00003.json"])
+  assert {*part["job"]} == {"version", "texts", "tokenizer", "size", "shards"}
+  for name in ("part-00001-of-00003.json", "tokens-00002-of-00003.npy", "manifest.json"):
+    (tmp_path / "out" / name).unlink()
   made = []
   real = encode.encode_shard
-  monkeypatch.setattr(encode, "encode_shard", lambda *args: (made.append(args[3]), real(*args)))
+  monkeypatch.setattr(encode, "encode_shard", lambda *args: (made.append(args[4]), real(*args)))
   run(source, tmp_path / "out")
-  assert made == [1]
+  assert made == [1, 2]
   assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 

@@ -1,15 +1,19 @@
-"""A run of the loop, and what it leaves; a metadata server."""
+"""A run of the loop, and what it leaves; stored steps; a metadata server."""
 
 import http.server
 import itertools
 import json
+import shutil
 import threading
 from types import SimpleNamespace
 
 import jax
 import optax
 import pytest
+from absl import logging as absl_logging
 
+from tests.train.stored_steps import make_state as state_of
+from tests.train.stored_steps import meta_of
 from train_jax import loop
 from train_jax.checkpoint import Checkpoints
 
@@ -73,6 +77,56 @@ def stream_that():
     return method._replace(stream=stream)
 
   return change
+
+
+@pytest.fixture(scope="session")
+def states():
+  """The states of steps 1 and 2."""
+  return {step: state_of(step) for step in (1, 2)}
+
+
+@pytest.fixture(scope="session")
+def saved(states, tmp_path_factory):
+  """A run's directory with steps 1 and 2; not to be written to."""
+  workdir = tmp_path_factory.mktemp("saved")
+  checkpoints = Checkpoints(workdir)
+  for step, state in states.items():
+    checkpoints.save(state, meta_of(step))
+  checkpoints.close()
+  return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+  """A copy of `saved`, to be damaged."""
+  return shutil.copytree(saved, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def abstract(states):
+  return jax.eval_shape(lambda: states[1])
+
+
+@pytest.fixture
+def restore(abstract):
+  """workdir -> (state, meta), by a manager of its own."""
+
+  def run(workdir):
+    checkpoints = Checkpoints(workdir)
+    try:
+      return checkpoints.restore(abstract)
+    finally:
+      checkpoints.close()
+
+  return run
+
+
+@pytest.fixture
+def log(monkeypatch):
+  """What was logged as an error."""
+  lines = []
+  monkeypatch.setattr(absl_logging, "error", lambda text, *args: lines.append(text % args))
+  return lines
 
 
 @pytest.fixture

@@ -1,0 +1,92 @@
+"""Saving: one good step stays on disk, whatever happens."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.train.stored_steps import flip_bit, make_state, meta_of, remove_item
+from train_jax import stored
+from train_jax.checkpoint import Checkpoints
+from train_jax.errors import UserError
+from train_jax.saver import SaveError, check_writable
+
+# Where one array cannot be read, Orbax leaves the reads of the others hanging.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def test_only_the_newest_are_kept(tmp_path, states, restore, differences):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  for step, state in states.items():
+    checkpoints.save(state, meta_of(step))
+  checkpoints.wait()
+  checkpoints.close()
+  assert checkpoints.steps() == [2]
+  assert differences(restore(tmp_path)[0], states[2]) == []
+
+
+def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore, differences, log):
+  """Nor does a step that is found damaged when it is read back, right after its save."""
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  for step in (1, 2, 3):
+    checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(step)), meta_of(step))
+    checkpoints.wait()
+  for step in (2, 3):
+    remove_item(tmp_path / "checkpoints" / str(step))
+  (tmp_path / "checkpoints" / "9").mkdir()
+  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(4)), meta_of(4))
+  checkpoints.wait()
+  checkpoints.close()
+  assert checkpoints.steps() == [9, 4, 3, 2]
+  assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name == "1"] == []
+
+
+def test_step_that_reads_back_wrong_is_reported_and_deletes_nothing(
+  workdir, states, monkeypatch, log
+):
+  def spoil(step, *args):
+    files = sorted(step.rglob("state/**/d/*"), key=lambda path: path.stat().st_size)
+    flip_bit(files[-1], 4 * files[-1].stat().st_size)
+    read_back(step, *args)
+
+  read_back = stored.read_back
+  monkeypatch.setattr(stored, "read_back", spoil)
+  checkpoints = Checkpoints(workdir, keep=1)
+  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(3)), meta_of(3))
+  with pytest.raises(SaveError, match="step 3 could not be saved"):
+    checkpoints.wait()
+  checkpoints.close()
+  assert checkpoints.steps() == [2, 1] and (workdir / "damaged" / "3").is_dir()
+  assert len(log) == 1
+
+
+def test_what_a_killed_save_or_deletion_left_is_removed(workdir, states):
+  for name in ("7.orbax-checkpoint-tmp", "1.deleted"):
+    shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / name)
+  checkpoints = Checkpoints(workdir)
+  assert checkpoints.steps() == [2, 1]
+  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(7)), meta_of(7))
+  checkpoints.wait()
+  checkpoints.close()
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "7"]
+
+
+def test_directory_that_cannot_be_written_to_is_refused(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match=r"file/run cannot be written to .Not a directory"):
+    check_writable(tmp_path / "file" / "run")
+  check_writable(tmp_path / "a" / "b")
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_save_has_copied_what_is_donated_after_it(tmp_path, restore, differences):
+  state = jax.tree.map(jnp.copy, make_state(1))
+  wanted = jax.device_get(state)
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state, meta_of(1))
+  spoil = jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)
+  jax.block_until_ready(spoil(state))
+  checkpoints.close()
+  assert differences(restore(tmp_path)[0], wanted) == []

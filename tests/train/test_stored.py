@@ -1,0 +1,66 @@
+"""Damage of a stored step: any bit, any file; it is seen, and the step before it restored."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.train.stored_steps import (
+  change_position,
+  empty_file,
+  flip_bit,
+  gut,
+  remove_item,
+  remove_meta,
+  truncate,
+)
+
+# Where one array cannot be read, Orbax leaves the reads of the others hanging.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def files_of(step: Path) -> list[Path]:
+  """The files of a step that matter: Orbax's marks of success are not read once it is renamed."""
+  files = [p for p in step.rglob("*") if p.is_file() and p.stat().st_size]
+  return sorted(p for p in files if p.name not in ("commit_success.txt", "_CHECKPOINT_METADATA"))
+
+
+def test_one_flipped_bit_never_restores(workdir, saved, restore, states, differences, log):
+  """Flips in every file of the step; in a file that Orbax does not read one is harmless."""
+  draw = random.Random(0)
+  step = workdir / "checkpoints" / "2"
+  detected = {}
+  for path in files_of(step):
+    for _ in range(2):
+      log.clear()
+      flip_bit(path, draw.randrange(8 * path.stat().st_size))
+      state, meta = restore(workdir)
+      found = int(state.step)
+      assert differences(state, states[found]) == [], path
+      assert meta["position"] == 10 * found and meta["config"]["lr"] == 0.1, path
+      assert bool(log) == (found == 1)
+      detected.setdefault(path.relative_to(step), []).append(found == 1)
+      if found == 1:
+        assert str(step) in log[0]
+        assert (workdir / "damaged" / "2").is_dir() and not step.exists()
+      shutil.rmtree(step, ignore_errors=True)
+      shutil.copytree(saved / "checkpoints" / "2", step)
+  for item in ("state", "ema_target", "ema_sample"):
+    data = [hits for path, hits in detected.items() if path.parts[:2] == (item, "d")]
+    assert data and all(all(hits) for hits in data), detected
+  assert sum(map(sum, detected.values())) >= 20
+
+
+@pytest.mark.parametrize(
+  "damage", [truncate, empty_file, remove_item, remove_meta, gut, change_position]
+)
+def test_damaged_step_is_named_and_the_one_before_restored(
+  workdir, restore, states, differences, log, damage
+):
+  step = workdir / "checkpoints" / "2"
+  damage(step)
+  state, meta = restore(workdir)
+  assert differences(state, states[1]) == []
+  assert meta["position"] == 10
+  assert len(log) == 1 and f"{step} is damaged" in log[0]

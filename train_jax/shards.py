@@ -1,0 +1,148 @@
+"""A set that many processes make in shards; killed, the same command goes on with what is done.
+
+Each process makes its own shards, and nothing is sent. A file has another name until it is whole,
+and a shard is done when all its files are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import jax
+
+from train_jax.errors import UserError
+from train_jax.metrics import progress_bar
+
+PER_SHARD = 8192  # items; the latents of so many images are about 270 MB
+
+
+def shard_name(file: str, shard: int, shards: int) -> str:
+  """The name of a shard's `file`: "part.json" -> "part-00003-of-00157.json"."""
+  kind, _, suffix = file.partition(".")
+  return f"{kind}-{shard:05d}-of-{shards:05d}.{suffix}"
+
+
+@dataclass(frozen=True)
+class Job:
+  """A set to be made.
+
+  Attributes:
+    items, unit: what there is, in messages and in the progress bar.
+    files: of each shard. The first is called as what is made; the last is JSON with `facts` as
+      "job", and what the manifest needs.
+    size, shards: number of items and of shards.
+    facts: what two runs into one directory must agree in: the layout's `version`, and flags.
+  """
+
+  items: str
+  unit: str
+  files: tuple[str, ...]
+  size: int
+  shards: int
+  facts: dict[str, int | str]
+
+  def rows(self, shard: int) -> range:
+    """The items of a shard."""
+    return range(self.size * shard // self.shards, self.size * (shard + 1) // self.shards)
+
+  def paths(self, out: Path, shard: int) -> list[Path]:
+    """Where `files` are."""
+    return [out / shard_name(file, shard, self.shards) for file in self.files]
+
+  def parts(self, out: Path) -> list[dict]:
+    """Each shard's JSON."""
+    return [json.loads(self.paths(out, i)[-1].read_text()) for i in range(self.shards)]
+
+
+def make_job(kind: tuple, version: int, source, shards: int, flags: dict[str, int | str]) -> Job:
+  """The job of `--shards`, 0 for a good number, on a source with `size` and `name(i)`.
+
+  Args:
+    kind: `items`, `unit` and `files` of a Job; the source is what the flag `--items` says.
+    flags: the values of other flags, or SHA-256 of their files, by name.
+  """
+  if not 0 <= shards <= source.size:
+    raise UserError(f"--shards={shards} must be between 1 and the {source.size} {kind[0]}.")
+  shards = shards or min(source.size, max(-(-source.size // PER_SHARD), jax.process_count()))
+  names = hashlib.sha256()
+  for i in range(source.size):
+    names.update(source.name(i).encode() + b"\0")
+  facts = {"version": version, kind[0]: names.hexdigest(), **flags}
+  return Job(*kind, source.size, shards, {**facts, "size": source.size, "shards": shards})
+
+
+def commit(partial: Path, path: Path) -> None:
+  """Gives a whole file its name, once it is on the disk."""
+  with partial.open("rb+") as file:
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+  """A file to be written, which becomes `path` when the block has ended well."""
+  # A name of this process's own: several may write the same manifest.
+  partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+  with partial.open("wb") as file:
+    yield file
+  commit(partial, path)
+
+
+def write_json(path: Path, value) -> None:
+  """Writes all of `value` or nothing."""
+  with whole_file(path) as file:
+    file.write(json.dumps(value).encode())
+
+
+def _check_same(job: Job, out: Path) -> None:
+  """Raises UserError if `out` holds shards of another job."""
+  words = {"version": "layout version", "size": f"number of {job.items}"}
+  for path in sorted(out.glob(job.files[-1].replace(".", "-*."))):
+    there = json.loads(path.read_text())["job"]
+    differ = [words.get(k, f"--{k}") for k, value in job.facts.items() if there.get(k) != value]
+    if differ:
+      made = job.files[0].partition(".")[0]
+      raise UserError(
+        f"--out={out} holds {made} of another {' and '.join(differ)} ({path.name}); choose another "
+        "directory, or give what those were made with to go on."
+      )
+
+
+def make_missing(job: Job, out: Path, prepare: Callable) -> bool:
+  """Makes what is missing of this process's shards.
+
+  Args:
+    prepare: the missing shards, if any -> `make(shard, progress)`, which makes one and calls
+      progress(n) after n items.
+
+  Returns:
+    Whether every shard is there; if not, it is said that other processes are still at work.
+
+  Raises:
+    UserError: `out` holds shards of another job.
+  """
+
+  def missing(shards: range) -> list[int]:
+    return [i for i in shards if not all(path.exists() for path in job.paths(out, i))]
+
+  out.mkdir(parents=True, exist_ok=True)
+  _check_same(job, out)
+  mine = range(jax.process_index(), job.shards, jax.process_count())
+  if todo := missing(mine):
+    make = prepare(todo)
+    total, left = (sum(len(job.rows(shard)) for shard in part) for part in (mine, todo))
+    with progress_bar(total, total - left, unit=job.unit, desc="encoding") as bar:
+      for shard in todo:
+        make(shard, bar.update)
+  if missing(range(job.shards)):
+    print(f"this process's shards are done; others are still at work in {out}")
+    return False
+  return True
