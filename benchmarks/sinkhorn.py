@@ -5,8 +5,9 @@
 A pool of n x d is drawn from 10 Gaussian classes in d dimensions; "blind" is one problem of size n,
 "class-wise" ten of size n / 10. Cost and seconds (`ratio`) are relative to SciPy's assignment for
 the same problem, which is the optimum; POT's is no permutation (`distinct`), and may cost less.
-Blind, SciPy and POT are left out above --exact. The last table trains the digits config with random pairs, with sOT solved ahead on its thread, and with sOT
-solved in between, turn by turn in the same run.
+Blind, SciPy and POT are left out above --exact. The last table trains the digits config with random
+pairs, with sOT solved ahead on its thread, and with sOT solved in between, turn by turn in the same
+run.
 """
 
 import argparse
