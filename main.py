@@ -115,7 +115,7 @@ def make_optimizer(config: ConfigDict):
   """The optimiser that `config.optim` describes."""
   hyper = config.optim
   rate = optim.schedule(hyper.lr, hyper.warmup, config.steps, hyper.final)
-  return optim.adamw(rate, hyper.b1, hyper.b2, hyper.weight_decay)
+  return optim.adamw(rate, hyper.b1, hyper.b2, hyper.weight_decay, hyper.mu_dtype)
 
 
 def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:

@@ -1,14 +1,14 @@
 """How fast each pipeline feeds, against what its parts cost, and what training waits for it.
 
-    python benchmarks/data.py [--records=16384] [--batch=256] [--seconds=5] [--cores=2]
+    python benchmarks/data.py [--records=16384] [--batch=256] [--seconds=5] [--cores=2] [--steps=20]
 
 Latents: writes a set of random latents of 32 x 32 x 4 to a temporary directory (0.5 GB, so it is
 read from the page cache), and times the stream that training pulls from: shuffled, random access,
 one of the two views of each record. "plain loader" reads the same records one by one and stacks
 them. The second column is what a core does that has nothing else to do.
 Encoding is timed up to the autoencoder: JPEGs of 500 x 375 read, cut to 256 pixels and stacked.
-Questions: their answers, with noise, as trees in batches. The last table trains on each pipeline
-and on one batch again and again, in turn.
+Questions and texts: with noise, as trees in batches. The last table trains on each pipeline and on
+one batch again and again, in turn; with random pairs, as sinkhorn.py has what pairing adds.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from timing import in_turn, show
-from train_step import Step
+from train_step import Step, get_config
 
-from configs import ism_digits, seqmatch_arithmetic
 from ism_jax import data, encode, images, latents
 from train_jax import mesh as mesh_lib
 
 SHAPE = (32, 32, 4)
+TRAINED = "ism_digits;seqmatch_arithmetic;seqmatch_text"
 
 
 def write_set(out: Path, records: int, shards: int = 8) -> None:
@@ -116,15 +116,25 @@ def image_rates(args) -> dict[str, float]:
   return {f"images a second/{name}": speed, f"a second of processor time/{name}": busy}
 
 
-def token_rates(step: Step, seconds: float) -> dict[str, float]:
+def token_rates(steps: dict[str, Step], seconds: float) -> dict[str, float]:
   """Nodes of the trees a second, padding not counted."""
-  tokens = int(np.sum(np.asarray(step.batch["token"]) > 0))
-  speed, busy = rate(lambda: next(step.stream), tokens, seconds)
-  name = "questions with noise"
-  return {f"tokens a second/{name}": speed, f"a second of processor time/{name}": busy}
+  rows = {}
+  for name, step in steps.items():
+    tokens = int(np.sum(np.asarray(step.batch["token"]) > 0))
+    measured = rate(lambda step=step: next(step.stream), tokens, seconds)
+    rows[f"tokens a second/{name}"], rows[f"a second of processor time/{name}"] = measured
+  return rows
 
 
-def waiting(steps: dict[str, Step], rounds: int, n: int = 32) -> dict[str, float]:
+def make_step(name: str, n: int) -> Step:
+  """A config whose rollouts, if it has any, come once in `n` steps."""
+  config = get_config(name)
+  if config.method == "seqmatch":
+    config.buffer.refresh = n
+  return Step(config)
+
+
+def waiting(steps: dict[str, Step], rounds: int, n: int) -> dict[str, float]:
   """Milliseconds a step on data and on one batch, and their ratio."""
 
   def on_data(step: Step):
@@ -147,12 +157,10 @@ def main(args) -> None:
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
   tables = {"latents": latent_rates(args), "images to encode": image_rates(args)}
-  steps = {
-    "ism_digits": Step(ism_digits.get_config()),
-    "seqmatch_arithmetic": Step(seqmatch_arithmetic.get_config()),
-  }
-  tables["questions"] = token_rates(steps["seqmatch_arithmetic"], args.seconds)
-  tables["training"] = waiting(steps, args.rounds)
+  steps = {name: make_step(name, args.steps) for name in args.configs.split(";")}
+  texts = {name: step for name, step in steps.items() if step.config.method == "seqmatch"}
+  tables["questions and texts"] = token_rates(texts, args.seconds)
+  tables["training"] = waiting(steps, args.rounds, args.steps)
   show("data", tables)
 
 
@@ -162,5 +170,7 @@ if __name__ == "__main__":
   parser.add_argument("--batch", type=int, default=256)
   parser.add_argument("--seconds", type=float, default=5.0)
   parser.add_argument("--cores", type=int, default=2)
+  parser.add_argument("--configs", default=TRAINED, help="NAME[:OPTIONS], separated by ;")
   parser.add_argument("--rounds", type=int, default=4)
+  parser.add_argument("--steps", type=int, default=20, help="in each turn of a round")
   main(parser.parse_args())

@@ -1,6 +1,7 @@
 """What the benchmarks share: jobs timed in turn, what this device can do, tables that are kept."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_jax.metrics import table
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT = Path(os.environ.get("BENCHMARKS", ROOT / "runs" / "benchmarks"))  # what was measured here
 
 
 def in_turn(jobs: dict[str, Callable], rounds: int = 5) -> dict[str, float]:
@@ -50,11 +52,12 @@ def matmul_peak(dtype: str = "float32", n: int = 0) -> float:
 def show(name: str, tables: dict[str, dict[str, float]]) -> None:
   """Prints tables of {"column/row": number} under their titles; keeps them, with the device's name.
 
-  They go to `runs/benchmarks/<name>.json`, from where `report.py` takes them.
+  They go to `runs/benchmarks/<name>.json`, or to the directory that the environment's BENCHMARKS
+  names; from there `report.py` takes them.
   """
   for title, numbers in tables.items():
     print(f"\n{title}\n{table(numbers)}", flush=True)
-  path = ROOT / "runs" / "benchmarks" / f"{name}.json"
+  path = KEPT / f"{name}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   device = jax.devices()[0].device_kind
   record = {"command": f"python benchmarks/{' '.join([f'{name}.py', *sys.argv[1:]])}"}

@@ -6,11 +6,13 @@
     python benchmarks/train_step.py --configs="ism_imagenet256:S/2" --batch=8
 
 A config is a file of configs/ with its options; the pairing is left out. All steps are compiled
-first and then timed in turn, round after round.
+first and then timed in turn, round after round, in turns of `--steps`.
 
   ratio     to the first config at the same batch
   counted   what their FLOPs predict for it
-  engine    against the same work as a bare jitted gradient step: no averages, clipping, guard
+  loop      of the whole training loop, with its stream, metrics, bar and agreement (but no saving
+            or evaluating), to the jitted step alone, called again and again on one batch
+  engine    of the jitted step to a bare gradient step: no averages, clipping, guard
   GFLOP     of the matrix products in the loss and its gradient, 2 a multiply-add; not of rollouts,
             nor of what remat computes again
   MFU       of what this device does in one plain matrix product of the same type
@@ -22,9 +24,13 @@ The row `network` is the first config's network, forward and backward over a who
 """
 
 import argparse
+import contextlib
 import importlib
+import itertools
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +39,7 @@ import optax
 from timing import in_turn, matmul_peak, show
 
 from main import make_optimizer, method_module
-from train_jax import cost
+from train_jax import cost, loop
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.step import make_train_step
@@ -56,20 +62,25 @@ class Step:
   """One objective: `run(n)` takes n steps; `bare(n)` the same without the engine."""
 
   def __init__(self, config):
+    self.config = config = config.copy_and_resolve_references()
+    if config.method == "seqmatch":  # all of its terms, from the second step on
+      config.loss.warmup = config.loss.anneal = 0
     self.mesh = mesh_lib.make_mesh(1, devices=jax.devices()[:1])
     self.method, facts = method_module(config).make_method(config, self.mesh)
     self.network = method_module(config).make_network(config, facts)
-    tx, decays = make_optimizer(config), dict(config.ema)
-    # SequenceMatch with all of its terms.
-    position = config.loss.warmup + config.loss.anneal if config.method == "seqmatch" else 0
-    state = jax.jit(state_lib.create(self.method, tx, decays, 0))()
-    self.state = replace(state, step=state.step + position)
-    self.stream = self.method.stream(0, position)
+    self.tx = tx = make_optimizer(config)
+    init = state_lib.create(self.method, tx, dict(config.ema), 0)
+    shardings = mesh_lib.state_sharding(jax.eval_shape(init), self.mesh)
+    self.state = jax.jit(init, out_shardings=shardings)()
+    self.stream = self.method.stream(0, 0)
     self.batch = mesh_lib.to_global(next(self.stream), self.mesh)
     bare_state = jax.tree.map(jnp.copy, (self.state.params, self.state.opt_state))
     rest = jax.tree.map(jnp.copy, self.state)
-    step = jax.jit(make_train_step(self.method, tx, decays, config.optim.clip), donate_argnums=0)
-    self.step = step.lower(self.state, self.batch).compile()
+    # As the loop makes it.
+    step = make_train_step(self.method, tx, dict(config.ema), config.optim.clip)
+    step = mesh_lib.within(self.mesh, step)
+    self.step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    self.compiled = self.step.lower(self.state, self.batch).compile()  # for the calls, too
 
     def bare(params, opt_state, state, batch):
       state = replace(state, params=params)
@@ -97,7 +108,7 @@ class Step:
     return self.state
 
   def mebibytes(self) -> float:
-    found = self.step.memory_analysis()
+    found = self.compiled.memory_analysis()
     return (found.argument_size_in_bytes + found.temp_size_in_bytes) / 2**20
 
   def call(self, repeats: int = 20) -> float:
@@ -118,18 +129,57 @@ class Step:
     return (time.perf_counter() - start) / repeats
 
 
+def in_loop(step: Step, rounds: int, steps: int) -> float:
+  """What the training loop takes, of what `step.run` takes: the ratio of their medians.
+
+  One run of the loop, in turn with the other: it changes inside the stream, where the loop asks for
+  its next batch. Of each kind, the first of `rounds` + 1 turns of `steps` is not counted. The loop
+  writes a line of metrics in each.
+  """
+  seconds: dict[str, list[float]] = {"loop": [], "step": []}
+
+  @contextlib.contextmanager
+  def turn(name: str):
+    jax.block_until_ready(jax.live_arrays())  # the loop's own steps are not at hand
+    start = time.perf_counter()
+    yield
+    jax.block_until_ready(jax.live_arrays())
+    seconds[name].append(time.perf_counter() - start)
+
+  def stream(seed: int, position: int):
+    with contextlib.closing(step.method.stream(seed, position)) as batches:
+      while True:
+        with turn("loop"):
+          yield from itertools.islice(batches, steps)
+        with turn("step"):
+          step.run(steps)
+
+  total = steps * (rounds + 1) + 1  # the last one ends the last turn
+  settings = loop.LoopConfig(total, steps, 0, total, 1, step.config.optim.clip, 10, 0)
+  method = step.method._replace(stream=stream, evaluate=lambda *_: ())
+  with tempfile.TemporaryDirectory() as top:
+    loop.train(method, step.tx, dict(step.config.ema), settings, step.mesh, Path(top), {})
+  medians = {name: np.median(times[1:]) for name, times in seconds.items()}
+  return float(medians["loop"] / medians["step"])
+
+
+def gradient_flops(method, state, batch) -> float:
+  """Of the loss and its gradient, counted as they are traced."""
+  key = jax.random.key(0)
+  _, batch = jax.eval_shape(method.augment, state, batch, key)
+  gradient = jax.grad(method.loss, has_aux=True)
+  return cost.flops(jax.make_jaxpr(gradient)(state.params, state.ema, batch, key).jaxpr)
+
+
 def model_flops(config) -> float:
-  """Of the loss and its gradient, counted as they are traced, without remat's recomputation."""
+  """`gradient_flops` of a config, without remat's recomputation."""
   config = config.copy_and_resolve_references()
   config.model.remat = False
   method, _ = method_module(config).make_method(config, mesh_lib.make_mesh(1))
-  tx, decays, key = make_optimizer(config), dict(config.ema), jax.random.key(0)
-  state = jax.eval_shape(state_lib.create(method, tx, decays, 0))
+  state = jax.eval_shape(state_lib.create(method, make_optimizer(config), dict(config.ema), 0))
   stream = method.stream(0, config.loss.get("warmup", 0))  # SequenceMatch's rows with noise
-  _, batch = jax.eval_shape(method.augment, state, next(stream), key)
-  stream.close()
-  gradient = jax.grad(method.loss, has_aux=True)
-  return cost.flops(jax.make_jaxpr(gradient)(state.params, state.ema, batch, key).jaxpr)
+  with contextlib.closing(stream):
+    return gradient_flops(method, state, next(stream))
 
 
 def network_alone(config, step: Step):
@@ -162,6 +212,7 @@ def measure(configs: dict, rounds: int = 10, steps: int = 20) -> dict[str, float
     rows[f"ms/{name}"] = each * 1e3
     rows[f"ratio/{name}"] = seconds[name] / seconds[first]
     rows[f"counted/{name}"] = flops[name] / flops[first]
+    rows[f"loop/{name}"] = in_loop(step, rounds, steps)
     rows[f"engine/{name}"] = seconds[name] / seconds[f"{name} bare"]
     rows[f"GFLOP/{name}"] = flops[name] / 1e9
     rows[f"MFU/{name}"] = flops[name] / each / peaks[configs[name].model.dtype]
@@ -179,9 +230,10 @@ if __name__ == "__main__":
   parser.add_argument("--configs", default=DEFAULT, help="NAME[:OPTIONS], separated by ;")
   parser.add_argument("--batch", default="0", help="sizes; 0: that of the config")
   parser.add_argument("--rounds", type=int, default=10)
+  parser.add_argument("--steps", type=int, default=20, help="in each turn of a round")
   args = parser.parse_args()
   tables = {}
   for batch in map(int, args.batch.split(",")):
     chosen = {text: get_config(text, batch) for text in args.configs.split(";")}
-    tables[f"batch {batch or 'of the config'}"] = measure(chosen, args.rounds)
+    tables[f"batch {batch or 'of the config'}"] = measure(chosen, args.rounds, args.steps)
   show("train_step", tables)

@@ -1,5 +1,8 @@
-"""The benchmark for accelerators runs where there is none, at a small size."""
+"""The benchmarks run, at a small size, and the tables of docs/PERFORMANCE.md are made of theirs."""
 
+import importlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +12,90 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_accelerator_benchmark_measures_a_small_step():
-  command = [sys.executable, "benchmarks/gpu.py", "--config=ism_imagenet256:debug"]
-  command += ["--attention=xla", "--batch=16", "--most=16", "--steps=1", "--pool=2"]
-  done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=900)
+def run(top: Path, *command: str) -> str:
+  """What `python benchmarks/...` prints; its numbers go to `top`."""
+  environment = {**os.environ, "BENCHMARKS": str(top)}
+  command = [sys.executable, f"benchmarks/{command[0]}.py", *command[1:]]
+  done = subprocess.run(
+    command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=900
+  )
   assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+  """benchmarks/report.py, with one number kept."""
+  monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  module = importlib.import_module("report")
+  monkeypatch.setattr(module, "KEPT", tmp_path)
+  record = {"command": "python it --now", "tables": {"4 x 4": {"ratio/Haar": 1.236, "ms/MSE": 2}}}
+  (tmp_path / "wavelet.json").write_text(json.dumps(record))
+  return module
+
+
+def test_report_has_what_was_measured_and_says_what_was_not(report):
+  lines = report.summary().splitlines()
+  assert "| wavelet loss and gradient, of the MSE's | 1.24 | 1.3 | `python it --now` |" in lines
+  assert sum("not measured" in line for line in lines) == len(lines) - 3
+
+
+def test_report_writes_between_its_markers_only(report):
+  text = "a\n<!-- wavelet -->\nold\n<!-- end -->\nb\n<!-- decode -->\nkept\n<!-- end -->\n"
+  rows = "      ratio     ms\nHaar  1.236       \nMSE          2.000"
+  wanted = text.replace("old", f"```\n$ python it --now\n\n4 x 4\n{rows}\n```")
+  assert report.rewritten(text) == wanted == report.rewritten(wanted)
+
+
+def test_every_table_of_the_performance_page_is_a_benchmark():
+  text = (ROOT / "docs" / "PERFORMANCE.md").read_text()
+  names = [line[5:-4] for line in text.splitlines() if line.startswith("<!-- ")]
+  assert "report" in names and names[1::2] == ["end"] * (len(names) // 2)
+  assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names[::2])
+
+
+@pytest.mark.slow
+def test_accelerator_benchmark_measures_a_small_step(tmp_path):
+  small = "--attention=xla", "--batch=16", "--most=16", "--steps=1", "--pool=2"
+  printed = run(tmp_path, "gpu", "--config=ism_imagenet256:debug", *small)
   for objective in ("flow", "ism"):
-    assert f"{objective}, attention by xla: batch 16 is the largest that fits" in done.stdout
-  assert {"MFU", "pairing", "stopped"} <= set(done.stdout.split())
+    assert f"{objective}, attention by xla: batch 16 is the largest that fits" in printed
+  assert {"MFU", "pairing", "stopped"} <= set(printed.split())
+
+
+@pytest.mark.slow
+def test_steps_are_measured_alone_and_in_the_loop(tmp_path):
+  configs = "ism_digits:debug", "seqmatch_arithmetic:debug"
+  run(tmp_path, "train_step", f"--configs={';'.join(configs)}", "--rounds=1", "--steps=2")
+  (numbers,) = json.loads((tmp_path / "train_step.json").read_text())["tables"].values()
+  for column in ("loop", "engine", "GFLOP"):
+    assert all(numbers[f"{column}/{name}"] > 0 for name in configs)
+
+
+@pytest.mark.slow
+def test_growth_is_fitted_to_times_and_flops(tmp_path):
+  only = "--only=iSM, batch;SequenceMatch, batch;pairing, pool;generation"
+  run(tmp_path, "growth", only, "--points=2", "--rounds=1")
+  exponents = json.loads((tmp_path / "growth.json").read_text())["tables"]["exponents"]
+  assert len([key for key in exponents if key.startswith("exponent/")]) == 4
+  for name in ("iSM", "SequenceMatch"):
+    assert exponents[f"counted/{name}, batch"] == pytest.approx(1, abs=0.01)
+  assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_pairing_is_compared_with_the_optimum(tmp_path):
+  run(tmp_path, "sinkhorn", "--pools=256x64,300x8", "--exact=256", "--overlap=0")
+  first, second = json.loads((tmp_path / "sinkhorn.json").read_text())["tables"].values()
+  assert 1 <= first["cost/sOT, blind"] < 1.1 and first["distinct/sOT, blind"] == 1
+  assert "cost/sOT, blind" not in second and "SciPy, blind" not in str(second)
+
+
+@pytest.mark.slow
+def test_pipelines_are_measured(tmp_path):
+  configs = "--configs=ism_digits:debug;seqmatch_arithmetic:debug"
+  small = "--records=512", "--seconds=0.1", "--rounds=1", "--steps=2"
+  run(tmp_path, "data", configs, *small)
+  tables = json.loads((tmp_path / "data.json").read_text())["tables"]
+  assert tables["questions and texts"]["tokens a second/seqmatch_arithmetic:debug"] > 0
+  assert tables["training"]["ratio/ism_digits:debug, data"] > 0

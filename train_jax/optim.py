@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from train_jax.errors import UserError
 
 
 def schedule(lr: float, warmup: int, steps: int, final: float) -> optax.Schedule:
@@ -24,13 +27,25 @@ def _is_kernel(path, _) -> bool:
   return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
 
 
-def adamw(rate: optax.Schedule, b1: float, b2: float, weight_decay: float):
+def adamw(
+  rate: optax.Schedule, b1: float, b2: float, weight_decay: float, mu_dtype: str | None = None
+):
   """AdamW (Loshchilov & Hutter, arXiv 1711.05101); only matrices (`kernel` leaves) decay.
 
   By name, because stacked layers give biases a second axis.
+
+  Args:
+    mu_dtype: what the first moments are kept in; None is the parameters' own type. The second stay
+      in that: with b2 near 1 a step changes them by less than bfloat16 resolves.
+
+  Raises:
+    UserError: `mu_dtype` is neither.
   """
+  if mu_dtype not in (None, "float32", "bfloat16"):
+    raise UserError(f"optim.mu_dtype={mu_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
 
   def mask(params):
     return jax.tree_util.tree_map_with_path(_is_kernel, params)
 
-  return optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
+  kept = mu_dtype and jnp.dtype(mu_dtype)
+  return optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask, mu_dtype=kept)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from train_jax import optim
+from train_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,25 @@ def test_adamw_takes_its_moments_from_the_arguments():
   m = (0.8 * 0.2 * 1 + 0.2 * 3) / (1 - 0.8**2)
   v = (0.6 * 0.4 * 1 + 0.4 * 9) / (1 - 0.6**2)
   np.testing.assert_allclose(update, -m / np.sqrt(v), rtol=1e-5)
+
+
+def test_first_moments_may_be_kept_in_bfloat16():
+  full, half = (
+    optim.adamw(lambda _: 1.0, 0.9, 0.99, 0.0, mu_dtype) for mu_dtype in (None, "bfloat16")
+  )
+  params = {"kernel": jnp.zeros(1000)}
+  states, updates = [full.init(params), half.init(params)], [None, None]
+  for gradient in np.random.default_rng(0).normal(size=(3, 1000)).astype(np.float32):
+    for i, tx in enumerate((full, half)):
+      updates[i], states[i] = tx.update({"kernel": jnp.array(gradient)}, states[i], params)
+  kept = {str(leaf.dtype) for leaf in jax.tree.leaves(states[1][0].mu)}
+  assert kept == {"bfloat16"} and states[1][0].nu["kernel"].dtype == jnp.float32
+  assert updates[1]["kernel"].dtype == jnp.float32
+  # Two roundings to 8 bits, of moments that may cancel.
+  error = np.abs(updates[1]["kernel"] - updates[0]["kernel"])
+  assert 0 < error.max() < 0.03
+
+
+def test_unknown_type_of_moments_is_refused():
+  with pytest.raises(UserError, match=r"optim.mu_dtype='float8' is unknown; choose"):
+    optim.adamw(lambda _: 1.0, 0.9, 0.99, 0.0, "float8")
