@@ -1,7 +1,6 @@
 """What every run has: length, optimiser, averages, mesh; how often to log, evaluate and save."""
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 
 def get_common() -> ml_collections.ConfigDict:
@@ -25,7 +24,7 @@ def get_common() -> ml_collections.ConfigDict:
   config.optim.final = 0.1  # of lr, at the end of the cosine; 1 is constant
   config.optim.b1 = 0.9
   config.optim.b2 = 0.99
-  config.optim.mu_dtype = placeholder(str)  # of the first moments; bfloat16 halves them
+  config.optim.mu_dtype = "float32"  # of the first moments; or bfloat16
   config.optim.weight_decay = 0.0
   config.optim.clip = 1.0
 

@@ -28,24 +28,25 @@ def _is_kernel(path, _) -> bool:
 
 
 def adamw(
-  rate: optax.Schedule, b1: float, b2: float, weight_decay: float, mu_dtype: str | None = None
+  rate: optax.Schedule, b1: float, b2: float, weight_decay: float, mu_dtype: str = "float32"
 ):
   """AdamW (Loshchilov & Hutter, arXiv 1711.05101); only matrices (`kernel` leaves) decay.
 
   By name, because stacked layers give biases a second axis.
 
   Args:
-    mu_dtype: what the first moments are kept in; None is the parameters' own type. The second stay
-      in that: with b2 near 1 a step changes them by less than bfloat16 resolves.
+    mu_dtype: what the first moments are kept in, float32 or bfloat16. The second stay in float32:
+      with b2 near 1 a step changes them by less than bfloat16 resolves.
 
   Raises:
     UserError: `mu_dtype` is neither.
   """
-  if mu_dtype not in (None, "float32", "bfloat16"):
+  if mu_dtype not in ("float32", "bfloat16"):
     raise UserError(f"optim.mu_dtype={mu_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
 
   def mask(params):
     return jax.tree_util.tree_map_with_path(_is_kernel, params)
 
-  kept = mu_dtype and jnp.dtype(mu_dtype)
-  return optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask, mu_dtype=kept)
+  return optax.adamw(
+    rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask, mu_dtype=jnp.dtype(mu_dtype)
+  )
