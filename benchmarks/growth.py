@@ -110,9 +110,8 @@ def draw(measured: dict, path) -> None:
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(14, 7), layout="constrained")
-  for axes, (name, (sizes, seconds, flops)) in zip(
-    figure.subplots(2, 4).flat, measured.items(), strict=False
-  ):
+  for i, (name, (sizes, seconds, flops)) in enumerate(measured.items()):
+    axes = figure.add_subplot(2, 4, i + 1)
     axes.loglog(sizes, 1e3 * seconds, "o-")
     if flops.all():
       axes.loglog(sizes, 1e3 * seconds[-1] * flops / flops[-1], "--", color="grey")
