@@ -1,8 +1,8 @@
 """Images and labels from disk to batches, addressed by position.
 
 A source is random access, in memory (`Source`) or on disk (`latents.Latents`, with the same labels,
-names, shape, images and rows). Its order is a shuffle that grain makes anew each epoch. The batch
-number `position` is the same rows whatever the number of processes, so the one integer is the whole
+names, shape, images and rows). Its order is a new permutation each epoch. The batch number
+`position` is the same rows whatever the number of processes, so the one integer is the whole
 state of the data.
 
 Dimensions: n images, b batch, h w image, c channel.
@@ -14,8 +14,8 @@ import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
-import grain
 import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
@@ -157,8 +157,17 @@ def batches(source: Source, batch: int, seed: int) -> Callable[[int], np.ndarray
   Each epoch is a new permutation; every image comes exactly once in it. A batch may span two
   epochs.
   """
-  order = grain.MapDataset.range(len(source.labels)).seed(seed).shuffle().repeat().batch(batch)
-  return lambda position: np.asarray(order[position])
+  n = len(source.labels)
+
+  @lru_cache(2)
+  def epoch(number: int) -> np.ndarray:
+    return np.random.default_rng((seed, number)).permutation(n)
+
+  def index(position: int) -> np.ndarray:
+    number, place = np.divmod(np.arange(position * batch, (position + 1) * batch), n)
+    return np.concatenate([epoch(int(k))[place[number == k]] for k in np.unique(number)])
+
+  return index
 
 
 def stream(
