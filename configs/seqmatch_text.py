@@ -8,7 +8,7 @@
     ./launch.sh --mode=sample --workdir=runs/seqmatch_text --temperature=1 --stream \
          --prompt='Return the number of '
 
-Hardware: 2 CPU cores; about 12 minutes (an estimate).
+Hardware: 2 CPU cores; about 10 minutes.
 """
 
 import ml_collections
