@@ -113,9 +113,10 @@ def train(
 
 @dataclass
 class _Run:
-  """A run, from its newest good step until it ends, is stopped or diverges; else as `train`'s.
+  """A run, from its newest good step until it ends, is stopped or diverges.
 
-  Attributes:
+  Attributes (those that are not here are arguments of `train`):
+    signals: reasons to stop.
     rollbacks: how often it has gone back.
     state: after the newest step.
     position: of the data, after that step.
@@ -190,9 +191,8 @@ class _Run:
       mesh_lib.within(self.mesh, step_fn), donate_argnums=0, out_shardings=(self.shardings, None)
     )
     agree, stop = distributed.Agreement(self.mesh), False
-    owed = (
-      False  # a save that was due while steps were skipped: the state before is the one to keep
-    )
+    # Saves that are due while steps are skipped wait: the state before is the one to keep.
+    owed = False
     for step in range(int(self.state.step) + 1, config.steps + 1):
       batch = mesh_lib.to_global(next(stream), self.mesh)
       self.state, values = step_fn(self.state, batch, *self.frozen)
