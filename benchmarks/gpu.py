@@ -1,65 +1,101 @@
-"""The train step on an accelerator in bfloat16: the largest batch that fits, and where time goes.
+"""The train step on an accelerator in bfloat16: what is fastest, what fits, and where time goes.
 
-    python benchmarks/gpu.py [--config=ism_imagenet256:XL/2] [--attention=xla,cudnn]
+    python benchmarks/gpu.py [--config=ism_imagenet256:XL/2]
+    python benchmarks/gpu.py --rows="flow 128 cudnn unrolled none;ism 256 xla scanned block"
 
-For the flow and the full iSM objective, with each way to compute attention, the batch doubles until
-it does not fit. `MFU` is of this device's own bfloat16 matrix product, FLOPs counted with every
-extra forward pass. Then, at the largest batch: the profile of five steps (the operations that take
-longest, and the share of time in which the device does nothing), what sOT adds, and how long
-a checkpoint in the background stops training.
+A row is an objective (flow or ism), a batch, and what the network is made with: how attention is
+computed (model.attention), whether the blocks are scanned over or written out (model.unroll), and
+what the backward pass computes again (model.remat). All are compiled first, side by side; what does
+not fit by the compiler's count is not timed.
+
+  MFU    of this device's own bfloat16 matrix product; FLOPs are counted with every extra forward
+         pass, but not those of remat. `TFLOP a second` compares with a data sheet.
+  GiB    what the compiler allots: state, batch and temporary arrays
+
+Then, of the fastest of iSM: the profile of three steps (the kernels that take longest, and the
+share of time in which the device does nothing), the training loop, what sOT adds, and how long a
+checkpoint in the background stops training.
 """
 
 import argparse
 import collections
+import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 from timing import in_turn, matmul_peak, show
-from train_step import Step, get_config, model_flops
+from train_step import Step, get_config, in_loop, model_flops
 
 from configs import ism_digits
 from ism_jax import pairing
 from train_jax.checkpoint import Checkpoints
 
+ROWS = ";".join(
+  f"{objective} {batch} {variant}"
+  for objective in ("flow", "ism")
+  for batch, variant in (
+    (128, "xla scanned block"),
+    (128, "cudnn scanned block"),
+    (128, "cudnn scanned none"),
+    (128, "cudnn unrolled none"),
+    (256, "cudnn unrolled none"),
+    (256, "cudnn unrolled products"),
+    (512, "cudnn unrolled products"),
+  )
+)
 
-def make_config(text: str, objective: str, attention: str, batch: int):
-  """The config of one row; `objective` is flow or ism."""
-  config = get_config(text, batch)
+
+def make_config(text: str, row: str):
+  """The config of one row."""
+  objective, batch, attention, blocks, remat = row.split()
+  config = get_config(text, int(batch))
   if objective == "flow":
     ism_digits.flow(config)
-  config.model.attention = attention
+  config.model.attention, config.model.remat = attention, remat
+  config.model.unroll = {"scanned": False, "unrolled": True}[blocks]
   return config
 
 
-def climb(make, first: int, most: int, steps: int, peak: float) -> tuple[dict[str, float], int]:
-  """Rows by batch, doubled from `first` as far as memory allows; and the largest batch."""
-  rows, batch, largest = {}, first, 0
-  while batch <= most:
-    config = make(batch)
-    try:
-      step = Step(config)
-      seconds = in_turn({"step": lambda step=step: step.run(steps)}, 3)["step"] / steps
-    except jax.errors.JaxRuntimeError as err:
-      if "RESOURCE_EXHAUSTED" not in str(err):
-        raise
-      break
-    flops = model_flops(config)
-    name = f"batch {batch}"
+def compiled(configs: dict, workers: int) -> dict[str, Step]:
+  """Their steps; XLA compiles `workers` at a time."""
+  steps = {name: Step(config) for name, config in configs.items()}
+
+  def work(name: str):
+    start = time.perf_counter()
+    steps[name].step  # noqa: B018
+    print(f"compiled in {time.perf_counter() - start:.0f} s: {name}", flush=True)
+
+  with ThreadPoolExecutor(workers) as pool:
+    list(pool.map(work, steps))
+  return steps
+
+
+def measure(steps: dict[str, Step], turn: int, room: float, peak: float) -> dict[str, float]:
+  """Rows of the table. The steps share one state, which fits only once."""
+  rows, state = {}, None
+  for name, step in steps.items():
+    rows[f"GiB/{name}"] = step.gibibytes()
+    if step.gibibytes() > room:
+      continue
+    step.state = step.init() if state is None else state
+    seconds = in_turn({"step": lambda step=step: step.run(turn)}, 2)["step"] / turn
+    state = step.state
+    del step.state
+    flops, batch = model_flops(step.config), step.config.batch
     rows[f"ms/{name}"] = 1e3 * seconds
     rows[f"images a second/{name}"] = batch / seconds
     rows[f"TFLOP a second/{name}"] = flops / seconds / 1e12
     rows[f"MFU/{name}"] = flops / seconds / peak
-    rows[f"GiB/{name}"] = step.mebibytes() / 1024
-    largest, batch = batch, 2 * batch
-    del step
-  return rows, largest
+    print(f"{name}: {1e3 * seconds:.1f} ms, {batch / seconds:.0f} images a second", flush=True)
+  return rows
 
 
-def profile(step: Step, steps: int = 5, most: int = 12) -> dict[str, float]:
-  """Share of the device's time by operation, and the share in which it does nothing."""
+def profile(step: Step, steps: int = 3, most: int = 15) -> dict[str, float]:
+  """Share of the device's time by kernel, and the share in which it does nothing."""
   with tempfile.TemporaryDirectory() as top:
     with jax.profiler.trace(top):
       jax.block_until_ready(step.run(steps))
@@ -73,7 +109,7 @@ def profile(step: Step, steps: int = 5, most: int = 12) -> dict[str, float]:
       if line.name.startswith("Stream") or line.name == "XLA Ops":
         for event in line.events:
           spans.append((event.start_ns, event.start_ns + event.duration_ns))
-          busy[event.name.split(".")[0]] += event.duration_ns
+          busy[event.name.split("(")[0].split(".")[0][:60]] += event.duration_ns
   if not spans:
     return {}
   total = max(end for _, end in spans) - min(start for start, _ in spans)
@@ -89,15 +125,18 @@ def transport(config, seconds: float, pool: int) -> dict[str, float]:
   """Seconds that pairing a pool takes alone, against those of the steps that use it up."""
   size, shape = pool * config.batch, (config.data.side, config.data.side, config.data.channels)
   images = np.random.default_rng(0).normal(size=(size, *shape)).astype(np.float32)
-  noise, label = np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
-  settings = pairing.PairingConfig(pool=pool, condition="none")
-  solve = lambda: pairing.pair(settings, jax.random.key(0), images, label, noise, 1)  # noqa: E731
-  spent = in_turn({"pairing": solve}, 2)["pairing"]
-  return {"seconds/pairing": spent, "of its steps/pairing": spent / (pool * seconds)}
+  noise, rows = np.arange(size, dtype=np.int32), {}
+  label = noise % 1000
+  for condition in ("class", "none"):
+    settings = pairing.PairingConfig(pool=pool, condition=condition)
+    solve = lambda s=settings: pairing.pair(s, jax.random.key(0), images, label, noise, 1000)  # noqa: E731
+    spent = in_turn({"pairing": solve}, 2)["pairing"]
+    rows |= {f"seconds/{condition}": spent, f"of its steps/{condition}": spent / (pool * seconds)}
+  return rows
 
 
 def saving(step: Step) -> dict[str, float]:
-  """How long a save stops training, and how long it takes until it is on disk."""
+  """How long a save stops training, and how long until it is on disk and has been read back."""
   with tempfile.TemporaryDirectory() as top:
     checkpoints = Checkpoints(top, keep=1)
     rows = {}
@@ -115,29 +154,33 @@ def saving(step: Step) -> dict[str, float]:
 
 
 def main(args) -> None:
-  peak, tables = matmul_peak("bfloat16"), {}
-  print(f"{jax.devices()[0].device_kind}: {peak / 1e12:.1f} TFLOP/s in a bfloat16 matrix product")
-  for attention in args.attention.split(","):
-    for objective in ("flow", "ism"):
-      make = lambda batch, o=objective, a=attention: make_config(args.config, o, a, batch)  # noqa: E731
-      rows, largest = climb(make, args.batch, args.most, args.steps, peak)
-      title = f"{args.config}, {objective}, attention by {attention}"
-      tables[title] = rows
-      print(f"{title}: batch {largest} is the largest that fits", flush=True)
-  config = make(largest)
-  step, seconds = Step(config), rows[f"ms/batch {largest}"] / 1e3
-  tables["profile"] = profile(step)
-  tables["sOT"] = transport(config, seconds, args.pool)
-  tables["checkpoint"] = saving(step)
-  show("gpu", tables)
+  with tempfile.TemporaryDirectory() as cache:  # of programs: the loop compiles its step again
+    jax.config.update("jax_compilation_cache_dir", cache)
+    peak, tables = matmul_peak("bfloat16"), {}
+    print(f"{jax.devices()[0].device_kind}: {peak / 1e12:.1f} TFLOP/s in a bfloat16 matrix product")
+    configs = {row: make_config(args.config, row) for row in args.rows.split(";")}
+    steps = compiled(configs, args.workers)
+    room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf) / 2**30
+    rows = tables[args.config] = measure(steps, args.steps, room, peak)
+    best = max(configs, key=lambda row: (row.startswith("ism"), rows.get(f"MFU/{row}", 0)))
+    step, seconds = steps[best], rows[f"ms/{best}"] / 1e3
+    parts = {
+      f"profile of {best}": lambda: profile(step),
+      "sOT": lambda: transport(configs[best], seconds, args.pool),
+      "loop": lambda: {"of the step alone/loop": in_loop(step, 2, args.steps)},
+      "checkpoint": lambda: saving(step),
+    }
+    for title, part in parts.items():
+      print(f"next: {title}", flush=True)
+      tables[title] = part()
+      show("gpu", tables)  # a part that takes too long loses none before it
 
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--config", default="ism_imagenet256:XL/2")
-  parser.add_argument("--attention", default="xla,cudnn")
-  parser.add_argument("--batch", type=int, default=32, help="the first")
-  parser.add_argument("--most", type=int, default=4096)
-  parser.add_argument("--steps", type=int, default=10)
-  parser.add_argument("--pool", type=int, default=32)
+  parser.add_argument("--rows", default=ROWS, help="separated by ;")
+  parser.add_argument("--steps", type=int, default=8, help="in a turn")
+  parser.add_argument("--pool", type=int, default=32, help="batches that are paired together")
+  parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="that compile")
   main(parser.parse_args())

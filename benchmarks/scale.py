@@ -50,7 +50,7 @@ def get_config(model: str, rows: int):
   config = seqmatch_arithmetic.get_config()
   names = ("width", "depth", "heads", "hidden")
   config.model.update(dict(zip(names, transformer.SIZES[model], strict=True)))
-  config.model.update(dtype="bfloat16", remat=True, unroll=False)
+  config.model.update(dtype="bfloat16", remat="block", unroll=False)
   config.data.lanes = 32  # questions in a row: about 1500 tokens
   config.batch = rows * config.data.lanes
   config.buffer.rollouts = config.buffer.draw = max(rows, 8)

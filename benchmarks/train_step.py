@@ -30,6 +30,7 @@ import itertools
 import tempfile
 import time
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -59,7 +60,13 @@ def get_config(text: str, batch: int = 0):
 
 
 class Step:
-  """One objective: `run(n)` takes n steps; `bare(n)` the same without the engine."""
+  """One objective: `run(n)` takes n steps; `run_bare(n)` the same without the engine.
+
+  Attributes:
+    lowered: the step as JAX hands it to XLA; `step` is compiled of it when first asked for.
+    state: made when first asked for; each step replaces it.
+    batch: lies on the device.
+  """
 
   def __init__(self, config):
     self.config = config = config.copy_and_resolve_references()
@@ -68,48 +75,58 @@ class Step:
     self.mesh = mesh_lib.make_mesh(1, devices=jax.devices()[:1])
     self.method, facts = method_module(config).make_method(config, self.mesh)
     self.network = method_module(config).make_network(config, facts)
-    self.tx = tx = make_optimizer(config)
-    init = state_lib.create(self.method, tx, dict(config.ema), 0)
-    shardings = mesh_lib.state_sharding(jax.eval_shape(init), self.mesh)
-    self.state = jax.jit(init, out_shardings=shardings)()
+    self.tx = make_optimizer(config)
+    init = state_lib.create(self.method, self.tx, dict(config.ema), 0)
+    shapes = jax.eval_shape(init)
+    shardings = mesh_lib.state_sharding(shapes, self.mesh)
+    self.init = jax.jit(init, out_shardings=shardings)
     self.stream = self.method.stream(0, 0)
     self.batch = mesh_lib.to_global(next(self.stream), self.mesh)
-    bare_state = jax.tree.map(jnp.copy, (self.state.params, self.state.opt_state))
-    rest = jax.tree.map(jnp.copy, self.state)
     # As the loop makes it.
-    step = make_train_step(self.method, tx, dict(config.ema), config.optim.clip)
+    step = make_train_step(self.method, self.tx, dict(config.ema), config.optim.clip)
     step = mesh_lib.within(self.mesh, step)
-    self.step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    self.compiled = self.step.lower(self.state, self.batch).compile()  # for the calls, too
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    self.lowered = jitted.lower(jax.tree.map(_placed, shapes, shardings), self.batch)
 
-    def bare(params, opt_state, state, batch):
-      state = replace(state, params=params)
-      extra, batch = self.method.augment(state, batch, jax.random.key(0))
-      grads, _ = jax.grad(self.method.loss, has_aux=True)(
-        params, state.ema, batch, jax.random.key(1)
-      )
-      updates, opt_state = tx.update(grads, opt_state, params)
-      return optax.apply_updates(params, updates), opt_state, extra
+  @cached_property
+  def step(self):
+    return self.lowered.compile()
 
-    bare_step = jax.jit(bare, donate_argnums=(0, 1))
-
-    def run_bare(n: int):
-      nonlocal bare_state, rest
-      for _ in range(n):
-        *bare_state, extra = bare_step(*bare_state, rest, self.batch)
-        rest = replace(rest, step=rest.step + 1, extra=extra)
-      return bare_state
-
-    self.bare = run_bare
+  @cached_property
+  def state(self):
+    return self.init()
 
   def run(self, n: int):
     for _ in range(n):
       self.state, _ = self.step(self.state, self.batch)
     return self.state
 
-  def mebibytes(self) -> float:
-    found = self.compiled.memory_analysis()
-    return (found.argument_size_in_bytes + found.temp_size_in_bytes) / 2**20
+  @cached_property
+  def run_bare(self):
+    state, rest = jax.tree.map(jnp.copy, ((self.state.params, self.state.opt_state), self.state))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, rest, batch):
+      extra, batch = self.method.augment(replace(rest, params=params), batch, jax.random.key(0))
+      grads, _ = jax.grad(self.method.loss, has_aux=True)(
+        params, rest.ema, batch, jax.random.key(1)
+      )
+      updates, opt_state = self.tx.update(grads, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state, extra
+
+    def run(n: int):
+      nonlocal state, rest
+      for _ in range(n):
+        *state, extra = step(*state, rest, self.batch)
+        rest = replace(rest, step=rest.step + 1, extra=extra)
+      return state
+
+    return run
+
+  def gibibytes(self) -> float:
+    """What the compiler allots on the device: state, batch and temporary arrays."""
+    found = self.step.memory_analysis()
+    return (found.argument_size_in_bytes + found.temp_size_in_bytes) / 2**30
 
   def call(self, repeats: int = 20) -> float:
     """Seconds until a call of the step returns; the device is idle before each."""
@@ -127,6 +144,10 @@ class Step:
     for _ in range(repeats):
       jax.block_until_ready(mesh_lib.to_global(next(self.stream), self.mesh))
     return (time.perf_counter() - start) / repeats
+
+
+def _placed(shape: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def in_loop(step: Step, rounds: int, steps: int) -> float:
@@ -172,9 +193,11 @@ def gradient_flops(method, state, batch) -> float:
 
 
 def model_flops(config) -> float:
-  """`gradient_flops` of a config, without remat's recomputation."""
+  """`gradient_flops` of a config, without remat's recomputation, attention's included."""
   config = config.copy_and_resolve_references()
-  config.model.remat = False
+  config.model.remat, config.model.unroll = "none", False  # fewer products to find
+  if config.method == "ism":
+    config.model.attention = "xla"  # cuDNN's is no product that can be seen
   method, _ = method_module(config).make_method(config, mesh_lib.make_mesh(1))
   state = jax.eval_shape(state_lib.create(method, make_optimizer(config), dict(config.ema), 0))
   stream = method.stream(0, config.loss.get("warmup", 0))  # SequenceMatch's rows with noise
@@ -199,7 +222,7 @@ def measure(configs: dict, rounds: int = 10, steps: int = 20) -> dict[str, float
   """{"ms/name": ...} of configs by name, in the columns of the table; ratios are to the first."""
   made = {name: Step(config) for name, config in configs.items()}
   jobs = {name: lambda step=step: step.run(steps) for name, step in made.items()}
-  jobs |= {f"{name} bare": lambda step=step: step.bare(steps) for name, step in made.items()}
+  jobs |= {f"{name} bare": lambda step=step: step.run_bare(steps) for name, step in made.items()}
   first, config = next(iter(configs.items()))
   if config.method == "ism":
     jobs["network"] = network_alone(config, made[first])
@@ -216,7 +239,7 @@ def measure(configs: dict, rounds: int = 10, steps: int = 20) -> dict[str, float
     rows[f"engine/{name}"] = seconds[name] / seconds[f"{name} bare"]
     rows[f"GFLOP/{name}"] = flops[name] / 1e9
     rows[f"MFU/{name}"] = flops[name] / each / peaks[configs[name].model.dtype]
-    rows[f"MiB/{name}"] = step.mebibytes()
+    rows[f"MiB/{name}"] = step.gibibytes() * 1024
     rows[f"call ms/{name}"] = step.call() * 1e3
     rows[f"input ms/{name}"] = step.input() * 1e3
   if "network" in seconds:

@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.heads = 4
   config.model.qk_norm = False
   config.model.dtype = "float32"
-  config.model.remat = False
+  config.model.remat = "none"  # or products, block: what the backward pass computes again
   config.model.unroll = True
   config.model.attention = "xla"  # or cudnn: fused, for 16-bit dtypes on NVIDIA GPUs
 

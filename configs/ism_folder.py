@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def B(config):
   """The published base size, 132 M parameters; blocks recomputed to save memory."""
   config.model.width, config.model.depth, config.model.heads = SIZES["B"]
-  config.model.remat = True
+  config.model.remat = "block"
 
 
 def px32(config):

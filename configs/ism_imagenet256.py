@@ -3,14 +3,16 @@
     ./launch.sh --mode=encode --images=imagenet/train --vae=vae.safetensors --out=latents  # once
     ./launch.sh configs/ism_imagenet256.py --config.data.path=latents      # XL/2
     ./launch.sh configs/ism_imagenet256.py:B/2 --config.data.path=latents  # or S/2, L/2
+    ./launch.sh configs/ism_imagenet256.py:gpu --config.data.path=latents  # on NVIDIA GPUs
     ./launch.sh configs/ism_imagenet256.py:debug  # two steps of everything on a CPU, data made up
 
 docs/IMAGENET.md walks through all of it.
 
 Hardware: 8 GPUs of 80 GB or a TPU slice. XL/2 keeps 24 bytes a parameter (weights, gradients,
 moments, two averages), 16 GB on each device, and --config.mesh.fsdp=8 splits that over 8.
-Time: a row costs 4 forward passes, 0.95 TFLOP, so 800k steps of 256 rows cost 1.9e20 FLOP: 17 hours
-on 8 H100 at 40% of their bfloat16 peak, 34 at 20%. Computed, not measured.
+Time: a row costs 4 forward passes, 0.95 TFLOP. One H200 takes 483 rows a second with the option
+`gpu` (measured, docs/PERFORMANCE.md), 5 days for 800k steps of 256 rows; 8 of them would take 15
+hours if nothing were lost between them.
 
 Expected FID-50k, the paper's numbers and not ours: 5.27, 2.44, 2.05, 1.93, 1.88 at 1, 2, 4, 8, 128
 steps; after 250k steps 6.56 and 2.16 at 1 and 4. The paper does not publish the split of the rows
@@ -53,7 +55,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data.made_up = 0  # random latents to train on where there is no path
 
   config.model.dtype = "bfloat16"
-  config.model.remat = True
+  config.model.remat = "block"
   config.model.unroll = False
   config.guidance.w_max = 3.5
   config.wavelet.levels = 5
@@ -85,4 +87,12 @@ def debug(config):
   config.data.std = (0.0, 100.0)  # of any autoencoder, an untrained one too
 
 
-OPTIONS = {name: size(name) for name in ("S/2", "B/2", "L/2", "XL/2")} | {"debug": debug}
+def gpu(config):
+  """What is fastest on an H200 (docs/PERFORMANCE.md); 128 rows of XL/2 take 58 GiB."""
+  config.model.attention = "cudnn"
+  config.model.unroll = True
+  config.model.remat = "none"
+
+
+OPTIONS = {name: size(name) for name in ("S/2", "B/2", "L/2", "XL/2")}
+OPTIONS |= {option.__name__: option for option in (gpu, debug)}

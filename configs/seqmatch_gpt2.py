@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.hidden = 3072
   config.model.context = 1024
   config.model.tied = config.model.erase = True
-  config.model.remat = True
+  config.model.remat = "block"
   config.model.unroll = False
 
   config.noise.rate = 0.001

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.heads = 4
   config.model.hidden = 384
   config.model.dtype = "float32"
-  config.model.remat = False
+  config.model.remat = "none"
   config.model.unroll = True
 
   config.noise = ml_collections.ConfigDict()

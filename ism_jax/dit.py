@@ -18,7 +18,7 @@ from flax import nnx
 
 from ism_jax.path import FINEST
 from train_jax.errors import UserError
-from train_jax.layers import Dense, Mlp, sinusoidal, sinusoidal_grid
+from train_jax.layers import Dense, Mlp, check_remat, scan_blocks, sinusoidal, sinusoidal_grid
 from train_jax.mesh import by_rows
 
 
@@ -36,11 +36,12 @@ class DiTConfig:
   mlp_ratio: int = 4
   qk_norm: bool = False
   dtype: str = "float32"  # of the computation; parameters are float32
-  remat: bool = False  # recompute each block in the backward pass
+  remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
   attention: str = "xla"  # or cudnn: fused, for 16-bit dtypes on NVIDIA GPUs
 
   def __post_init__(self):
+    check_remat(self.remat)
     if self.attention not in ("xla", "cudnn"):
       raise UserError(f"model.attention={self.attention!r} is unknown; choose 'xla' or 'cudnn'.")
     if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
@@ -185,10 +186,9 @@ class DiT(nnx.Module):
     graphdef, stacked = nnx.split(self.blocks)
 
     def body(x, block):
-      return nnx.merge(graphdef, block)(by_rows(x), c), None
+      return nnx.merge(graphdef, block)(by_rows(x), c)
 
-    body = jax.checkpoint(body) if config.remat else body
-    x, _ = jax.lax.scan(body, x, stacked, unroll=config.depth if config.unroll else 1)
+    x = scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
 
     shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
     x = self.out(modulate(self.norm(x), shift, scale)).astype(jnp.float32)  # [b, l, p p c]

@@ -115,8 +115,10 @@ def round_to_permutation(score: jax.Array, valid: jax.Array) -> jax.Array:
   return column.astype(jnp.int32)
 
 
-def _solve(config: PairingConfig, rng, pixels, noise, label, table):
+def _solve(config: PairingConfig, together: int, rng, pixels, noise, label, table):
   """Pairs every group of `table` [g, m] (rows of the pool, -1 where a group has fewer).
+
+  As many groups are solved at once as have `together` numbers; at least one.
 
   Returns the column of each row [g, m] and the reduced costs [g, m, m].
   """
@@ -136,7 +138,9 @@ def _solve(config: PairingConfig, rng, pixels, noise, label, table):
       return jnp.arange(len(rows)), reduced
     return round_to_permutation(-reduced, valid), jnp.zeros(())
 
-  return jax.lax.map(group, table)
+  m = table.shape[1]
+  count = max(1, together // (m * max(m, x.shape[1])))
+  return jax.lax.map(group, table, batch_size=min(count, len(table)))
 
 
 @cache
@@ -147,7 +151,9 @@ def _solver(config: PairingConfig, devices: int) -> Callable:
   """
   mesh = Mesh(np.array(jax.local_devices()[:devices]), ("group",))
   specs = (P(), P(), P(), P(), P("group"))
-  solve = partial(_solve, config)
+  # A thousand small classes one by one are a thousand loops over small arrays: on a GPU 3.7 s for
+  # 8192 rows of 1000 classes, together 0.11 s. A CPU takes twice as long for them together.
+  solve = partial(_solve, config, 0 if mesh.devices[0].platform == "cpu" else 2**25)
   # check_vma: the loops inside start from constants, which are the same on every device.
   return jax.jit(
     jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=P("group"), check_vma=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from train_jax import lora
 from train_jax.errors import UserError
+from train_jax.layers import check_remat
 
 FAMILIES = ("llama", "gpt2")
 
@@ -20,7 +21,7 @@ class TransformerConfig:
   heads: int
   hidden: int  # of the SwiGLU, or of GPT-2's layer
   dtype: str = "float32"  # of the computation; parameters and logits are float32
-  remat: bool = False  # recompute each block in the backward pass
+  remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
   family: str = "llama"  # or gpt2
   kv_heads: int = 0  # of keys and values, which groups of heads share; 0: as many as heads
@@ -34,6 +35,7 @@ class TransformerConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "scaling", tuple(self.scaling))  # JSON has lists
+    check_remat(self.remat)
     for name in ("vocab", "width", "depth", "heads", "hidden"):
       if getattr(self, name) < 1:
         raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")

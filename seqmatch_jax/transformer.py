@@ -27,7 +27,7 @@ from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import BACKSPACE
 from train_jax import lora
 from train_jax.errors import UserError
-from train_jax.layers import Dense
+from train_jax.layers import Dense, scan_blocks
 from train_jax.mesh import by_rows
 
 
@@ -194,8 +194,8 @@ class Transformer(nnx.Module):
       return nnx.merge(graphdef, block)(by_rows(x), wave, mask[:, None], cache, start)
 
     if cache is None:
-      body = jax.checkpoint(body) if config.remat else body
-      x, _ = jax.lax.scan(body, x, stacked, unroll=config.depth if config.unroll else 1)
+      without = lambda x, block: body(x, block)[0]  # noqa: E731
+      x = scan_blocks(without, x, stacked, remat=config.remat, unroll=config.unroll)
     else:
       # Not a scan, which would copy the whole cache twice to write one entry.
       cache = list(cache)

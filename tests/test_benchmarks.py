@@ -56,11 +56,15 @@ def test_every_table_of_the_performance_page_is_a_benchmark():
 
 @pytest.mark.slow
 def test_accelerator_benchmark_measures_a_small_step(tmp_path):
-  small = "--attention=xla", "--batch=16", "--most=16", "--steps=1", "--pool=2"
-  printed = run(tmp_path, "gpu", "--config=ism_imagenet256:debug", *small)
-  for objective in ("flow", "ism"):
-    assert f"{objective}, attention by xla: batch 16 is the largest that fits" in printed
-  assert {"MFU", "pairing", "stopped"} <= set(printed.split())
+  rows = "flow 16 xla scanned block", "ism 16 xla unrolled products"
+  small = f"--rows={';'.join(rows)}", "--steps=1", "--pool=2"
+  run(tmp_path, "gpu", "--config=ism_imagenet256:debug", *small)
+  tables = json.loads((tmp_path / "gpu.json").read_text())["tables"]
+  for column in ("ms", "images a second", "TFLOP a second", "MFU", "GiB"):
+    assert all(tables["ism_imagenet256:debug"][f"{column}/{row}"] > 0 for row in rows)
+  assert tables["checkpoint"]["until on disk/another"] > 0
+  assert {"of its steps/class", "of its steps/none"} <= set(tables["sOT"])
+  assert tables["loop"]["of the step alone/loop"] > 0
 
 
 @pytest.mark.slow

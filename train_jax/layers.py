@@ -5,9 +5,40 @@ Dimensions: b batch, l length, k features, n heads, f head features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from train_jax.errors import UserError
+
+# What the backward pass of a block keeps of the forward pass, and does not compute again.
+REMAT = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of the linear layers
+  "block": jax.checkpoint_policies.nothing_saveable,  # its input only
+}
+
+
+def check_remat(kind: str) -> None:
+  """Raises UserError for a `model.remat` that isn't one of REMAT."""
+  if kind not in REMAT:
+    raise UserError(f"model.remat={kind!r} is unknown; choose one of {', '.join(REMAT)}.")
+
+
+def scan_blocks(body: Callable, x, blocks, *, remat: str, unroll: bool):
+  """x after `body(x, block) -> x` of each of `blocks`, a pytree stacked along a leading axis.
+
+  `remat` is one of REMAT. `unroll` writes all blocks out: faster when shallow, slower to compile
+  when deep.
+  """
+  if remat != "none":
+    # Barriers against XLA's merging both computations, which it can't do across a loop.
+    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=unroll)
+  depth = len(jax.tree.leaves(blocks)[0])
+  step = lambda x, block: (body(x, block), None)  # noqa: E731
+  return jax.lax.scan(step, x, blocks, unroll=depth if unroll else 1)[0]
 
 
 class Dense(nnx.Linear):

@@ -80,7 +80,9 @@ def test_the_defaults_are_the_papers():
   assert (config.guidance.w_max, config.guidance.start) == (3.5, 0.3)
   assert (config.wavelet.levels, config.pairing.pool) == (5, 32)
   assert dict(config.ema) == {"target": 0.95, "sample": 0.9999}
-  assert (config.model.dtype, config.model.remat, config.model.unroll) == ("bfloat16", True, False)
+  assert (config.model.dtype, config.model.remat) == ("bfloat16", "block")
+  fast = ism_imagenet256.get_config("gpu").model
+  assert (fast.attention, fast.unroll, fast.remat) == ("cudnn", True, "none")
   rate = optim.schedule(config.optim.lr, config.optim.warmup, config.steps, config.optim.final)
   assert float(rate(100_000)) == float(rate(799_999)) == pytest.approx(1e-4)
 

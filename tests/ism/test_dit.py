@@ -1,5 +1,6 @@
 """The network: against a float64 forward pass in numpy, and what it is before any training."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -200,22 +201,32 @@ def test_rows_do_not_mix(small, inputs):
   np.testing.assert_allclose(apply(params, *(a[order] for a in inputs)), output[order], atol=1e-5)
 
 
-def test_unroll_and_remat_change_neither_output_nor_gradient(small, inputs, gradient):
+@pytest.mark.parametrize(("unroll", "remat"), [(True, "block"), (False, "products")])
+def test_unroll_and_remat_change_neither_output_nor_gradient(
+  small, inputs, gradient, unroll, remat
+):
   _, params = small
   expected, output = gradient(params)
-  _, apply = dit.make_network(replace(SMALL, unroll=True, remat=True))
+  _, apply = dit.make_network(replace(SMALL, unroll=unroll, remat=remat))
   got, output_again = jax.jit(jax.grad(cost_of(apply, inputs), has_aux=True))(params)
   np.testing.assert_allclose(output_again, output, atol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, expected)
 
 
-def test_remat_recomputes_the_blocks(inputs):
-  def count(config):
-    init, apply = dit.make_network(config)
+def test_remat_recomputes_what_it_names(inputs):
+  def count(remat):
+    """Matrix products of the linear layers and of attention, and all else, in the gradient."""
+    init, apply = dit.make_network(replace(SMALL, remat=remat))
     params = jax.eval_shape(init, KEY)
-    return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(apply(p, *inputs))))(params)).count("exp")
+    text = str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(apply(p, *inputs))))(params))
+    products = text.count("dot_general[")
+    batched = len(re.findall(r"dimension_numbers=\(\(\[\d\], \[\d\]\), \(\[0", text))
+    return products - batched, batched, text.count("exp ")
 
-  assert count(replace(SMALL, remat=True)) > count(SMALL)
+  none, products, block = map(count, ("none", "products", "block"))
+  assert none[0] == products[0] < block[0]
+  assert none[1] < products[1] == block[1]
+  assert none[2] < products[2] <= block[2]
 
 
 def test_bfloat16_is_close_to_float32(small, inputs):
@@ -262,6 +273,8 @@ def test_bad_sizes_are_refused_in_a_sentence():
     replace(SMALL, attention="flash")
   with pytest.raises(UserError, match=r"model.attention='cudnn' needs a 16-bit .*'float32'"):
     replace(SMALL, attention="cudnn")
+  with pytest.raises(UserError, match=r"model.remat='True' is unknown; .* none, products, block"):
+    replace(SMALL, remat="True")
   for name in ("XXL/2", "XL", "XL/two"):
     with pytest.raises(UserError, match=f"unknown model size '{name}'.*XL/2"):
       dit.with_size(SMALL, name)

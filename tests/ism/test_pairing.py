@@ -1,6 +1,7 @@
 """Pairings: permutations, near SciPy's optimum, straight, and silent about the class."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,27 @@ def test_groups_shared_out_over_devices_give_the_same_pairs(devices, pool):
 
   assert jax.local_device_count() == 8
   np.testing.assert_array_equal(run(devices), run(1))
+
+
+def test_groups_solved_together_cost_what_they_do_one_by_one(pool):
+  pixels, label, noise, cost = pool
+  table = pairing._groups(label, 10)
+
+  def run(together):
+    config = CONFIGS["class/sinkhorn"]
+    solve = jax.jit(partial(pairing._solve, config, together))
+    column, _ = solve(RNG, pixels, noise, label, table)
+    pairs = np.arange(N)
+    for rows, columns in zip(table, np.asarray(column), strict=True):
+      rows = rows[rows >= 0]
+      assert sorted(columns[: len(rows)]) == list(range(len(rows)))
+      pairs[rows] = rows[columns[: len(rows)]]
+    return np.mean(cost[np.arange(N), pairs])
+
+  three = 3 * table.shape[1] ** 2  # 10 groups in turns of 3, the last of 1
+  one_by_one = run(0)
+  for together in (three, 2**25):
+    assert run(together) == pytest.approx(one_by_one, rel=2e-3)  # ties fall as sums are rounded
 
 
 def test_absent_classes_and_a_class_of_one_row():

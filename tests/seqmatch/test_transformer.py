@@ -254,10 +254,11 @@ def gradient(by_hand):
   return run
 
 
-def test_unroll_and_remat_change_neither_logits_nor_gradient(small, gradient):
+@pytest.mark.parametrize(("unroll", "remat"), [(True, "block"), (False, "products")])
+def test_unroll_and_remat_change_neither_logits_nor_gradient(small, gradient, unroll, remat):
   _, params = small
   expected = gradient(SMALL, params)
-  got = gradient(replace(SMALL, unroll=True, remat=True), params)
+  got = gradient(replace(SMALL, unroll=unroll, remat=remat), params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
