@@ -59,7 +59,18 @@ class Job:
 
   def parts(self, out: Path) -> list[dict]:
     """Each shard's JSON."""
-    return [json.loads(self.paths(out, i)[-1].read_text()) for i in range(self.shards)]
+    return [_read(self.paths(out, i)[-1]) for i in range(self.shards)]
+
+
+def _read(path: Path) -> dict:
+  """A shard's JSON. Raises UserError if it isn't what was written."""
+  try:
+    part = json.loads(path.read_bytes())
+    if isinstance(part.get("job"), dict):
+      return part
+  except (ValueError, AttributeError):
+    pass
+  raise UserError(f"{path} is damaged; delete it, and the same command makes its shard again.")
 
 
 def make_job(kind: tuple, version: int, source, shards: int, flags: dict[str, int | str]) -> Job:
@@ -106,7 +117,7 @@ def _check_same(job: Job, out: Path) -> None:
   """Raises UserError if `out` holds shards of another job."""
   words = {"version": "layout version", "size": f"number of {job.items}"}
   for path in sorted(out.glob(job.files[-1].replace(".", "-*."))):
-    there = json.loads(path.read_text())["job"]
+    there = _read(path)["job"]
     differ = [words.get(k, f"--{k}") for k, value in job.facts.items() if there.get(k) != value]
     if differ:
       made = job.files[0].partition(".")[0]

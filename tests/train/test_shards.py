@@ -124,3 +124,18 @@ def test_another_job_in_the_same_directory_is_refused(words, other, tmp_path):
   with pytest.raises(UserError, match=message):
     make(job_of(**other), tmp_path)
   assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ['{"job": {"vers', "[]", "7", '{"number": 2}', "\xff\xfe"])
+def test_a_damaged_part_is_named_and_made_again_once_it_is_deleted(text, tmp_path):
+  job = job_of()
+  make(job, tmp_path)
+  before = files_of(tmp_path)
+  part = tmp_path / "part-00002-of-00004.json"
+  part.write_text(text, encoding="latin-1")
+  for reading in (lambda: make(job, tmp_path), lambda: job.parts(tmp_path)):
+    with pytest.raises(UserError, match=r"part-00002-of-00004.json is damaged; delete it, and"):
+      reading()
+  part.unlink()
+  assert make(job, tmp_path)
+  assert files_of(tmp_path) == before
