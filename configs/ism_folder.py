@@ -3,6 +3,7 @@
     ./launch.sh configs/ism_folder.py --config.data.path=photos        # 64 pixels, 33 M parameters
     ./launch.sh configs/ism_folder.py:px32 --config.data.path=photos   # 32 pixels
     ./launch.sh configs/ism_folder.py:B --config.data.path=photos      # 132 M parameters
+    ./launch.sh configs/ism_folder.py:B,gpu --config.data.path=photos  # faster on NVIDIA GPUs
     ./launch.sh configs/ism_folder.py:debug  # two steps of everything on a CPU, images made up
 
 photos/CLASS NAME/IMAGE.jpg (or .png, .webp, ...): a sub-folder is a class. The centre square of
@@ -18,6 +19,7 @@ import ml_collections
 
 from configs import ism_digits
 from configs.common import apply_options
+from configs.ism_imagenet256 import gpu
 from ism_jax.dit import SIZES
 
 
@@ -68,4 +70,4 @@ def debug(config):
   config.data.made_up = 64
 
 
-OPTIONS = {option.__name__: option for option in (B, px32, debug)}
+OPTIONS = {option.__name__: option for option in (B, px32, gpu, debug)}

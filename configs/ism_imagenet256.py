@@ -88,7 +88,7 @@ def debug(config):
 
 
 def gpu(config):
-  """What is fastest on an H200 (docs/PERFORMANCE.md); 128 rows of XL/2 take 58 GiB."""
+  """What was fastest on an H200 (docs/PERFORMANCE.md), where 128 rows of XL/2 take 58 GiB."""
   config.model.attention = "cudnn"
   config.model.unroll = True
   config.model.remat = "none"
