@@ -103,7 +103,10 @@ def test_options_combine_and_unknown_ones_are_named():
   assert small.steps == 2 and small.model.depth == 2
   pixels = ism_folder.get_config("px32,B")
   assert (pixels.data.side, pixels.model.patch, pixels.model.width) == (32, 2, dit.SIZES["B"][0])
-  for module, known in ((ism_imagenet256, "S/2, B/2, L/2, XL/2, gpu, debug"), (ism_folder, "B, px32")):
+  for module, known in (
+    (ism_imagenet256, "S/2, B/2, L/2, XL/2, gpu, debug"),
+    (ism_folder, "B, px32"),
+  ):
     with pytest.raises(ValueError, match=rf"unknown option 'XXL/2'.*choose from {known}"):
       module.get_config("XXL/2")
 
