@@ -139,8 +139,8 @@ def _solve(config: PairingConfig, together: int, rng, pixels, noise, label, tabl
     return round_to_permutation(-reduced, valid), jnp.zeros(())
 
   m = table.shape[1]
-  count = max(1, together // (m * max(m, x.shape[1])))
-  return jax.lax.map(group, table, batch_size=min(count, len(table)))
+  count = min(together // (m * max(m, x.shape[1])), len(table))
+  return jax.lax.map(group, table, batch_size=count if count > 1 else None)
 
 
 @cache
