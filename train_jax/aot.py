@@ -192,9 +192,20 @@ def compile_program(
     **known,
     peak=peak,
     fits=peak <= chip.memory if chip else None,
-    received=cost.collectives(compiled.as_text(), chips),
+    received=cost.collectives(_text(compiled), chips),
     seconds=time.perf_counter() - start,
   )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+  """The compiled program as HLO. Raises UserError if its compiler is too new for this jaxlib."""
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as err:
+    raise UserError(
+      f"jaxlib {jax.lib.__version__} cannot read what the installed libtpu has compiled; install "
+      f"the one that goes with it: pip install 'jax[tpu]=={jax.__version__}'."
+    ) from err
 
 
 def compile_step(

@@ -96,6 +96,15 @@ def test_more_devices_than_there_are_is_refused():
     aot.find_devices("cpu:9")
 
 
+def test_a_program_that_cannot_be_read_names_the_compiler_to_install(monkeypatch):
+  def as_text(_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+  monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+  with pytest.raises(UserError, match=r"jaxlib [\d.]+ cannot .* pip install 'jax\[tpu\]==[\d.]+'"):
+    aot.compile_program("it", lambda x: x, (jax.ShapeDtypeStruct((2,), "f4"),), {}, 1, None)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_the_way_out_is_named():
   with pytest.raises(UserError, match=r"v5e:2x2 needs TPU's compiler.* pip install 'jax\[tpu\]'"):
