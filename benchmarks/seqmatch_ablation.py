@@ -1,6 +1,7 @@
 """What each part of SequenceMatch does: loss x backspace x noise, on one task.
 
     python benchmarks/seqmatch_ablation.py --task=two_sum [--out=DIR] [--seeds=0,1,2]
+    python benchmarks/seqmatch_ablation.py --task=two_sum_hard   # 8 numbers modulo 24
     python benchmarks/seqmatch_ablation.py --task=arithmetic [--variants=...] [--steps=...]
 
 The 2 x 2 is maximum likelihood (MLE) or chi2-mixture, without or with <backspace>. "MLE +
@@ -21,6 +22,7 @@ from configs import seqmatch_arithmetic
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+TASKS = ("two_sum", "two_sum_hard", "arithmetic", "generated")
 COLUMNS = {
   "T=1": "exact/T=1",
   "T=1, forbidden": "forbidden/T=1",
@@ -78,7 +80,9 @@ VARIANTS = {
 
 def make_config(task: str, variant: str, seed: int, steps: int):
   """The config of one run."""
-  config = seqmatch_arithmetic.get_config("two_sum" if task == "two_sum" else "")
+  config = seqmatch_arithmetic.get_config("two_sum" if task.startswith("two_sum") else "")
+  if task == "two_sum_hard":
+    config.data.numbers, config.data.modulus = 8, 24
   if task == "generated":  # so many that none comes twice
     config.data.source, config.data.examples = "add_or_sub_in_base", 200_000
   VARIANTS[variant](config)
@@ -107,7 +111,7 @@ def plot(summaries: dict[str, dict], path: Path) -> None:
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--task", choices=("two_sum", "arithmetic", "generated"), default="two_sum")
+  parser.add_argument("--task", choices=TASKS, default=TASKS[0])
   parser.add_argument("--out", type=Path)
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by ;")
