@@ -20,6 +20,7 @@ checkpoint in the background stops training.
 import argparse
 import collections
 import os
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from timing import in_turn, matmul_peak, show
+from timing import in_turn, keep, matmul_peak, show
 from train_step import Step, get_config, in_loop, model_flops
 
 from configs import ism_digits
 from ism_jax import pairing
 from train_jax.checkpoint import Checkpoints
+from train_jax.metrics import table
 
 ROWS = ";".join(
   f"{objective} {batch} {variant}"
@@ -162,7 +164,11 @@ def main(args) -> None:
     steps = compiled(configs, args.workers)
     room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf) / 2**30
     rows = tables[args.config] = measure(steps, args.steps, room, peak)
-    best = max(configs, key=lambda row: (row.startswith("ism"), rows.get(f"MFU/{row}", 0)))
+    show("gpu", tables)
+    timed = [row for row in configs if f"ms/{row}" in rows]
+    if not timed:
+      sys.exit(f"no row fits into {room:.0f} GiB; give --rows smaller batches.")
+    best = max(timed, key=lambda row: (row.startswith("ism"), rows[f"MFU/{row}"]))
     step, seconds = steps[best], rows[f"ms/{best}"] / 1e3
     parts = {
       f"profile of {best}": lambda: profile(step),
@@ -171,9 +177,9 @@ def main(args) -> None:
       "checkpoint": lambda: saving(step),
     }
     for title, part in parts.items():
-      print(f"next: {title}", flush=True)
       tables[title] = part()
-      show("gpu", tables)  # a part that takes too long loses none before it
+      print(f"\n{title}\n{table(tables[title])}", flush=True)
+      keep("gpu", tables)  # a part that takes too long loses none before it
 
 
 if __name__ == "__main__":

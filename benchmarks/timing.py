@@ -49,18 +49,23 @@ def matmul_peak(dtype: str = "float32", n: int = 0) -> float:
   return 2 * n**3 / min(seconds)
 
 
-def show(name: str, tables: dict[str, dict[str, float]]) -> None:
-  """Prints tables of {"column/row": number} under their titles; keeps them, with the device's name.
+def keep(name: str, tables: dict[str, dict[str, float]]) -> Path:
+  """Keeps tables of {"column/row": number} by title, with the device's name; returns the file.
 
-  They go to `runs/benchmarks/<name>.json`, or to the directory that the environment's BENCHMARKS
-  names; from there `report.py` takes them.
+  It is `runs/benchmarks/<name>.json`, or lies in the directory that the environment's BENCHMARKS
+  names; from there `report.py` takes it.
   """
-  for title, numbers in tables.items():
-    print(f"\n{title}\n{table(numbers)}", flush=True)
   path = KEPT / f"{name}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   device = jax.devices()[0].device_kind
   record = {"command": f"python benchmarks/{' '.join([f'{name}.py', *sys.argv[1:]])}"}
   record |= {"device": device, "jax": jax.__version__, "tables": tables}
   path.write_text(json.dumps(record, indent=1))
-  print(f"\nnumbers: {path}")
+  return path
+
+
+def show(name: str, tables: dict[str, dict[str, float]]) -> None:
+  """Prints tables under their titles, and keeps them; see `keep`."""
+  for title, numbers in tables.items():
+    print(f"\n{title}\n{table(numbers)}", flush=True)
+  print(f"\nnumbers: {keep(name, tables)}")

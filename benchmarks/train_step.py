@@ -86,7 +86,7 @@ class Step:
     step = make_train_step(self.method, self.tx, dict(config.ema), config.optim.clip)
     step = mesh_lib.within(self.mesh, step)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    self.lowered = jitted.lower(jax.tree.map(_placed, shapes, shardings), self.batch)
+    self.lowered = jitted.lower(mesh_lib.lay_out(shapes, self.mesh), self.batch)
 
   @cached_property
   def step(self):
@@ -146,10 +146,6 @@ class Step:
     return (time.perf_counter() - start) / repeats
 
 
-def _placed(shape: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
 def in_loop(step: Step, rounds: int, steps: int) -> float:
   """What the training loop takes, of what `step.run` takes: the ratio of their medians.
 
@@ -193,7 +189,7 @@ def gradient_flops(method, state, batch) -> float:
 
 
 def model_flops(config) -> float:
-  """`gradient_flops` of a config, without remat's recomputation, attention's included."""
+  """`gradient_flops` of a config without recomputation, attention counted however it is made."""
   config = config.copy_and_resolve_references()
   config.model.remat, config.model.unroll = "none", False  # fewer products to find
   if config.method == "ism":

@@ -79,7 +79,7 @@ def without_data(config) -> tuple[ConfigDict, int]:
 def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
   """For `--mode=compile`: the sampler, a batch of `config.batch` at a time."""
   init, apply = make_network(config, facts)
-  params = aot.lay_out(jax.eval_shape(init, jax.random.key(0)), mesh)
+  params = mesh_lib.lay_out(jax.eval_shape(init, jax.random.key(0)), mesh)
   rows = mesh_lib.batch_sharding(mesh)
   x0, label, w = (
     jax.ShapeDtypeStruct((config.batch, *shape), kind, sharding=rows)

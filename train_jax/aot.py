@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import jax
 from jax.experimental import topologies
@@ -128,15 +129,6 @@ class Program:
     )
 
 
-def lay_out(abstract, mesh: Mesh):
-  """Shapes of a state or of parameters, with the shardings that they have on `mesh`."""
-  return jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-    abstract,
-    mesh_lib.state_sharding(abstract, mesh),
-  )
-
-
 def abstract_batch(method: Method, position: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """The global batch number `position` as shapes, from this process's share of it."""
   parts = mesh_lib.batch_parts(mesh)
@@ -203,7 +195,7 @@ def _text(compiled: jax.stages.Compiled) -> str:
     return compiled.as_text()
   except jax.errors.JaxRuntimeError as err:
     raise UserError(
-      f"jaxlib {jax.lib.__version__} cannot read what the installed libtpu has compiled; install "
+      f"jaxlib {version('jaxlib')} cannot read what the installed libtpu has compiled; install "
       f"the one that goes with it: pip install 'jax[tpu]=={jax.__version__}'."
     ) from err
 
@@ -212,9 +204,9 @@ def compile_step(
   method: Method, tx, decays: dict, clip: float, position: int, mesh: Mesh, chip: Chip | None
 ) -> Program:
   """The train step of a run, as the loop compiles it; `position` is that of the batch."""
-  state = lay_out(jax.eval_shape(state_lib.create(method, tx, decays, 0)), mesh)
+  state = mesh_lib.lay_out(jax.eval_shape(state_lib.create(method, tx, decays, 0)), mesh)
   shardings = jax.tree.map(lambda a: a.sharding, state)
-  frozen = (lay_out(method.frozen.shapes, mesh),) if method.frozen else ()
+  frozen = (mesh_lib.lay_out(method.frozen.shapes, mesh),) if method.frozen else ()
   groups = {
     "frozen": frozen,
     "parameters": state.params,

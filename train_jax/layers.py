@@ -13,9 +13,9 @@ from flax import nnx
 
 from train_jax.errors import UserError
 
-# What the backward pass of a block keeps of the forward pass, and does not compute again.
+# What the backward pass of a block takes from the forward pass, and does not compute again.
 REMAT = {
-  "none": jax.checkpoint_policies.everything_saveable,
+  "none": None,  # computes nothing again
   "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of the linear layers
   "block": jax.checkpoint_policies.nothing_saveable,  # its input only
 }
@@ -33,9 +33,9 @@ def scan_blocks(body: Callable, x, blocks, *, remat: str, unroll: bool):
   `remat` is one of REMAT. `unroll` writes all blocks out: faster when shallow, slower to compile
   when deep.
   """
-  if remat != "none":
-    # Barriers against XLA's merging both computations, which it can't do across a loop.
-    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=unroll)
+  if policy := REMAT[remat]:
+    # Written out, both computations need barriers, or XLA merges them; across a loop it can't.
+    body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
   depth = len(jax.tree.leaves(blocks)[0])
   step = lambda x, block: (body(x, block), None)  # noqa: E731
   return jax.lax.scan(step, x, blocks, unroll=depth if unroll else 1)[0]

@@ -145,12 +145,7 @@ class _Run:
 
   def _begin(self, init: Callable) -> tuple[TrainState, int]:
     """State and position of the newest good step, or of step 0."""
-    abstract = jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-      jax.eval_shape(init),
-      self.shardings,
-    )
-    found = self.checkpoints.restore(abstract)
+    found = self.checkpoints.restore(mesh_lib.lay_out(jax.eval_shape(init), self.mesh))
     if not found:
       return init(mesh_lib.place(self.given, state_lib.flatten(self.shardings.params))), 0
     state, meta = found

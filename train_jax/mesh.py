@@ -100,6 +100,15 @@ def state_sharding(abstract, mesh: Mesh):
   return jax.tree.map(lambda a: NamedSharding(mesh, param_spec(a.shape, fsdp, tensor)), abstract)
 
 
+def lay_out(abstract, mesh: Mesh):
+  """Shapes of a state or of parameters, with the shardings that they have on `mesh`."""
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    abstract,
+    state_sharding(abstract, mesh),
+  )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading dimension of every batch array is split over `fsdp` and `data`."""
   return NamedSharding(mesh, ROWS)
@@ -156,12 +165,7 @@ def process_rows(batch: int, mesh: Mesh) -> np.ndarray:
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows -> global arrays on the mesh."""
-  sharding = batch_sharding(mesh)
-  if jax.process_count() == 1:
-    return jax.device_put(batch, sharding)  # all arrays in one call
-  return {
-    name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-  }
+  return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
 def fetch(array: jax.Array) -> np.ndarray:

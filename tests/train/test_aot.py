@@ -23,7 +23,7 @@ def test_bytes_of_shapes_are_those_of_the_arrays(monkeypatch):
   mesh = mesh_lib.make_mesh(4, 2)
   arrays = {"a": np.zeros((16, 64), np.float32), "b": np.zeros(3, np.float16)}
   placed = jax.device_put(arrays, mesh_lib.state_sharding(arrays, mesh))
-  found = aot.bytes_per_chip(aot.lay_out(jax.eval_shape(lambda: placed), mesh))
+  found = aot.bytes_per_chip(mesh_lib.lay_out(jax.eval_shape(lambda: placed), mesh))
   assert found == size(placed) == 16 * 64 * 4 / 8 + 6
 
 
