@@ -211,6 +211,7 @@ def save_times(directory: Path, result: Path, rounds: int = 8) -> None:
   items = {"state": {f"w{i}": draw(i) for i in range(25)}}
   jax.block_until_ready(items)
   start, read_back = checksum.start, stored.read_back
+  known = jax.device_get(start(items["state"]))  # the state never changes: nor do its checksums
   each, found = saver.Saver(directory, 1), {True: [], False: []}
   spent = [0.0, 0.0]  # on the last reading back: wall and processor time
 
@@ -219,14 +220,10 @@ def save_times(directory: Path, result: Path, rounds: int = 8) -> None:
     read_back(*args)
     spent[:] = time.perf_counter() - since, time.process_time() - busy
 
-  def none(tree):
-    return dict.fromkeys(range(len(tree)), np.uint32(0))
-
+  stored.read_back = timed_read_back
   for step in range(1, 2 * rounds + 3):
     summed = step % 2 == 1
-    checksum.start = start if summed else none
-    stored.read_back = timed_read_back if summed else lambda *args: None
-    spent[:] = 0.0, 0.0
+    checksum.start = start if summed else lambda tree: known  # all else is alike
     since, busy = time.perf_counter(), time.process_time()
     each.save(step, items, {"step": step})
     blocked = time.perf_counter() - since
