@@ -28,10 +28,13 @@ def prompts(flags) -> list[str]:
     raise UserError("--prompt and --prompts are both given; choose one.")
   if flags.prompts:
     try:
-      lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+      lines = Path(flags.prompts).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as err:
       raise UserError(f"--prompts={flags.prompts} cannot be read as text.") from err
-    return [line for line in lines if line.strip()]
+    found = [line for line in lines if line.strip()]
+    if not found:
+      raise UserError(f"--prompts={flags.prompts} holds no prompt; write one on each line.")
+    return found
   return flags.prompt or []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -12,6 +13,8 @@ from typing import TextIO
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD, TextVocab, Vocab
 
 END = "\x04"  # what <eos> is typed as
+# A model may type any character; those that move a cursor are shown as pictures of themselves.
+_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | {127: 0x2421}
 _STRIKE, _PLAIN = "\x1b[9;31m", "\x1b[0m"
 
 
@@ -30,7 +33,8 @@ class Typist:
     typed, new = [], len(self.written)  # the first token that has no key yet
 
     def settle():
-      typed.extend(self.vocab.pieces(self.written)[new:] if len(self.written) > new else ())
+      if len(self.written) > new:
+        typed.extend(text.translate(_PICTURES) for text in self.vocab.pieces(self.written)[new:])
 
     for action in actions:
       if action in (BACKSPACE, EOS):
@@ -74,6 +78,13 @@ def line(typed: Sequence[str], color: bool) -> str:
   return text if END in typed else text + " ..."
 
 
+def _width(char: str) -> int:
+  """The columns of a terminal that a character takes."""
+  if unicodedata.category(char) in ("Mn", "Me", "Cf"):  # put on the one before, or not seen
+    return 0
+  return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
 class Screen:
   """Types keys as they come. In a terminal, what is erased is struck through where it stands.
 
@@ -97,13 +108,14 @@ class Screen:
   def _put(self, text: str, erased: bool) -> None:
     """Writes text, and breaks lines itself: where a terminal would is not known for sure."""
     lines = [""]
-    for char in text:
-      if char == "\n" or (self.columns and self.column == self.columns - 1):
+    for char in text.replace("\t", "    "):
+      width = _width(char)
+      if char == "\n" or (self.columns and self.column + width > self.columns - 1):
         lines.append("")
         self.row, self.column = self.row + 1, 0
       if char != "\n":
         lines[-1] += char
-        self.column += 1
+        self.column += width
     # Each line is coloured by itself, so that none is when the next begins.
     self.out.write("\n".join(_struck(part) if erased and part else part for part in lines))
 
@@ -191,9 +203,9 @@ play();
 
 def page(title: str, prompts: Sequence[str], typed: Sequence[Sequence[str]]) -> str:
   """A self-contained HTML page on which one watches the generations being typed and erased."""
-  # "</" inside a script would end it.
+  # "</script" inside a script would end it, and "<!--" change what ends it.
   data = json.dumps([list(row) for row in zip(prompts, map(list, typed), strict=True)])
-  return _PAGE.format(title=html.escape(title), data=data.replace("</", "<\\/"))
+  return _PAGE.format(title=html.escape(title), data=data.replace("<", "\\u003c"))
 
 
 def write(

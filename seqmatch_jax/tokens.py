@@ -23,10 +23,25 @@ NAME = "<backspace>"  # of the token in a tokenizer.json
 _SHOWN = ("", "", "", "⌫")
 
 
-def _refuse_backspace(text: str) -> None:
+def short(text: str) -> str:
+  return repr(text if len(text) < 80 else text[:80] + "...")
+
+
+def _check(text: str) -> None:
+  """Raises UserError if `text` holds a backspace, or half a character."""
   if "\b" in text or NAME in text:
-    shown = text if len(text) < 80 else text[:80] + "..."
-    raise UserError(f"{shown!r} holds a backspace, which only the model may type; remove it.")
+    raise UserError(f"{short(text)} holds a backspace, which only the model may type; remove it.")
+  if not is_unicode(text):
+    raise UserError(f"{short(text)} is not text in UTF-8; write it as such.")
+
+
+def is_unicode(text: str) -> bool:
+  """Whether `text` can be written; half a pair of surrogates, which JSON may hold, cannot."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 @dataclass(frozen=True)
@@ -59,11 +74,12 @@ class Vocab:
     Raises:
       UserError: characters that are not in the vocabulary, or a backspace.
     """
-    _refuse_backspace(text)
+    _check(text)
     unknown = sorted(set(text) - self._ids.keys())
     if unknown:
       raise UserError(
-        f"{text!r} has characters that the model does not know ({', '.join(map(repr, unknown))}); "
+        f"{short(text)} has characters that the model does not know "
+        f"({', '.join(map(repr, unknown))}); "
         f"use only {''.join(self.symbols)!r}."
       )
     return [self._ids[symbol] for symbol in text]
@@ -180,7 +196,7 @@ class TextVocab:
 
   def encode(self, text: str) -> list[int]:
     """The tokens of `text`, no special ones added; UserError if it holds a backspace."""
-    _refuse_backspace(text)
+    _check(text)
     return [self._ids[i] for i in self._tokenizer.encode(text, add_special_tokens=False).ids]
 
   def pieces(self, ids: Iterable[int]) -> list[str]:
@@ -191,10 +207,21 @@ class TextVocab:
     """
     from tokenizers.decoders import DecodeStream
 
-    stream, numbers = DecodeStream(), self.hf_ids
-    return [
-      _SHOWN[i] if i < SPECIAL else stream.step(self._tokenizer, int(numbers[i])) or "" for i in ids
-    ]
+    stream, numbers, found, waiting = DecodeStream(), self.hf_ids, [], []
+    for i in ids:
+      if i < SPECIAL:
+        found.append(_SHOWN[i])
+        continue
+      waiting.append(int(numbers[i]))
+      try:
+        piece = stream.step(self._tokenizer, waiting[-1])
+      except Exception:  # a plain one, where bytes that are no character unmake the one before
+        stream = DecodeStream()
+        piece = "".join(stream.step(self._tokenizer, number) or "" for number in waiting)
+      if piece:
+        waiting.clear()
+      found.append(piece or "")
+    return found
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`: a backspace is shown as ⌫, other special tokens as nothing."""

@@ -42,7 +42,7 @@ def test_page_holds_everything_and_no_text_ends_its_script(typed, tmp_path):
   page = (tmp_path / "generations.html").read_text()
   assert page.count("</script>") == 1 and "a &lt; b" in page
   start = page.index("const data = ") + len("const data = ")
-  data = json.loads(page[start : page.index(";\n", start)].replace("<\\/", "</"))
+  data = json.loads(page[start : page.index(";\n", start)])
   assert data == [["1 < 2  ", typed], ["</script>  ", ["1", "2"]]]
   saved = json.loads((tmp_path / "generations.json").read_text())
   assert [row["answer"] for row in saved] == ["2", "12"]
@@ -118,6 +118,22 @@ def test_where_there_is_no_terminal_erasures_are_told():
   for key in ("a", "b", "\b", "c" * 200, show.END):
     screen.key(key)
   assert out.getvalue() == "ab⌫" + "c" * 200
+
+
+def test_wide_and_combining_characters_take_their_columns():
+  written = io.StringIO()
+  screen = show.Screen(written, 12)
+  for key in ("日本", "語", "\b", "e\u0301", "x"):
+    screen.key(key)
+  assert screen.column == 2 + 2 + 2 + 1 + 1
+  assert "\r\x1b[4C" in written.getvalue()  # back to the third, behind two of 2 columns
+
+
+def test_control_characters_that_a_model_types_are_shown_and_move_nothing():
+  vocab = Vocab(("\x04", "\b", "\x1b", "a"))
+  typed = show.strokes([4, 5, 6, 7, BACKSPACE, EOS], vocab)
+  assert typed == ["␄", "␈", "␛", "a", "\b", show.END]
+  assert show.line(typed, color=False) == "␄␈␛[-a-]" and show.answer(typed) == "␄␈␛"
 
 
 def test_a_typist_goes_on_where_it_was(typed):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -124,6 +125,24 @@ def test_a_tokenizers_text_comes_back_and_erasures_are_shown(make, tmp_path):
   erased = "⌫" * (len(first) - shared)
   kept = vocab.decode(first[:shared])
   assert vocab.decode(typed) == "the cat" + erased + "the dog".removeprefix(kept)
+
+
+def test_bytes_that_are_no_character_are_shown_and_end_nothing(tmp_path):
+  """After a byte that was shown, as a line's end is: the tokenizer then refuses to go on."""
+  vocab = TextVocab.from_file(sentence_pieces(tmp_path))
+  line, byte, word = (
+    int(np.flatnonzero(vocab.hf_ids == vocab._tokenizer.token_to_id(name))[0])
+    for name in ("<0x0A>", "<0xF0>", "▁th")
+  )
+  pieces = vocab.pieces([word, line, byte, word, word])
+  assert pieces[:3] == ["th", "\n", ""] and pieces[3].endswith("� th") and pieces[4] == " th"
+
+
+@pytest.mark.parametrize("make", [lambda p: byte_level(p, eos_token="<s>"), sentence_pieces])
+def test_half_a_character_is_refused(make, tmp_path):
+  for vocab in (TextVocab.from_file(make(tmp_path)), Vocab(("a", "\ud800"))):
+    with pytest.raises(UserError, match="is not text in UTF-8"):
+      vocab.encode("a\ud800")
 
 
 def test_a_vocabulary_is_made_again_from_its_facts_and_from_no_other_file(tmp_path):
