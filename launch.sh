@@ -60,7 +60,7 @@ find_python() {
 install() {
   local stamp="$venv/.installed-$1" wanted
   shift
-  wanted="$* $(cat requirements.txt)"
+  wanted="$* $(cat requirements*.txt)"
   [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && return
   say "installing into $venv (once)"
   if command -v uv >/dev/null; then
@@ -155,12 +155,13 @@ print_gke() {
   local kind=$1 topology=$2 hosts command
   shift 2
   hosts=$(((${topology//x/*} + 3) / 4)) # four chips a host
-  command=$(printf '"%s", ' ./launch.sh "${@//\"/\\\"}")
+  command=("${@//\\/\\\\}")
+  command=$(printf '"%s", ' ./launch.sh "${command[@]//\"/\\\"}")
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: ${name//_/-}
+  name: $(tr A-Z_ a-z- <<<"$name")
 spec:
   failurePolicy:
     maxRestarts: 10
@@ -257,8 +258,9 @@ case "${1:-}" in
 install) exit 0 ;;
 test)
   shift
-  install test -r requirements-test.txt
-  exec "$venv/bin/python" -m pytest "$@"
+  if [[ -z "$dry" ]]; then install test -r requirements-test.txt; fi
+  run "$venv/bin/python" -m pytest "$@"
+  exit
   ;;
 "") set -- configs/ism_digits.py ;;
 esac

@@ -74,9 +74,34 @@ flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every
 flags.DEFINE_string(
   "out", None, "Directory of the results; default: WORKDIR/generated, or WORKDIR/exported."
 )
-
-
 flags.DEFINE_string("topology", None, "compile: v5e:16x16, v5p:2x2x2, v6e:4x4, ... or cpu:8.")
+
+# Which of them are read, beside --workdir and --config; what is not read must not be given.
+READ = {
+  "train": "",
+  "compile": "topology",
+  "encode": "images side vae texts tokenizer shards out",
+  "sample ism": "num seed nfe guidance labels vae out",
+  "sample seqmatch": "num seed prompt prompts temperature top_k top_p stream out",
+  "evaluate ism": "num seed nfe guidance metrics reference inception dinov2 classes save_samples "
+  "vae out",
+  "evaluate seqmatch": "seed features out",
+  "export ism": "out",
+  "export seqmatch": "out",
+}
+
+
+def check_flags(method: str = "") -> None:
+  """Raises UserError for a flag that does nothing in this mode, or in it for a run of `method`."""
+  read = READ.get(f"{FLAGS.mode} {method}".strip(), "").split()
+  where = f"--mode={FLAGS.mode}" + (f" of a run of {method}" if method else "")
+  for name in sorted({*" ".join(READ.values()).split()} - {*read}):
+    if FLAGS[name].value != FLAGS[name].default:
+      known = FLAGS.mode == "train" and FLAGS.config and name in FLAGS.config
+      raise UserError(
+        f"--{name} does nothing in {where}; "
+        + (f"did you mean --config.{name}?" if known else "leave it out.")
+      )
 
 
 def method_module(config):
@@ -183,6 +208,7 @@ def use_checkpoint(workdir: Path) -> None:
     init = module.make_network(config, facts)[0]
     return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)))
 
+  check_flags(config.method)
   mode = getattr(module, f"{FLAGS.mode}_mode", None)
   if mode is None:
     raise UserError(
@@ -205,6 +231,8 @@ def main(argv: list[str]) -> None:
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
   logging.use_absl_handler()
+  if FLAGS.mode in READ:
+    check_flags()
   if FLAGS.mode == "encode":
     distributed.start()
     config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")

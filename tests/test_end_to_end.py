@@ -135,6 +135,7 @@ def test_evaluation_needs_no_config(finished, tmp_path):
     (("--config=configs/none.py",), ("configs/none.py", "ism_digits")),
     ((CONFIG, "--config.init_from=nowhere"), ("init_from='nowhere'", "exported")),
     ((CONFIG, "extra"), ("unexpected argument 'extra'",)),
+    ((CONFIG, "--seed=3"), ("--seed", "--mode=train", "--config.seed")),
     (("--mode=sample",), ("no checkpoint",)),
     ((), ("--config",)),
   ],
@@ -155,6 +156,7 @@ def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path):
     (("--mode=sample", "--nfe=3"), ("nfe", "3")),
     (("--mode=sample", "--guidance=9"), ("9", "0 to 2")),
     (("--mode=sample", "--labels=10"), ("label 10", "0 to 9")),
+    (("--mode=evaluate", "--prompt=12"), ("--prompt does nothing", "a run of ism")),
   ],
 )
 def test_mistakes_about_a_run_change_nothing_in_it(flags, words, finished):

@@ -147,6 +147,7 @@ def test_dry_run_installs_and_starts_nothing(machine):
     "--workdir=runs/ism_digits",
     "--prompt=it's",
   ]
+  assert machine("--dry-run", "test", "-q", ACCELERATOR="cpu").stdout.endswith(" -m pytest -q\n")
   assert machine.calls() == []
 
 
