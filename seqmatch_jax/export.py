@@ -9,6 +9,7 @@ Dimensions: v vocabulary, k width, l layers.
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from seqmatch_jax import pretrained
 from seqmatch_jax.sizes import TransformerConfig
@@ -32,21 +34,34 @@ def write(
 ) -> None:
   """Writes a folder that `pretrained.read` and others' programs read; replaces an older one.
 
+  All processes must call it; the first one writes.
   config.json is removed first and written last, so that a folder that has one is whole.
 
   Args:
     params: all parameters of the network, as nested dicts of arrays.
     source: the folder that the network comes from: the rest of config.json is taken over.
   """
+  tops = {name: layer for name, layer in params.items() if name != "blocks"}
+  params = {**params, **jax.tree.map(mesh_lib.fetch, tops)}
+  blocks = (
+    jax.tree.map(lambda a: mesh_lib.fetch(a[i]), params["blocks"])  # noqa: B023
+    for i in range(sizes.depth)
+  )
+  if jax.process_index() == 0:
+    _write(folder, params, blocks, sizes, vocab, source)
+  else:  # takes part in fetching
+    collections.deque(blocks, 0)
+  multihost_utils.sync_global_devices(f"{folder} is written")
+
+
+def _write(folder, params, blocks, sizes, vocab, source) -> None:
   config = pretrained.read_config(source)
   folder.mkdir(parents=True, exist_ok=True)
   final, partial = folder / "config.json", folder / "config.json.partial"
   final.unlink(missing_ok=True)
-  tops = {name: layer for name, layer in params.items() if name != "blocks"}
-  params = {**params, **jax.tree.map(mesh_lib.fetch, tops)}
   twins = vocab.bos == vocab.eos and not np.array_equal(*params["embed"]["embedding"][[BOS, EOS]])
   vocab = _write_tokenizer(folder, vocab, twins)
-  _write_tensors(folder, _tensors(params, sizes, vocab))
+  _write_tensors(folder, _tensors(params, blocks, sizes, vocab))
   config |= {"vocab_size": vocab.hf_size, "bos_token_id": vocab.bos}
   config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
   partial.write_text(json.dumps(config, indent=1))
@@ -69,7 +84,7 @@ def _write_tokenizer(folder: Path, vocab: TextVocab, twins: bool) -> TextVocab:
 
 
 def _tensors(
-  params: dict, sizes: TransformerConfig, vocab: TextVocab
+  params: dict, blocks: Iterator[dict], sizes: TransformerConfig, vocab: TextVocab
 ) -> Iterator[tuple[str, np.ndarray]]:
   """The tensors by their names there, one after the other."""
   layout, embedding = pretrained.LAYOUTS[sizes.family], params["embed"]["embedding"]
@@ -84,8 +99,7 @@ def _tensors(
   if not sizes.tied:
     yield pretrained.OUTPUT, _rows(params["out"]["kernel"].T, vocab, row)
   yield pretrained.BIAS, params["erase"]["bias"]
-  for i in range(sizes.depth):
-    block = jax.tree.map(lambda a: mesh_lib.fetch(a[i]), params["blocks"])  # noqa: B023
+  for i, block in enumerate(blocks):
     for ours, theirs in layout.blocks.items():
       layer, leaf = ours.split(".")
       tensor, parts = block[layer][leaf], sizes.parts.get(layer, {})

@@ -41,7 +41,7 @@ def task_of(config):
 
 
 # For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
-SAME = ("config.model.heads", "config.lora.alpha", "facts.symbols")
+SAME = ("config.model.heads", "config.lora.alpha", "facts.symbols", "facts.tokenizer.sha256")
 FRESH = ()
 
 
@@ -176,6 +176,8 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
 
   Prints a line for each and writes generations.html and generations.json into `out`.
   """
+  if flags.stream and jax.process_count() > 1:
+    raise UserError("--stream types into one terminal, for one process; leave it out.")
   task, vocab = task_of(config), tokens.from_facts(facts)
   asked = task.ask(config, facts, sample.prompts(flags), flags.num or 64)
   temperature = task.TEMPERATURE if flags.temperature is None else flags.temperature
@@ -195,6 +197,9 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   else:
     generate = rollout.make_rollout(network, limits)
     typed, seconds = sample.together(generate, params, asked, vocab, key, settings, config.batch)
+  if jax.process_index():  # every process has all of it
+    return
+  if not flags.stream:
     for begin, keys in zip(asked.texts, typed, strict=True):
       print(f"{begin}{task.GAP}{show.line(keys, sys.stdout.isatty())}")
   title = ", ".join([f"step {step}", *(f"{k} {v}" for k, v in settings.items() if v is not None)])
@@ -206,7 +211,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
 
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=evaluate`: every metric on all test examples, at --seed; MAUVE with --features."""
-  config = config.copy_and_resolve_references()
+  trained, config = config, config.copy_and_resolve_references()
   config.seed = flags.seed
   if flags.features and task_of(config) is not text:
     raise UserError(
@@ -218,8 +223,10 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   network, loss_config = make_network(config, facts), make_loss_config(config)
   generate = rollout.make_rollout(network, make_limits(facts))
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
-  params, step = model.load_whole(config, facts, load)
+  params, step = model.load_whole(trained, facts, load)  # drawn parameters are of its own seed
   results = dict(run(params, step, True))
+  if jax.process_index():  # every process has all of it
+    return
   print(table(results))
   out.mkdir(parents=True, exist_ok=True)
   record = {"step": step, "seed": flags.seed, "examples": asked, **results}
@@ -235,7 +242,10 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
       "--mode=export writes what config.pretrained began from, and this run has none; "
       "--mode=sample uses the checkpoint where it is."
     )
+  if out.resolve() == Path(config.pretrained).expanduser().resolve():
+    raise UserError(f"--out={out} is what the run began from; choose another directory.")
   params, step = model.load_whole(config, facts, load)
   sizes, vocab = model.make_sizes(config, facts), tokens.from_facts(facts)
   export.write(out, params, sizes, vocab, config.pretrained)
-  print(f"exported: {out} (step {step}); --config.pretrained={out} begins from it")
+  if jax.process_index() == 0:
+    print(f"exported: {out} (step {step}); --config.pretrained={out} begins from it")

@@ -41,17 +41,16 @@ def make_facts(config, facts: dict) -> dict:
   Raises:
     UserError: the folder is not one, or the data have other tokens than it, or longer texts.
   """
-  if not config.get("pretrained"):
-    return facts
-  sizes, vocab = pretrained.read_sizes(config.pretrained), TextVocab.from_file(config.pretrained)
-  if facts.get("tokenizer", {}).get("sha256") != vocab.sha256:
-    raise UserError(
-      f"pretrained={config.pretrained!r} has a tokenizer that these data were not encoded with; "
-      "encode them with it, or leave data.tokenizer empty."
-    )
-  longest = max(facts["max_length"], config.data.context)
-  TransformerConfig(vocab=vocab.size, **sizes).check_length(longest)
-  return {**facts, "sizes": sizes}
+  if config.get("pretrained"):
+    sizes, vocab = pretrained.read_sizes(config.pretrained), TextVocab.from_file(config.pretrained)
+    if facts.get("tokenizer", {}).get("sha256") != vocab.sha256:
+      raise UserError(
+        f"pretrained={config.pretrained!r} has a tokenizer that these data were not encoded with; "
+        "encode them with it, or leave data.tokenizer empty."
+      )
+    facts = {**facts, "sizes": sizes}
+  make_sizes(config, facts).check_length(max(facts["max_length"], config.data.context))
+  return facts
 
 
 def make_sizes(config, facts: dict) -> TransformerConfig:

@@ -149,6 +149,10 @@ def test_mistakes_cost_a_sentence(get_config, tmp_path):
   config.data.context = 97
   with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
     model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 90})
+  config.pretrained = ""
+  config.model.update(family="gpt2", context=96)
+  with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
+    model.make_facts(config, {"symbols": ["a"], "max_length": 90})
   config.pretrained = str(tmp_path)
   with pytest.raises(UserError, match=r"pretrained=.*give a folder with config.json"):
     seqmatch.make_method(config, mesh_lib.make_mesh())
