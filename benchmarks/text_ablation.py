@@ -134,7 +134,7 @@ def training_text(out: Path) -> dict[str, float]:
   begins, known_begins = (np.flatnonzero(packed.start == 0) for packed in (held, known))
   chosen = np.random.default_rng(0).choice(known_begins, config.eval.samples, replace=False)
   real, drawn = quality.real(held, begins), quality.real(known, chosen)
-  features = text_features.load(str(out / "features_seed0"))
+  features = text_features.load(str(out / "features_seed0"), vocab)
   both = [quality.embed(x, vocab, features) for x in (real, drawn)]
   return dict([*quality.variety(drawn, "T=1"), *quality.closeness(*both, "T=1")])
 

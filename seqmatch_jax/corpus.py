@@ -97,7 +97,7 @@ def files(paths: list[Path]) -> Texts:
     path, offset, size, name = found[i]
     with path.open("rb") as file:
       file.seek(offset)
-      text = file.read(size).decode("utf-8")
+      text = file.read(size).decode("utf-8" if offset else "utf-8-sig")
     if path.suffix not in LINES:
       return text.replace("\r\n", "\n").strip("\n")
     try:
@@ -129,7 +129,8 @@ def find(source: str, flag: str) -> Texts:
   if records.is_tfds(source):
     found = _decoded(records.open_tfds(source, flag, *FIELDS))
   else:
-    inside = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path)))
+    named = [path] if path.is_file() else map(Path, glob.glob(str(path)))
+    inside = path.rglob("*") if path.is_dir() else named
     there = sorted(file for file in inside if file.is_file())
     packed = [file for file in there if RECORDS in file.name]
     written = [file for file in there if file.suffix in (*PLAIN, *LINES)]

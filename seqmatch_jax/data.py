@@ -8,6 +8,7 @@ Dimensions: e examples, b batch, p prompt, n data actions, v vocabulary, s nodes
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from seqmatch_jax import tokens
 from seqmatch_jax.actions import Noise, corrupt, fold, pack, tree
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL, Vocab
 from train_jax.errors import UserError
@@ -44,7 +46,7 @@ def read_module(path, max_faults: int = LIMIT) -> tuple[Example, ...]:
       `max_faults` questions that are no text.
   """
   try:
-    content = Path(path).read_bytes()
+    content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
   except OSError as err:
     raise UserError(f"the data file {str(path)!r} cannot be read: {err.strerror}.") from err
   lines = content.replace(b"\r\n", b"\n").rstrip(b"\n").split(b"\n")
@@ -203,8 +205,8 @@ def encode_prompts(texts: Sequence[str], vocab: Vocab, context: int):
   long = max(range(len(rows)), key=lambda i: len(rows[i]))
   if len(rows[long]) >= context:
     raise UserError(
-      f"the prompt {texts[long]!r} has {len(texts[long])} characters, and the context of {context} "
-      f"tokens holds {context - 2} before an answer; shorten it."
+      f"the prompt {tokens.short(texts[long])} has {len(rows[long]) - 1} tokens, and the context "
+      f"of {context} tokens holds {context - 2} before an answer; shorten it."
     )
   return _rows(rows), np.array([len(row) for row in rows], np.int32)
 
@@ -276,12 +278,13 @@ def stream(
     table = fold(size, lanes)
     width = usual if (fullest := size[table].sum(1).max()) <= usual else -(-fullest // 32) * 32
     mine = table[rows].reshape(-1)
-    prompts = {
-      "prompt": data.prompt[index[mine]],
-      "prompt_length": data.prompt_length[index[mine]],
-    }
-    made = tree(*prompts.values(), actions[mine], nodes) | {"weight": weight[mine]}
-    return pack(made, lanes, width) | prompts
+    prompts = data.prompt[index], data.prompt_length[index]
+    made = tree(*(x[mine] for x in prompts), actions[mine], nodes) | {"weight": weight[mine]}
+    # In the order in which they were drawn, not in that of the table, which goes by size: the first
+    # of them are what is rolled out.
+    drawn = np.arange(batch).reshape(-1, lanes)[rows].reshape(-1)
+    names = ("prompt", "prompt_length")
+    return pack(made, lanes, width) | {k: x[drawn] for k, x in zip(names, prompts, strict=True)}
 
   order = grain.MapDataset.range(len(data.answer)).seed(seed).shuffle().repeat().batch(batch)
   batches = order.random_map(make)

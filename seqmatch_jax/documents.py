@@ -74,6 +74,8 @@ class Documents:
         f"data.tests={tests} must be at least 1 and less than the {size} documents there are."
       )
     held = np.linspace(0, size - 1, tests + 2).round().astype(int)[1:-1]
+    if tests == size - 1:  # the places are less than 1 apart
+      held = np.arange(1, size)
     return self.select(np.setdiff1d(np.arange(size), held)), self.select(held)
 
 

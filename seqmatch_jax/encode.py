@@ -37,8 +37,10 @@ def _read(texts: Texts, i: int, use: Callable):
     return None, f"{texts.name(i)} is not text in UTF-8 ({err})"
   if not text.strip():
     return None, f"{texts.name(i)} is blank"
-  if "\b" in text or "<backspace>" in text:
+  if "\b" in text or tokens.NAME in text:
     return None, f"{texts.name(i)} holds a backspace"
+  if not tokens.is_unicode(text):
+    return None, f"{texts.name(i)} holds half a character, which is not text in UTF-8"
   return use(text), ""
 
 
@@ -58,15 +60,17 @@ def _over(texts: Texts, rows: range, use: Callable, progress: Callable) -> tuple
   return used, skipped
 
 
-def find_symbols(texts: Texts, out: Path) -> Vocab:
+def find_symbols(texts: Texts, job: Job, out: Path) -> Vocab:
   """One token for each character there is in the texts; found once, and kept in `out`."""
   path = out / "symbols.json"
-  if not path.exists():
-    bar = progress_bar(texts.size, 0, unit="text", desc="looking for characters")
-    found, _ = _over(texts, range(texts.size), frozenset, bar.update)
+  known = json.loads(path.read_text()) if path.exists() else {}
+  if known.get("texts") != job.facts["texts"]:  # a job that was broken off read others, perhaps
+    bar, found = progress_bar(texts.size, 0, unit="text", desc="looking for characters"), {*()}
+    _over(texts, range(texts.size), found.update, bar.update)
     bar.close()
-    write_json(path, Vocab.from_texts([set().union(*found)]).symbols)
-  return Vocab(tuple(json.loads(path.read_text())))
+    known = {"texts": job.facts["texts"], "symbols": sorted(found)}
+    write_json(path, known)
+  return Vocab(tuple(known["symbols"]))
 
 
 def encode_shard(
@@ -130,7 +134,7 @@ def encode_mode(flags) -> None:
   vocab = TextVocab.from_file(flags.tokenizer) if flags.tokenizer else None
   facts = {"tokenizer": vocab.sha256 if vocab else ""}  # "": a token a character
   job = make_job(KIND, VERSION, texts, flags.shards, facts)
-  manifest = encode_texts(texts, lambda: vocab or find_symbols(texts, out), job, out)
+  manifest = encode_texts(texts, lambda: vocab or find_symbols(texts, job, out), job, out)
   if manifest:
     print(
       f"tokens:    {manifest['tokens']} of {manifest['documents']} documents in {out}, "

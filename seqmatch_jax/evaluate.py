@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmatch_jax.actions import Noise, corrupt, replay, tree
+from seqmatch_jax.actions import Noise, replay, tree
 from seqmatch_jax.data import Encoded
 from seqmatch_jax.loss import LossConfig, loss
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
@@ -80,7 +80,7 @@ def force_error(
 ) -> np.ndarray:
   """The right answer up to a random place, and there a wrong token -> int32 [e, max_actions].
 
-  PAD after it: from there on the model is on its own.
+  PAD after it, or in its place where no token can be wrong: from there on the model is on its own.
 
   Args:
     answer: int32 [e, n], characters, <eos>, PAD.
@@ -88,12 +88,12 @@ def force_error(
   """
   letters = np.sum(answer > BACKSPACE, axis=1)
   place = (rng.random(len(answer)) * letters).astype(int)
-  # `corrupt` at rate 1 puts one wrong token before every data action; take the one at `place`.
-  noise = Noise(rate=1.0, max_errors=answer.shape[1])
-  wrong_tokens = corrupt(rng, answer, wrong, noise)[0][:, ::3][:, : answer.shape[1]]
+  may = wrong.copy()
+  may[np.arange(len(answer)), answer[np.arange(len(answer)), place]] = False
+  mistake = np.where(may.any(1), np.argmax(rng.random(may.shape) * may, 1), PAD)
   index = np.arange(answer.shape[1])
   forced = np.where(index < place[:, None], answer, PAD)
-  forced = np.where(index == place[:, None], wrong_tokens, forced)
+  forced = np.where(index == place[:, None], mistake[:, None], forced)
   out = np.zeros((len(answer), max_actions), np.int32)
   width = min(max_actions, forced.shape[1])
   out[:, :width] = forced[:, :width]

@@ -18,6 +18,10 @@ from seqmatch_jax.tokens import BACKSPACE, PAD
 from train_jax import mesh as mesh_lib
 
 
+def _exp(nats: float) -> float:
+  return math.exp(nats) if nats < 700 else math.inf
+
+
 def likelihood(
   total: Callable, params, held: Packed, vocab, rows: int, batch: int
 ) -> Iterator[tuple[str, float]]:
@@ -38,10 +42,13 @@ def likelihood(
     sums = jax.device_get(total(params, made))
     log_likelihood, count = log_likelihood + float(sums[0]), count + float(sums[1])
   pieces, _ = held.pieces(np.arange(rows))
-  lengths = zip(held.texts(pieces), held.prompts(pieces)[1] - 1, strict=True)
-  characters = sum(len(vocab.decode(text[k:].tolist())) for text, k in lengths)
-  yield "perplexity/token", math.exp(-log_likelihood / count)
-  yield "perplexity/character", math.exp(-log_likelihood / max(characters, 1))
+  characters = 0
+  for text, k in zip(held.texts(pieces), held.prompts(pieces)[1] - 1, strict=True):
+    # A tokenizer may drop the blank that a text begins with.
+    characters += len(vocab.decode(text.tolist())) - len(vocab.decode(text[:k].tolist()))
+  yield "perplexity/token", _exp(-log_likelihood / count)
+  if characters > 0:
+    yield "perplexity/character", _exp(-log_likelihood / characters)
 
 
 def generations(

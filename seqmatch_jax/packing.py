@@ -137,7 +137,8 @@ class Packed:
     wrong = np.arange(self.vocab)[None] >= SPECIAL
     actions, weight = corrupt(rng, answer, wrong, noise)
     acts, weights = _by_piece(actions, weight, owner, len(piece))
-    nodes = int(np.max(prompt_length + np.sum(acts > BACKSPACE, axis=1)))
+    most = np.max(prompt_length + np.sum(acts > BACKSPACE, axis=1))
+    nodes = max(prompt.shape[1], int(most))  # all of them may be shorter than a prompt
     made = tree(prompt, prompt_length, acts, nodes) | {"weight": weights}
     return pack_rows(made, row, self.nodes, actions.shape[1])
 
@@ -176,6 +177,11 @@ def pack(documents: Documents, vocab: int, context: int, errors: int, prompt: in
     raise UserError(
       f"data.prompt={prompt} must be at least 0 and, with data.context={context} and "
       f"noise.max_errors={errors}, less than {most}; choose a smaller one, or more context."
+    )
+  if documents.length.max() <= prompt:
+    raise UserError(
+      f"data.prompt={prompt} leaves nothing to learn: none of these texts has more tokens; choose "
+      f"less than {documents.length.max()}."
     )
   document, start, stop = cut(documents.length, most)
   row = assign(1 + stop - start, context - errors)

@@ -26,6 +26,11 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
   if source.source == "files":
     train = source.train or data.OFFICIAL / "add_or_sub_in_base_train.txt"
     test = source.test or data.OFFICIAL / "add_or_sub_in_base_test.txt"
+    if bool(source.train) != bool(source.test):
+      raise UserError(
+        f"data.train={source.train!r} and data.test={source.test!r}: give both, or neither for "
+        "mathematics_dataset's add_or_sub_in_base."
+      )
     faults = source.get("max_faults", LIMIT)
     return data.read_module(train, faults), data.read_module(test, faults)
   if min(source.examples, source.tests) < 1:

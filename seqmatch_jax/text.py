@@ -50,6 +50,8 @@ def open_documents(
   Raises:
     UserError: they cannot be read, or do not belong together.
   """
+  if vocab is None and source.tokenizer:
+    vocab = TextVocab.from_file(source.tokenizer)
   if documents.is_set(source.path):
     train, stored = documents.open_set(source.path)
     vocab = _check_same(source.path, stored, vocab)
@@ -61,8 +63,6 @@ def open_documents(
     _check_same(source.test, other, vocab)
     return train, test, vocab
   texts = [_find(source.path, "path")] + ([_find(source.test, "test")] if source.test else [])
-  if vocab is None and source.tokenizer:
-    vocab = TextVocab.from_file(source.tokenizer)
   if vocab is None:
     vocab = _characters(texts) if source.path else Vocab(tuple(corpus.PRINTABLE))
   encoded = [documents.encode_texts(x, vocab) for x in texts]
@@ -94,6 +94,10 @@ def make_task(config, mesh) -> Task:
     raise UserError(
       f"noise.source={config.noise.source!r} is for questions; choose 'uniform' for text."
     )
+  least = 8 if config.eval.features else 1  # a quarter of them on the way, two for MAUVE
+  if config.eval.samples < least:
+    why = " for MAUVE, which eval.features asks for" if least > 1 else ""
+    raise UserError(f"eval.samples={config.eval.samples} must be at least {least}{why}.")
   train, test, vocab = open_documents(config.data)
   packed, erasures = _pack(config, train, vocab), config.eval.erasures
   most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
@@ -119,7 +123,7 @@ def make_task(config, mesh) -> Task:
 def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config):
   """`Method.evaluate`: all that is held out at the end, a quarter of it on the way."""
   total = evaluate.make_total(network.apply, loss_config)
-  features = text_features.load(config.eval.features) if config.eval.features else None
+  features = text_features.load(config.eval.features, vocab) if config.eval.features else None
   settings = {"T=1": (loss_config.backspace, None), "p=0.95": (loss_config.backspace, 0.95)}
   if loss_config.backspace:
     settings["T=1, forbidden"] = (False, None)
@@ -160,7 +164,13 @@ def beginnings(held: packing.Packed, count: int) -> tuple[np.ndarray, np.ndarray
 
 def make_evaluate(config, facts: dict, network, generate, loss_config):
   """(`Method.evaluate`, number of generations)."""
-  _, test, vocab = open_documents(config.data, tokens.from_facts(facts))
+  train, test, vocab = open_documents(config.data, tokens.from_facts(facts))
+  if len(train.length) != facts["documents"]:
+    raise UserError(
+      f"data.path={config.data.path!r} has {len(train.length)} documents to train on now, and the "
+      f"run had {facts['documents']}: others are held out; put the texts (or the Python, whose "
+      "texts '' are) of that time back."
+    )
   held = _pack(config, test, vocab)
   run = _evaluate(config, held, vocab, network, generate, loss_config)
   return run, config.eval.samples

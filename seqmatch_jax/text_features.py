@@ -30,15 +30,16 @@ CONTEXT = 1024  # tokens of a text that are read, at most
 Features = Callable[[Sequence[str]], np.ndarray]
 
 
-def load(path: str) -> Features:
+def load(path: str, vocab: Vocab | TextVocab) -> Features:
   """The network at `path`, as texts -> float32 [m, k].
 
   Args:
     path: the workdir of a run on text, or a folder of GPT-2's or Llama's weights as Hugging Face
       lays it out.
+    vocab: of what texts will be made of.
 
   Raises:
-    UserError: there is none.
+    UserError: there is none, or it does not know all characters of `vocab`.
   """
   checkpoints = Checkpoints(Path(path).expanduser())
   if not checkpoints.steps():
@@ -50,11 +51,19 @@ def load(path: str) -> Features:
       f"eval.features={path!r} is a run of method {config.method!r}; give one on text, or a folder "
       "of GPT-2's weights."
     )
-  network = model.make_network(config, facts)
+  network, mine = model.make_network(config, facts), tokens.from_facts(facts)
+  if isinstance(mine, Vocab):
+    # A tokenizer may write any character.
+    unknown = {*vocab.symbols} - {*mine.symbols} if isinstance(vocab, Vocab) else {"\ufffd"}
+    if unknown:
+      raise UserError(
+        f"eval.features={path!r} is a run that does not know all that may be written here, such as "
+        f"{min(unknown)!r}; give one on these texts, or a folder of GPT-2's weights."
+      )
   abstract = jax.eval_shape(network.init, jax.random.key(0))
   params, _ = model.load_whole(config, facts, lambda: checkpoints.restore_ema("sample", abstract))
   checkpoints.close()
-  return make_features(network.features, params, tokens.from_facts(facts), last=False)
+  return make_features(network.features, params, mine, last=False)
 
 
 def _pretrained(folder: str) -> Features:
@@ -72,6 +81,11 @@ def _pretrained(folder: str) -> Features:
   params = pretrained.place(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
   most = min(CONTEXT, sizes.context or CONTEXT)
   return make_features(network.features, params, vocab, last=True, most=most)
+
+
+def _readable(text: str) -> str:
+  """What a model may have typed as characters, and no text may hold, left out."""
+  return text.replace("\b", "").replace(tokens.NAME, "")
 
 
 def make_features(
@@ -94,7 +108,8 @@ def make_features(
     return jnp.einsum("bl,blk->bk", weight.astype(state.dtype), state)
 
   def features(texts: Sequence[str]) -> np.ndarray:
-    encoded = [[*([] if last else [BOS]), *vocab.encode(text)][:most] or [BOS] for text in texts]
+    begin = [] if last else [BOS]
+    encoded = [[*begin, *vocab.encode(_readable(text))][:most] or [BOS] for text in texts]
     # One shape for all batches, and few for all calls.
     width = min(most, -(-max(map(len, encoded)) // 64) * 64)
     token = np.full((-(-len(texts) // BATCH) * BATCH, width), PAD, np.int32)

@@ -204,7 +204,7 @@ class Transformer(nnx.Module):
     return self.norm(x), cache
 
   def logits(self, x):
-    """x [b, s, k], normalised -> [b, s, v] float32."""
+    """x [b, s, k], normalised -> [b, s, v], computed in config.dtype and given as float32."""
     logits = (self.embed.attend(x) if self.config.tied else self.out(x)).astype(jnp.float32)
     if self.config.erase:
       erase = jnp.arange(self.config.vocab) == BACKSPACE

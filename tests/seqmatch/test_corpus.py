@@ -60,6 +60,13 @@ def test_sources_that_are_none(tmp_path):
     read_all("tfds:no_such_set")
 
 
+def test_a_mark_of_utf_8_is_no_text_and_brackets_no_pattern(tmp_path):
+  (tmp_path / "my[1].txt").write_text("Hello", encoding="utf-8-sig")
+  (tmp_path / "b.jsonl").write_text('{"text": "a"}', encoding="utf-8-sig")
+  assert read_all(tmp_path / "my[1].txt")[0] == ["Hello"]
+  assert read_all(tmp_path / "b.jsonl")[0] == ["a"]
+
+
 def test_bytes_that_are_no_text_are_an_error_of_value(tmp_path):
   (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
   texts = corpus.find(str(tmp_path), "--texts")

@@ -88,7 +88,7 @@ def test_questions_that_are_not_text_are_named_skipped_and_limited(tmp_path, cap
 
 def test_files_of_other_systems_and_modules(tmp_path):
   path = tmp_path / "module.txt"
-  path.write_bytes(b"Sort 3, 1.\r\n1, 3\r\nIs 4 < 5?\r\nTrue\r\n")
+  path.write_bytes(b"\xef\xbb\xbfSort 3, 1.\r\n1, 3\r\nIs 4 < 5?\r\nTrue\r\n")
   assert [x[:2] for x in data.read_module(path)] == [("Sort 3, 1.", "1, 3"), ("Is 4 < 5?", "True")]
 
 
@@ -214,7 +214,7 @@ def test_prompts_that_do_not_fit(vocab):
   prompt, length = data.encode_prompts(["q1", "q123"], vocab, context=6)
   np.testing.assert_array_equal(length, [3, 5])
   assert prompt.shape == (2, 5)
-  message = r"'q123' has 4 characters, and the context of 5 tokens holds 3 .* shorten it"
+  message = r"'q123' has 4 tokens, and the context of 5 tokens holds 3 .* shorten it"
   with pytest.raises(UserError, match=message):
     data.encode_prompts(["q1", "q123"], vocab, context=5)
   with pytest.raises(UserError, match="'z'"):
@@ -330,12 +330,16 @@ def test_lanes_hold_the_same_questions_in_fewer_rows(toy):
   assert packed["token"].shape[0] == 8 and packed["action"].shape[1] == 2 * alone["action"].shape[1]
   assert packed["prompt"].shape == alone["prompt"].shape
 
-  def texts(batch, count):
-    trajectories = batch["action"].reshape(count, -1)
-    return sorted(zip(batch["prompt"].tolist(), trajectories.tolist(), strict=True))
+  def texts(batch):  # the tokens of each tree, its prompt first
+    flat = batch["token"][batch["token"] != PAD]
+    return sorted(tree.tolist() for tree in np.split(flat, np.flatnonzero(flat == BOS)[1:]))
 
-  assert texts(packed, BATCH) == texts(alone, BATCH)
+  assert texts(packed) == texts(alone)
+  actions = [sorted(batch["action"].reshape(BATCH, -1).tolist()) for batch in (packed, alone)]
+  assert actions[0] == actions[1]
   assert packed["weight"].sum() == alone["weight"].sum()
+  # Prompts come as they were drawn, not by their sizes as rows are made up.
+  np.testing.assert_array_equal(packed["prompt"], alone["prompt"])
   # Two processes see the halves of the same rows.
   halves = [next(data.stream(toy, noise, BATCH, rows, 0, 0, 2)) for rows in (slice(4), slice(4, 8))]
   for name, whole in packed.items():

@@ -94,6 +94,23 @@ def test_other_texts_or_tokens_are_refused(source, tokenizer, tmp_path):
     run(source, tmp_path / "other", shards=999)
 
 
+def test_characters_of_a_job_that_was_broken_off_are_not_those_of_another(source, tmp_path):
+  other, out = tmp_path / "other.txt", tmp_path / "out"
+  other.write_text("XYZ")
+  texts, job = corpus.find(str(other), "--texts"), SimpleNamespace(facts={"texts": "others"})
+  out.mkdir()
+  assert encode.find_symbols(texts, job, out).symbols == ("X", "Y", "Z")
+  run(source, out)
+  found, vocab = documents.open_set(str(out))
+  assert texts_of(found, vocab) == TEXTS
+
+
+def test_half_a_character_costs_its_text_only(tokenizer, tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"text": "text 1"}\n{"text": "text \\ud800"}\n')
+  run(str(tmp_path / "a.jsonl"), tmp_path / "out", tokenizer, shards=1)
+  assert len(documents.open_set(str(tmp_path / "out"))[0].length) == 1
+
+
 def test_damage_is_named(source, tmp_path):
   run(source, tmp_path / "out")
   path = tmp_path / "out" / "tokens-00001-of-00003.npy"
@@ -113,6 +130,8 @@ def test_held_out_documents_are_spread_and_not_trained_on():
   held = [int(text) for text in texts_of(test, vocab)]
   assert len(held) == 10 and max(np.diff(held)) < 100 and held[0] > 0
   assert sorted(held + [int(text) for text in texts_of(train, vocab)]) == list(range(1000))
+  train, test = documents.encode_texts(texts, vocab).split(999)
+  assert len(set(texts_of(test, vocab)) | set(texts_of(train, vocab))) == 1000
   with pytest.raises(UserError, match=r"data.tests=1000 must be at least 1 and less than the 1000"):
     documents.encode_texts(texts, vocab).split(1000)
 

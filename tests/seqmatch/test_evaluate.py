@@ -69,6 +69,12 @@ def test_one_wrong_token_is_forced_after_a_right_beginning():
     assert got[length - 1] in {A, B, C} - {right[length - 1]}
     assert np.all(got[length:] == PAD)
   assert set(places[:200]) == {0, 1, 2, 3} and set(places[200:]) == {0, 1}
+  wrong[:] = np.arange(7) == A  # where the right one is the only one, none is forced
+  for got, right in zip(
+    evaluate.force_error(np.random.default_rng(0), answer, wrong, 9), answer, strict=True
+  ):
+    differ = int(np.argmax(got[:5] != right[:5]))
+    assert (got[differ], right[differ]) in [(A, B), (A, C), (PAD, A)]
 
 
 @pytest.fixture(scope="module")

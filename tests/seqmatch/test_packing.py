@@ -146,6 +146,17 @@ def test_noise_differs_between_epochs_and_rows(packed):
   assert len(np.unique(actions, axis=0)) > 0.9 * len(actions)
 
 
+def test_pieces_may_all_be_shorter_than_a_prompt():
+  ids = np.arange(SPECIAL, SPECIAL + 26, dtype=np.int32)
+  found = Documents.from_parts([ids], [np.array([3, 2, 3, 18])])
+  packed = packing.pack(found, VOCAB, CONTEXT, ERRORS, 10)
+  for batch in take(packed, 2 * packed.rows, rows=[0]):
+    for prompt, actions, weight in trees_of(batch):
+      assert len(prompt) + np.sum(weight * (actions > BACKSPACE)) - 1 in (3, 2, 3, 18)
+  with pytest.raises(UserError, match=r"data.prompt=18 leaves nothing to learn.* less than 18"):
+    packing.pack(found, VOCAB, CONTEXT, ERRORS, 18)
+
+
 def test_numbers_that_do_not_fit(made):
   message = "data.prompt=20 must be at least 0 .* data.context=24 and noise.max_errors=3, less"
   with pytest.raises(UserError, match=message):

@@ -71,7 +71,7 @@ def test_every_way_to_generate_is_compared(backspace, monkeypatch):
   config.eval.features, config.eval.samples = "somewhere", 20
   loaded, asked = [], []
 
-  def load(path):
+  def load(path, vocab):
     loaded.append(path)
     return lambda rows: np.array([[row.count(c) + 1 for c in "abc"] for row in rows], float)
 

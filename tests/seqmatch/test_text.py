@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import seqmatch_gpt2, seqmatch_llama7b, seqmatch_text
-from seqmatch_jax import encode, evaluate_text, text, tokens
+from seqmatch_jax import documents, encode, evaluate_text, packing, text, tokens
 from seqmatch_jax import method as seqmatch
 from seqmatch_jax.rollout import Rollout
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS
@@ -110,6 +110,34 @@ def test_perplexity_is_that_of_one_document_after_the_other(run, config):
   assert 0 <= found["finished/T=1"] <= 1
 
 
+def test_adapters_are_evaluated_on_the_parameters_that_they_were_trained_with(tmp_path):
+  """Whatever --seed, which is that of the generations: drawn ones are of the run's own seed."""
+  config = seqmatch_gpt2.get_config("debug")
+  config.data.context = config.model.context = 24
+  config.eval.samples, config.eval.erasures, config.seed = 2, 1, 5
+  _, facts = seqmatch.make_method(config, mesh_lib.make_mesh(devices=jax.devices()[:1]))
+  params = seqmatch.make_network(config, facts).init(jax.random.key(0))
+  found = []
+  for seed in (0, 1):
+    flags = SimpleNamespace(seed=seed, features=None)
+    seqmatch.evaluate_mode(config, facts, lambda: (params, 0), flags, tmp_path)
+    found.append(json.loads((tmp_path / "evaluation.json").read_text())["perplexity/token"])
+  assert found[0] == found[1]
+
+
+def test_texts_that_are_prompts_only_have_no_perplexity_a_character():
+  vocab = tokens.Vocab(tuple("ab"))
+  found = documents.Documents.from_parts([np.full(10, 4, np.uint16)], [np.array([4, 6])])
+  held = packing.pack(found, vocab.size, 8, 0, 4)  # a row each, the longer text first
+  total = lambda params, rows: (np.float32(-5000.0), np.float32(1.0))  # noqa: E731
+  both = dict(evaluate_text.likelihood(total, None, held, vocab, 2, 2))
+  assert both == {"perplexity/token": np.inf, "perplexity/character": np.inf}
+  held = packing.Packed(**{**vars(held), "first": held.first[1:]})
+  assert [name for name, _ in evaluate_text.likelihood(total, None, held, vocab, 1, 1)] == [
+    "perplexity/token"
+  ]
+
+
 def test_erasures_are_counted():
   actions = np.array(
     [[7, 8, X, X, 9, X, EOS, 0], [7, 7, 7, 7, 7, 7, 7, EOS], [7, 7, 7, EOS, *[0] * 4]]
@@ -191,11 +219,14 @@ def test_configs_of_pretrained_decoders_have_the_paper_s_settings_and_build(sour
     ({"tests": 60}, r"data.tests=60 must be at least 1 and less than the 60 documents"),
     ({"prompt": 60}, r"data.prompt=60 must be at least 0"),
     ({"tokenizer": "nowhere"}, "nowhere"),
+    ({"samples": 0}, r"eval.samples=0 must be at least 1\."),
+    ({"samples": 7, "features": "x"}, r"eval.samples=7 must be at least 8 for MAUVE"),
   ],
 )
 def test_bad_configs_are_refused_in_a_sentence(changes, message, config, one_device):
   config = config.copy_and_resolve_references()
-  config.data.update(changes)
+  for name, value in changes.items():
+    config["eval" if name in config.eval else "data"][name] = value
   with pytest.raises(UserError, match=message):
     seqmatch.make_method(config, one_device)
 

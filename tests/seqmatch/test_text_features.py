@@ -46,7 +46,7 @@ def test_equal_one_text_at_a_time(last, monkeypatch):
 def test_pretrained_features_are_what_transformers_output_layer_reads(family, tmp_path):
   """At the last token, without <bos>: times the output's matrix they are its logits."""
   folder, oracle = hf_folder.write(tmp_path / "model", family), hf_folder.oracle(family)
-  features = text_features.load(str(folder))
+  features = text_features.load(str(folder), VOCAB)
   text = " ".join(f"w{i}" for i in oracle["tokens"][0])
   names = {"gpt2": "transformer.wte.weight", "llama": "lm_head.weight"}
   output = hf_folder.tensors(family)[names[family]]
@@ -66,12 +66,12 @@ def test_a_runs_sample_average_is_read(tmp_path, make_state, one_device):
     checkpoints.save(dataclasses.replace(state, ema={"sample": average}), record)
     checkpoints.close()
   want = text_features.make_features(network.features, average, VOCAB, last=False)(TEXTS)
-  got = text_features.load(str(tmp_path / "seqmatch"))(TEXTS)
+  got = text_features.load(str(tmp_path / "seqmatch"), VOCAB)(TEXTS)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
   with pytest.raises(UserError, match="ism' is a run of method 'ism'"):
-    text_features.load(str(tmp_path / "ism"))
+    text_features.load(str(tmp_path / "ism"), VOCAB)
 
 
 def test_what_is_no_network_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"eval\.features=.* holds no network; give the workdir"):
-    text_features.load(str(tmp_path))
+    text_features.load(str(tmp_path), VOCAB)
