@@ -11,6 +11,7 @@
 Only training and compiling need a config: the others read the one saved with the checkpoint.
 """
 
+import functools
 import importlib
 import os
 import sys
@@ -126,7 +127,9 @@ def make_given(config: ConfigDict, facts: dict) -> dict:
     init = module.make_network(ConfigDict(config), facts)[0]
     return jax.eval_shape(init, jax.random.key(0))
 
-  convert = getattr(module, "convert", None)
+  convert = None
+  if hasattr(module, "convert"):
+    convert = functools.partial(module.convert, config=config)
   trained = start.read(config.init_from, config.method, abstract, convert)
   run = {"config": config.to_dict(), "facts": facts}
   start.check_alike(trained, run, module.SAME)

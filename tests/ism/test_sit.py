@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import main
+from configs import ism_digits
 from ism_jax import dit, sit
 from train_jax import exported, start
 from train_jax.errors import UserError
@@ -133,6 +135,18 @@ def test_network_is_sit_at_every_time_step_size_and_strength(out_channels, tmp_p
     np.testing.assert_allclose(
       found.transpose(0, 3, 1, 2), wanted, atol=2e-5 * np.abs(wanted).max()
     )
+
+
+def test_a_run_begins_with_a_file_of_weights(tmp_path, capsys):
+  config, file = ism_digits.get_config(), stored(tmp_path, published()).path
+  sizes = {"patch": P, "width": K, "depth": DEPTH, "heads": HEADS}
+  config.update({"model": sizes, "init_from": str(file)})
+  facts = {"names": list("abcde"), "shape": [SIDE, SIDE, C]}
+  given = main.make_given(config, facts)
+  np.testing.assert_array_equal(
+    given["embed_class.embedding"], published()["y_embedder.embedding_table.weight"]
+  )
+  assert f"began from {file}: {len(given)} tensors taken" in capsys.readouterr().out
 
 
 def test_slow_waves_are_exact_and_small():
