@@ -212,6 +212,11 @@ def make_network(config: DiTConfig) -> tuple[Callable, Callable]:
   return init, apply
 
 
+def for_inference(config: DiTConfig) -> DiTConfig:
+  """`config` where it is used: without a GPU, XLA's attention, which computes the same."""
+  return config if jax.default_backend() == "gpu" else replace(config, attention="xla")
+
+
 # (width, depth, heads) of the published sizes; `/2` is the patch.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 

@@ -246,7 +246,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   settings, names = _settings(config, flags), facts["names"]
   labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
   path.check_labels(labels, len(names))
-  _, apply = make_network(config, facts)
+  _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
   sampler = sample.make_sampler(apply, tuple(facts["shape"]))
   if "vae" in facts:
     if not flags.vae:
@@ -281,7 +281,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   if flags.guidance:
     config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
-  _, apply = make_network(config, facts)
+  _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
   protocol, mesh = evaluators.make_protocol(config, flags), mesh_lib.make_mesh()
   if protocol:
     n = flags.num or 50_000

@@ -117,7 +117,7 @@ def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Pre
     UserError: no such model, or an autoencoder that is not the model's.
   """
   record, stored = exported.load(directory, METHOD)
-  init, apply = dit.make_network(dit.DiTConfig(**record["network"]))
+  init, apply = dit.make_network(dit.for_inference(dit.DiTConfig(**record["network"])))
   params = exported.fill(stored, jax.eval_shape(init, jax.random.key(0)))
   shape, facts = tuple(record["shape"]), record["run"]["facts"]
   sampler = sample.make_sampler(apply, shape)

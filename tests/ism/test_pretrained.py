@@ -98,6 +98,17 @@ def test_what_was_not_trained_is_refused(request_, message, model):
     model.sample(**request_)
 
 
+def test_a_model_trained_with_cudnn_samples_without_it(params, tmp_path):
+  config = ism_digits.get_config("debug")
+  config.model.attention, config.model.dtype = "cudnn", "bfloat16"
+  flags = SimpleNamespace(nfe=["1"], guidance=None, labels=None, num=3, seed=3)
+  ism.sample_mode(config, FACTS, lambda: (params, 7), flags, tmp_path)
+  ism.export_mode(config, FACTS, lambda: (params, 7), flags, tmp_path)
+  images = ism_jax.load_pretrained(tmp_path).sample([0, 1, 2], nfe=1, seed=3)
+  with np.load(tmp_path / "samples.npz") as saved:
+    np.testing.assert_array_equal(sample.to_uint8(images), saved["arr_0"])
+
+
 def test_latents_are_decoded_by_their_autoencoder(config, params, directory, tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r"vae='v.safetensors' decodes latents, but .* makes images"):
     ism_jax.load_pretrained(directory, vae="v.safetensors")
