@@ -130,7 +130,15 @@ def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> benchmark.Be
 
 
 def make_reference(source: data.Source, limit: int = 10_000) -> evaluate.Reference:
-  """Features of the data, by a classifier fitted on it; of a random 10k where there are more."""
-  chosen = np.sort(np.random.default_rng(0).permutation(len(source.labels))[:limit])
+  """Features of the data, by a classifier fitted on it; of a random 10k where there are more.
+
+  At least two of each class are among them: `fit_classifier` needs as many.
+  """
+  order = np.random.default_rng(0).permutation(len(source.labels))
+  by_class = order[np.argsort(source.labels[order], kind="stable")]
+  labels = source.labels[by_class]
+  pairs = by_class[labels != np.roll(labels, 2)]  # the first two of each class
+  rest = order[~np.isin(order, pairs)]
+  chosen = np.sort(np.concatenate([pairs, rest])[: max(limit, len(pairs))])
   images = source.images(chosen)
   return evaluate.Reference.of(fit_classifier(images, source.labels[chosen]), images)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import ism_digits
+from ism_jax import data, evaluators
 from ism_jax import method as ism
 from tests.ism.stand_ins import frechet
 from train_jax import mesh as mesh_lib
@@ -91,3 +92,14 @@ def test_training_evaluates_by_config(digits, capsys):
   config.eval.metrics = ("fd_dinov2",)
   with pytest.raises(UserError, match=r"--dinov2=FILE"):
     ism.make_method(config, mesh_lib.make_mesh())
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("limit", [10, 50, 4])
+def test_a_rare_class_is_in_the_reference(limit):
+  labels = np.repeat(np.arange(3), (30, 2, 40)).astype(np.int32)
+  pixels = np.arange(len(labels), dtype=np.float32).reshape(-1, 1, 1, 1)
+  source = data.Source(pixels, labels, tuple("abc"), lambda pixels: pixels / 100)
+  images = evaluators.make_reference(source, limit).images.ravel()
+  assert len(set(images)) == len(images) == max(limit, 6)
+  assert np.bincount(labels[np.rint(100 * images).astype(int)]).min() >= 2
