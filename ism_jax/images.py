@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import io
+import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 FIELDS = {"image": bytes, "label": int}, "an encoded 'image' and an integer 'label'"  # of records
 
-# What Pillow raises on a file that is not a whole image.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What Pillow raises on a file that is not a whole image; struct.error is of damaged EXIF.
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)

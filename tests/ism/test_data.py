@@ -225,6 +225,18 @@ def test_unreadable_images_are_named_skipped_and_counted(photos, caplog):
     data.folder(str(photos), side=4, channels=3, max_faults=2)
 
 
+def test_an_image_with_damaged_exif_is_skipped(photos, caplog):
+  exif = Image.Exif()
+  exif[0x0112], exif[0x010E] = 6, "a picture"
+  file = photos / "cats" / "exif.jpg"
+  save(file, plain(RED), exif=exif)
+  # Its description becomes a text in the place of numbers.
+  file.write_bytes(file.read_bytes().replace(b"\x01\x0e\x00\x02", b"\x01\x23\x00\x02"))
+  with caplog.at_level(logging.WARNING):
+    source = data.folder(str(photos), side=4, channels=3)
+  assert len(source.labels) == 3 and re.search(r"skipped.*exif.jpg", caplog.text)
+
+
 def test_good_folders_warn_of_nothing(photos, caplog):
   data.folder(str(photos), side=4, channels=3)
   assert "skipped" not in caplog.text
