@@ -23,7 +23,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from ism_jax.images import center_crop
+from ism_jax.images import UNREADABLE, center_crop, convert
 from train_jax.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -131,8 +131,8 @@ def read_square(path: Path, side: int) -> np.ndarray:
   """
   try:
     with Image.open(path) as file:
-      image = file.convert("RGB")
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
+      image = convert(file, "RGB")
+  except UNREADABLE as err:
     raise UserError(f"the image {str(path)!r} cannot be read; repair or remove it.") from err
   return center_crop(image, side)
 

@@ -89,9 +89,7 @@ def _read(images: images_lib.Images, i: int, side: int, mode: str) -> tuple[np.n
     content, label = images.read(i)
     with Image.open(io.BytesIO(content)) as image:
       upright = ImageOps.exif_transpose(image)  # as the camera was held
-      if upright.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-      image = upright.convert(mode)
+      image = images_lib.convert(upright, mode)
   except images_lib.UNREADABLE:
     return None, label
   edge = min(image.size)

@@ -160,6 +160,13 @@ def find(source: str) -> Images:
   )
 
 
+def convert(image: Image.Image, mode: str) -> Image.Image:
+  """An image of any kind in `mode`, L or RGB: 8 bits a channel."""
+  if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  return image.convert(mode)
+
+
 def center_crop(image: Image.Image, side: int) -> np.ndarray:
   """The centre square of an RGB image at `side` pixels, as guided-diffusion's `center_crop_arr`.
 
@@ -183,7 +190,7 @@ def read_image(images: Images, i: int, side: int) -> tuple[np.ndarray | None, in
   try:
     content, label = images.read(i)
     with Image.open(io.BytesIO(content)) as image:
-      return center_crop(image.convert("RGB"), side), label
+      return center_crop(convert(image, "RGB"), side), label
   except UserError:
     raise
   except UNREADABLE:

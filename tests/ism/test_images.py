@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ism_jax import data, images
+from ism_jax import adm, data, images
 from tests.train.record_files import write_array_record, write_tfds
 from train_jax.errors import UserError
 
@@ -168,6 +168,14 @@ def test_grey_palette_and_alpha_become_rgb():
     one = images.Images(1, (), lambda i, content=content: (content[i], 5), str)
     pixels, label = images.read_image(one, 0, 32)
     assert pixels.shape == (32, 32, 3) and label == 5
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+  values = (np.arange(256).reshape(16, 16) * 256).astype(np.uint16)
+  Image.fromarray(values).save(tmp_path / "1.png")
+  one = images.Images(1, (), lambda i: ((tmp_path / "1.png").read_bytes(), 5), str)
+  for pixels in (images.read_image(one, 0, 16)[0], adm.read_square(tmp_path / "1.png", 16)):
+    np.testing.assert_array_equal(pixels, np.repeat(values[..., None] // 256, 3, axis=-1))
 
 
 def test_what_cannot_be_read_is_none_and_order_is_kept():
