@@ -198,7 +198,8 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
   def noise_of_pool(seed: int, number: int) -> np.ndarray:
     size = pool * config.batch
-    noise = np.arange(number * size, (number + 1) * size, dtype=np.int32)
+    # Past 2^31 rows the numbers wrap to the negative ones, which name noise as well.
+    noise = (number * size + np.arange(size)).astype(np.int32)
     if not pair_config.pool:
       return noise
     rows = rows_of_pool(seed, number)

@@ -112,6 +112,14 @@ def test_a_paired_stream_can_begin_anywhere(position, default, batches):
       np.testing.assert_array_equal(batch[name], expected[name])
 
 
+def test_a_stream_goes_on_past_the_largest_int32(default):
+  method, _, _ = default
+  batches = list(itertools.islice(method.stream(0, 2**31 // 16 - 2), 4))
+  noise = np.concatenate([batch["noise"] for batch in batches])
+  assert noise.dtype == np.int32 and len(set(noise.tolist())) == 64
+  assert noise[:32].min() == 2**31 - 32 and noise[32:].max() == 31 - 2**31
+
+
 def test_noise_is_drawn_from_its_number_alone(default, batches):
   # The same rows in another order are the same pairs: the cost of the pairing does not change.
   method, _, params = default
