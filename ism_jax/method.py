@@ -142,10 +142,12 @@ def _check(config, source: data.Source) -> None:
         f"data.{name}={config.data[name]} but for the images of {config.data.source} it is {found}."
       )
   counts = np.bincount(source.labels)
-  if len(counts) < 2 or counts.min() < 2:
+  by_classifier = not (config.eval.get("metrics") or isinstance(source, latents.Latents))
+  if by_classifier and (len(counts) < 2 or counts.min() < 2):
     raise UserError(
       f"the images of {config.data.source} have {len(counts)} classes, the smallest of "
-      f"{counts.min()} images; evaluation needs at least 2 classes of at least 2 images."
+      f"{counts.min()} images; evaluation needs at least 2 classes of at least 2 images, or "
+      "--config.eval.metrics."
     )
   wavelet.check_levels(height, width, config.wavelet.levels)
   group = sum(config.loss.shares)
@@ -223,7 +225,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     )
 
   # On latents the leak would take longer to fit than the run: thousands of inputs and classes.
-  measured = leak if pair_config.pool and not in_latents else None
+  measured = leak if pair_config.pool and classes > 1 and not in_latents else None
   method = Method(
     init=lambda key: (init(key), ()),
     loss=loss_fn,

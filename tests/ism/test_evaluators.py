@@ -94,6 +94,18 @@ def test_training_evaluates_by_config(digits, capsys):
     ism.make_method(config, mesh_lib.make_mesh())
 
 
+def test_images_of_one_class_are_measured_by_the_metrics(digits):
+  config = get_config()
+  with config.unlocked():
+    config.data.update(source="folder", channels=3, made_up=64, classes=1)
+  config.eval.metrics = ("fid",)
+  config.eval.reference, config.eval.inception = digits["reference"], digits["inception"]
+  method, _ = ism.make_method(config, mesh_lib.make_mesh())
+  params, _ = jax.jit(method.init)(jax.random.key(0))
+  final = dict(method.evaluate(params, 2, True))
+  assert "fid@64/nfe1_w0" in final and "class_leak" not in final
+
+
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("limit", [10, 50, 4])
 def test_a_rare_class_is_in_the_reference(limit):

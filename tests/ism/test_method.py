@@ -10,7 +10,7 @@ import optax
 import pytest
 from PIL import Image
 
-from configs import ism_digits
+from configs import ism_digits, ism_imagenet256
 from ism_jax import method as ism
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
@@ -242,3 +242,11 @@ def test_images_that_cannot_be_evaluated_are_refused_before_training(counts, tmp
   save_images(tmp_path, counts)
   with pytest.raises(UserError, match=r"at least 2 classes of at least 2 images"):
     build(get_config(**FOLDER, data__path=str(tmp_path)))
+
+
+def test_latents_of_one_class_will_do():
+  config = ism_imagenet256.get_config("S/2,debug")
+  with config.unlocked():
+    config.data.classes = 1
+  _, facts = build(config)
+  assert facts["names"] == ["0"]
