@@ -236,17 +236,17 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   return method, facts
 
 
-def _settings(config, flags) -> list[tuple[int, float]]:
-  """(nfe, w) pairs that the flags ask for, checked against what was trained."""
-  nfe = numbers("nfe", flags.nfe, int) or (1, 4, path.FINEST)
-  guidance = numbers("guidance", flags.guidance, float) or (0.0,)
+def _settings(config, flags, nfe, guidance) -> list[tuple[int, float]]:
+  """(nfe, w) pairs, a flag winning over what is given here, checked against what was trained."""
+  nfe = numbers("nfe", flags.nfe, int) or nfe
+  guidance = numbers("guidance", flags.guidance, float) or guidance
   path.check_settings(nfe, guidance, config.guidance.w_max)
   return [(steps, w) for steps in nfe for w in guidance]
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=sample`: see evaluate.write_samples. `load() -> (params, step)` is called last."""
-  settings, names = _settings(config, flags), facts["names"]
+  settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
   labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
   path.check_labels(labels, len(names))
   _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
@@ -273,16 +273,15 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
 
 
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=evaluate`: the metrics of config.eval, or of --nfe and --guidance with w = 0 added.
+  """`--mode=evaluate`: numbers at the steps and strengths of config.eval, or --nfe and --guidance.
 
-  With --metrics, those of `benchmark.py` at --num samples instead, which need none of the data.
+  With --metrics, or those of config.eval, they are `benchmark.py`'s of --num samples, which need
+  none of the data; else the classifier's, with w = 0 added.
   """
   config = copy.deepcopy(config)
-  settings = _settings(config, flags)
-  if flags.nfe:
-    config.eval.nfe = sorted({nfe for nfe, _ in settings})
-  if flags.guidance:
-    config.eval.guidance = sorted({w for _, w in settings})
+  settings = _settings(config, flags, config.eval.nfe, config.eval.guidance)
+  config.eval.nfe = sorted({nfe for nfe, _ in settings})
+  config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
   _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
   protocol, mesh = evaluators.make_protocol(config, flags), mesh_lib.make_mesh()

@@ -57,6 +57,18 @@ def test_evaluate_mode_by_the_command_line(digits, files, tmp_path, capsys):
   assert record["results"]["fid@40/nfe2_w0.5"] == pytest.approx(distance, rel=1e-4)
 
 
+def test_evaluate_mode_by_the_config(digits, tmp_path):
+  config = get_config()
+  config.eval.nfe, config.eval.guidance, config.eval.metrics = (2,), (0.5,), ("fid",)
+  facts = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
+  params = ism.make_network(config, facts)[0](jax.random.key(0))
+  changes = {"nfe": None, "guidance": None, "metrics": None, "save_samples": False}
+  flags = SimpleNamespace(**{**FLAGS, **digits, **changes})
+  ism.evaluate_mode(config, facts, lambda: (params, 7), flags, tmp_path)
+  record = json.loads((tmp_path / "benchmark.json").read_text())
+  assert set(record["results"]) == {"fid@40/nfe2_w0.5"}
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
