@@ -115,8 +115,8 @@ def make_protocol(config, flags=None) -> Protocol | None:
   given = {name: getattr(flags, name, None) for name in names}
   chosen = {name: given[name] or config.eval.get(name) for name in names}  # older runs lack them
   if not chosen["metrics"]:
-    for name, value in given.items():
-      if value:
+    for name in (*names, "num", "save_samples"):
+      if value := getattr(flags, name, None):
         raise UserError(f"--{name}={value} is for --metrics; add --metrics=fid, or leave it out.")
     return None
   chosen["metrics"] = tuple(dict.fromkeys(chosen["metrics"]))

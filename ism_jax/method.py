@@ -255,6 +255,8 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     if not flags.vae:
       raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
     sampler = latents.decoding(sampler, flags.vae, facts["vae"])
+  elif flags.vae:
+    raise UserError(f"--vae={flags.vae} decodes latents, and this run makes images; leave it out.")
   params, _ = load()
   labels = np.resize(np.array(labels, np.int32), flags.num or 64)
   evaluate.write_samples(sampler, params, names, settings, labels, flags.seed, out)

@@ -17,6 +17,8 @@ from train_jax.weights import sha256
 
 FLAGS = {"nfe": ["1", "2"], "guidance": ["0.5"], "labels": None, "num": 40, "seed": 3}
 
+NONE = dict.fromkeys(("metrics", "reference", "inception", "dinov2"))
+
 
 def get_config():
   config = ism_digits.get_config("debug")
@@ -74,6 +76,8 @@ def test_evaluate_mode_by_the_config(digits, tmp_path):
   [
     ({"metrics": ["fid", "fdi"]}, r"metric 'fdi' is unknown"),
     ({"metrics": None}, r"--reference=.* is for --metrics; add --metrics=fid, or leave it out"),
+    ({**NONE, "num": 5}, r"--num=5 is for --metrics"),
+    ({**NONE, "num": None, "save_samples": True}, r"--save_samples=True is for --metrics"),
     ({"num": 1}, r"1 samples are too few"),
     ({"nfe": ["3"]}, r"nfe=3 was not trained"),
     ({"reference": "gone"}, r"reference='gone' is not there"),

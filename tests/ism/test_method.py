@@ -144,7 +144,7 @@ def test_evaluation_always_has_w_0_and_a_grid(default):
   assert len(numbers) == 8 and np.all(np.isfinite(numbers))
 
 
-FLAGS = {"nfe": None, "guidance": None, "labels": None, "num": 6, "seed": 0}
+FLAGS = {"nfe": None, "guidance": None, "labels": None, "num": 6, "seed": 0, "vae": None}
 
 
 def test_sample_mode_writes_what_was_asked_for(default, tmp_path):
@@ -161,7 +161,7 @@ def test_sample_mode_writes_what_was_asked_for(default, tmp_path):
 def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   _, facts, params = default
   config = get_config()
-  flags = SimpleNamespace(**{**FLAGS, "nfe": ["1"], "guidance": ["0.5"]})
+  flags = SimpleNamespace(**{**FLAGS, "nfe": ["1"], "guidance": ["0.5"], "num": None})
   ism.evaluate_mode(config, facts, lambda: (params, 2), flags, tmp_path)
   record = json.loads((tmp_path / "evaluation.json").read_text())
   assert record["step"] == 2 and record["seed"] == 0 and record["samples"] == 64
@@ -178,6 +178,7 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
     ({"guidance": ["9"]}, r"guidance=9 is outside the trained range 0 to"),
     ({"labels": ["0", "10"]}, r"label 10 is out of range: the classes are 0 to 9\."),
     ({"labels": ["-1"]}, r"label -1 is out of range"),
+    ({"vae": "v"}, r"--vae=v decodes latents, and this run makes images; leave it out"),
   ],
 )
 def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, default, tmp_path):

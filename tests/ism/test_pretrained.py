@@ -46,7 +46,7 @@ def model(directory):
 
 
 def test_samples_are_those_of_the_run_bit_for_bit(config, params, model, tmp_path):
-  flags = SimpleNamespace(nfe=["4"], guidance=["1"], labels=["0", "2"], num=6, seed=3)
+  flags = SimpleNamespace(nfe=["4"], guidance=["1"], labels=["0", "2"], num=6, seed=3, vae=None)
   ism.sample_mode(config, FACTS, lambda: (params, 7), flags, tmp_path)
   images = model.sample(labels=[0, 2, 0, 2, 0, 2], nfe=4, guidance=1.0, seed=3)
   with np.load(tmp_path / "samples.npz") as saved:
@@ -101,7 +101,7 @@ def test_what_was_not_trained_is_refused(request_, message, model):
 def test_a_model_trained_with_cudnn_samples_without_it(params, tmp_path):
   config = ism_digits.get_config("debug")
   config.model.attention, config.model.dtype = "cudnn", "bfloat16"
-  flags = SimpleNamespace(nfe=["1"], guidance=None, labels=None, num=3, seed=3)
+  flags = SimpleNamespace(nfe=["1"], guidance=None, labels=None, num=3, seed=3, vae=None)
   ism.sample_mode(config, FACTS, lambda: (params, 7), flags, tmp_path)
   ism.export_mode(config, FACTS, lambda: (params, 7), flags, tmp_path)
   images = ism_jax.load_pretrained(tmp_path).sample([0, 1, 2], nfe=1, seed=3)
