@@ -26,13 +26,13 @@ def make_evaluate(config, source, facts: dict, apply, mesh, leak=None) -> Callab
   if config.eval.get("metrics"):
     return _make_large(config, facts, apply, mesh, leak)
   if isinstance(source, latents.Latents):
-    return _make_latent(config, source, apply)
-  return _make_small(config, source, apply, leak)
+    return _make_latent(config, source, apply, mesh)
+  return _make_small(config, source, apply, mesh, leak)
 
 
-def _make_small(config, source: data.Source, apply, leak):
+def _make_small(config, source: data.Source, apply, mesh, leak):
   """A grid, and the metrics of evaluate.py by a classifier of the data."""
-  sampler = sample.make_sampler(apply, source.shape)
+  sampler = sample.make_sampler(apply, source.shape, mesh)
   reference = functools.cache(lambda: make_reference(source))
   classes, n = len(source.names), config.eval.samples
   guidance = sorted({0.0, *config.eval.guidance})
@@ -58,14 +58,15 @@ def _make_small(config, source: data.Source, apply, leak):
   return run
 
 
-def _make_latent(config, source: latents.Latents, apply):
+def _make_latent(config, source: latents.Latents, apply, mesh):
   """A grid of decoded samples if config.eval.vae is given.
 
   The small classifier of `make_reference` is for small images, so there are no numbers.
   """
   if not config.eval.vae:
     return lambda params, step, final: iter(())
-  sampler = latents.decoding(sample.make_sampler(apply, source.shape), config.eval.vae, source.vae)
+  sampler = sample.make_sampler(apply, source.shape, mesh)
+  sampler = latents.decoding(sampler, config.eval.vae, source.vae)
   classes, guidance = len(source.names), sorted({0.0, *config.eval.guidance})
 
   def run(params, step: int, final: bool):

@@ -300,6 +300,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
     )
   run = evaluators.make_evaluate(config, make_source(config), facts, apply, mesh)
   params, step = load()
+  params = mesh_lib.replicate(params, mesh)
   out.mkdir(parents=True, exist_ok=True)
   results = {}
   for name, value in run(params, step, final=True):

@@ -33,18 +33,24 @@ def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Arra
   return jax.lax.fori_loop(0, nfe, step, x0)
 
 
-def make_sampler(apply: Callable, shape: tuple[int, int, int], sharding=None) -> Callable:
+def make_sampler(
+  apply: Callable, shape: tuple[int, int, int], mesh: Mesh | None = None
+) -> Callable:
   """Returns `sample(params, seed, labels, w, nfe, batch, progress)` for images of `shape`.
 
   Image i depends on (seed, i, label, w, nfe) only: not on the batch size nor on how many are asked
   for, and the same i starts from the same noise at every nfe and w.
+
+  Args:
+    mesh: of the devices that share the images out; None for one device.
   """
 
   def chunk(params, rng, index, label, w, nfe):
-    x0 = draw_noise(rng, index, shape)
+    index, label, w = map(mesh_lib.by_rows, (index, label, w))
+    x0 = mesh_lib.by_rows(draw_noise(rng, index, shape))
     return integrate(apply, params, x0, label, w, nfe)
 
-  chunk = jax.jit(chunk, out_shardings=sharding)
+  chunk = jax.jit(mesh_lib.within(mesh, chunk) if mesh else chunk)
 
   def sample(params, seed: int, labels, w, nfe: int, batch: int = 256, progress=None) -> np.ndarray:
     """labels [n] int, w a number or [n] -> float32 images [n, h, w, c], in [-1, 1] by training."""

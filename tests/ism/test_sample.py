@@ -7,6 +7,7 @@ import pytest
 
 from ism_jax import dit, sample
 from ism_jax.path import NFES, draw_noise, seen_step
+from train_jax import mesh as mesh_lib
 
 SHAPE = (4, 4, 1)
 LABELS = np.array([0, 1, 2, 0, 1])
@@ -73,6 +74,20 @@ def test_an_image_does_not_depend_on_batch_or_number():
   np.testing.assert_allclose(network(params, 7, LABELS, 0.5, 4, batch=2), images, atol=1e-5)
   np.testing.assert_allclose(network(params, 7, LABELS[:3], 0.5, 4, batch=5), images[:3], atol=1e-5)
   assert not np.allclose(network(params, 8, LABELS, 0.5, 4, batch=5), images, atol=0.1)
+
+
+def test_devices_share_the_images_out(linear_sampler, make_mesh):
+  seen = []
+
+  def watched(params, x, *rest):
+    jax.debug.inspect_array_sharding(x, callback=lambda s: seen.append(s.shard_shape(x.shape)))
+    return linear(params, x, *rest)
+
+  mesh = make_mesh(2, 4)
+  shared = sample.make_sampler(watched, SHAPE, mesh)
+  images = shared(mesh_lib.replicate(jnp.float32(-1.5), mesh), 7, LABELS, 0.0, 2, batch=8)
+  assert seen[0] == (1, *SHAPE)
+  np.testing.assert_array_equal(images, linear_sampler(jnp.float32(-1.5), 7, LABELS, 0.0, 2))
 
 
 def test_one_compilation_serves_every_number_of_steps():
