@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
@@ -177,6 +178,8 @@ def write_samples(
 ) -> None:
   """Writes `out/samples.npz` and the labelled `out/grid.png`; prints images/s.
 
+  Every process draws the samples, and the first writes and prints.
+
   The .npz has the ADM layout: `arr_0` uint8 [n, h, w, c], beside it what each image was asked to be
   (`labels`, `nfe`, `guidance`) and the `seed`.
 
@@ -185,15 +188,19 @@ def write_samples(
     labels: int32, the class of each image of one setting.
   """
   out.mkdir(parents=True, exist_ok=True)
+  chief = jax.process_index() == 0
   # One batch with one step pays for the compilation, so that the speeds below are the sampler's
   # own.
   sample(params, seed, labels[:1], 0.0, 1)
   groups = []
   for nfe, w in settings:
-    bar = progress_bar(len(labels), 0, unit="img", desc=f"nfe={nfe} w={w:g}")
+    bar = progress_bar(len(labels), 0, chief, unit="img", desc=f"nfe={nfe} w={w:g}")
     groups.append(to_uint8(sample(params, seed, labels, w, nfe, progress=bar.update)))
     bar.close()
-    print(f"nfe={nfe:<4} w={w:<5g} {len(labels) / bar.format_dict['elapsed']:10.1f} images/s")
+    if chief:
+      print(f"nfe={nfe:<4} w={w:<5g} {len(labels) / bar.format_dict['elapsed']:10.1f} images/s")
+  if not chief:
+    return
   np.savez_compressed(
     out / "samples.npz",
     arr_0=np.concatenate(groups),

@@ -266,6 +266,8 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=export`: the `sample` average as files that `ism_jax.load_pretrained` reads."""
   del flags
   params, step = load()
+  if jax.process_index():
+    return
   run = {"config": config.to_dict(), "facts": facts}
   guidance = config.guidance
   pretrained.export(
@@ -302,8 +304,10 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   params, step = load()
   params = mesh_lib.replicate(params, mesh)
   out.mkdir(parents=True, exist_ok=True)
-  results = {}
-  for name, value in run(params, step, final=True):
+  found, results = dict(run(params, step, final=True)), {}
+  if jax.process_index():
+    return
+  for name, value in found.items():
     if np.ndim(value):
       Image.fromarray(value).save(out / f"{name}.png")
     else:

@@ -170,6 +170,15 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   assert config.eval.nfe == (1, 2)  # the caller's config is left alone
 
 
+def test_only_the_first_process_writes_and_prints(default, tmp_path, monkeypatch, capsys):
+  _, facts, params = default
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  flags = SimpleNamespace(**{**FLAGS, "nfe": ["1"], "num": None})
+  for mode in (ism.sample_mode, ism.evaluate_mode, ism.export_mode):
+    mode(get_config(), facts, lambda: (params, 2), flags, tmp_path)
+  assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
