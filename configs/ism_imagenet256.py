@@ -16,8 +16,10 @@ hours if nothing were lost between them.
 
 Expected FID-50k, the paper's numbers and not ours: 5.27, 2.44, 2.05, 1.93, 1.88 at 1, 2, 4, 8, 128
 steps; after 250k steps 6.56 and 2.16 at 1 and 4. The paper does not publish the split of the rows
-nor the warm-up: those are ours. It pairs noise without regard to classes, which writes the class
-into the noise; pairing.condition=none does the same.
+nor the warm-up: those are ours. So are loss.weights = (4/8, 1/8, 3/8), one mean over all rows in
+the place of the paper's three equal weights, and guidance.zero = 0.5, w = 0 in half of the
+consistency rows. It pairs noise without regard to classes, which writes the class into the noise;
+pairing.condition=none does the same.
 
 What keeps XL from diverging: the gradient is clipped to norm 1; a step whose loss or gradient is
 not finite is skipped, counted, and after ten in a row the run goes back once; lr warms up;
