@@ -219,13 +219,3 @@ def for_inference(config: DiTConfig) -> DiTConfig:
 
 # (width, depth, heads) of the published sizes; `/2` is the patch.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-
-
-def with_size(config: DiTConfig, name: str) -> DiTConfig:
-  """`config` at a published size, such as 'XL/2' (DiT, table 1)."""
-  size, _, patch = name.partition("/")
-  if size not in SIZES or not patch.isdigit():
-    known = ", ".join(f"{s}/2" for s in SIZES)
-    raise UserError(f"unknown model size {name!r}; the published ones are {known}.")
-  width, depth, heads = SIZES[size]
-  return replace(config, width=width, depth=depth, heads=heads, patch=int(patch))

@@ -18,12 +18,10 @@ Dimensions: n samples, h w image, c channel, s side, f features.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits
@@ -53,7 +51,6 @@ class ClassifierFeatures:
   mlp: MLPClassifier  # the features: its last hidden layer
   svc: SVC  # the classes
   side: int
-  held_out_accuracy: float  # of the SVC recipe, fitted on one half of the real images, on the other
 
   def features(self, images: ArrayLike) -> np.ndarray:
     """Features [n, 64] float64 of images [n, h, w, c]; UserError as in `labels`."""
@@ -104,20 +101,7 @@ def fit_classifier(images: ArrayLike, labels: ArrayLike) -> ClassifierFeatures:
   mlp = MLPClassifier((128, 64), random_state=0, max_iter=300, alpha=1e-3)
   with threadpool_limits(1):  # on shared cores, threads make such small products 10 times slower
     mlp.fit(x, labels)
-  svc = SVC(gamma=gamma, C=10)
-  # Every second image of each class, in random order, is held out once, for `held_out_accuracy`.
-  order = np.random.default_rng(0).permutation(len(x))
-  order = order[np.argsort(labels[order], kind="stable")]
-  half, other = order[::2], order[1::2]
-  accuracy = float(svc.fit(x[half], labels[half]).score(x[other], labels[other]))
-  return ClassifierFeatures(mlp, svc.fit(x, labels), side, accuracy)
-
-
-@functools.cache
-def fit_digits() -> ClassifierFeatures:
-  """The evaluator of scikit-learn's digits, 8x8x1; fitted in a second or two, once a process."""
-  digits = load_digits()
-  return fit_classifier(digits.images[..., None] / 8 - 1, digits.target)
+  return ClassifierFeatures(mlp, SVC(gamma=gamma, C=10).fit(x, labels), side)
 
 
 def _shrink(images: np.ndarray, side: int) -> np.ndarray:

@@ -208,29 +208,12 @@ def _on_manifold(x: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: i
   return inside / len(x)
 
 
-def inception_score(logits: ArrayLike, splits: int = 10) -> tuple[float, float]:
-  """Inception score exp(E_x KL(p(y|x) || p(y))) (arXiv 1606.03498, section 4).
-
-  As in the original code the score is taken within each of `splits` consecutive parts, so samples
-  sorted by class must be shuffled first: a part of one class only scores 1.
-
-  Args:
-    logits: class logits [n, c] of generated images.
-    splits: number of parts; 10 in the original.
-
-  Returns:
-    Mean and standard deviation of the score over the parts.
-
-  Raises:
-    UserError: logits are not a finite matrix, or splits is not between 1 and n.
-  """
-  logits = _matrix("logits", logits)
-  part = parts(len(logits), splits)
-  return score(update_scores(no_scores(splits, logits.shape[1]), part, logits))
-
-
 class Scores(NamedTuple):
   """All that an inception score needs of the logits seen so far, for each of s parts.
+
+  The score is exp(E_x KL(p(y|x) || p(y))) (arXiv 1606.03498, section 4). As in the original code
+  it is taken within each of s consecutive parts, so samples sorted by class must be shuffled
+  first: a part of one class only scores 1.
 
   Start from `no_scores(s, c)`, go on with `update_scores`; the sum of two is that of both.
   """

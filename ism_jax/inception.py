@@ -209,7 +209,7 @@ class Inception(nnx.Module):
     self.Mixed_7a = MixedD(768, **kwargs)
     self.Mixed_7b = MixedE(1280, maximum=False, **kwargs)
     self.Mixed_7c = MixedE(2048, maximum=True, **kwargs)
-    self.fc = nnx.Linear(2048, 1008, rngs=kwargs["rngs"])
+    self.fc = nnx.Linear(2048, 1008, use_bias=False, rngs=kwargs["rngs"])
 
   def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
     x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
@@ -217,18 +217,9 @@ class Inception(nnx.Module):
     x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
     x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
     spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1).astype(jnp.float32)
-    x = self.Mixed_6e(x)
-    pool_768 = x.mean((1, 2), dtype=jnp.float32)
-    x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+    x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
     pool = x.mean((1, 2), dtype=jnp.float32)
-    logits = pool @ self.fc.kernel[...]
-    return {
-      "pool": pool,
-      "pool_768": pool_768,
-      "spatial": spatial,
-      "logits": logits,
-      "logits_biased": logits + self.fc.bias[...],
-    }
+    return {"pool": pool, "spatial": spatial, "logits": pool @ self.fc.kernel[...]}
 
 
 def fold(weights: Weights, name: str, shape: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -247,8 +238,7 @@ def load(path: str | Path, dtype: str = "float32") -> tuple[dict, Callable]:
   """Reads FID-Inception -> (params, apply).
 
   `apply(params, images)` takes uint8 [b, h, w, 3] of any size and returns float32 arrays: "pool"
-  [b, 2048], "pool_768" [b, 768], "spatial" [b, 2023], "logits" [b, 1008] without the bias and
-  "logits_biased" [b, 1008] with it.
+  [b, 2048], "spatial" [b, 2023] and "logits" [b, 1008] without the bias.
 
   Args:
     dtype: of the convolutions, "float32" or "bfloat16"; published numbers are float32.

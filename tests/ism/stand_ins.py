@@ -37,7 +37,6 @@ def project(kernel, images):
 
 def load_inception(path, dtype="float32"):
   params = {kind: jnp.asarray(weights(path, f), dtype) for kind, f in SIZES.items()}
-  params["pool_768"] = jnp.ones((12, 3))
   return params, lambda p, images: {kind: project(kernel, images) for kind, kernel in p.items()}
 
 
@@ -87,3 +86,9 @@ def frechet(x, y):
 
   x, y = (moments(np.asarray(features, np.float64)) for features in (x, y))
   return fid.frechet_distance(*x, *y)
+
+
+def inception_score(logits, splits=10):
+  """Mean and standard deviation of the score of all logits [n, c] at once."""
+  scores = fid.no_scores(splits, np.shape(logits)[1])
+  return fid.score(fid.update_scores(scores, fid.parts(len(logits), splits), logits))

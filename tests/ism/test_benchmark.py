@@ -13,7 +13,7 @@ import pytest
 
 from ism_jax import fid
 from ism_jax.sample import make_sampler, to_uint8
-from tests.ism.stand_ins import PARAMS, frechet, make, network, samples
+from tests.ism.stand_ins import PARAMS, frechet, inception_score, make, network, samples
 from train_jax.errors import UserError
 from train_jax.weights import sha256
 
@@ -39,7 +39,7 @@ def test_every_number_is_that_of_all_samples_at_once(classes, files):
     ("fd_dinov2", files.dinov2),
   ):
     assert results[name + at] == pytest.approx(frechet(f(real), f(images)), rel=1e-4)
-  score = fid.inception_score(files.inception(images, "logits"))[0]
+  score = inception_score(files.inception(images, "logits"))[0]
   assert results["is" + at] == pytest.approx(score, rel=1e-5) and score > 1.01
   expected = fid.precision_recall(files.inception(real), files.inception(images))
   assert (results["precision" + at], results["recall" + at]) == expected

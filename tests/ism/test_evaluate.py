@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ism_jax import data, evaluate
-from ism_jax.features import fit_digits
+from ism_jax import data, evaluate, evaluators
 from ism_jax.sample import to_uint8
 
 
@@ -16,7 +15,7 @@ def source():
 
 @pytest.fixture(scope="module")
 def reference(source):
-  return evaluate.Reference.of(fit_digits(), source.images(np.arange(1797)))
+  return evaluators.make_reference(source)
 
 
 def test_labels_are_balanced():

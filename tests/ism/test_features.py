@@ -24,6 +24,11 @@ def coloured(seed, n, side, classes=(3, 7, 11)):
 
 
 @pytest.fixture(scope="module")
+def digits():
+  return features.fit_classifier(IMAGES, LABELS)
+
+
+@pytest.fixture(scope="module")
 def small():
   return features.fit_classifier(*coloured(0, 60, 16))
 
@@ -33,9 +38,9 @@ def distance(x, y):
   return fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def test_digits_floors():
+def test_digits_floors(digits):
   """The published floors: half against half 1.05, a resample of 2000 0.37."""
-  f = features.fit_digits().features(IMAGES)
+  f = digits.features(IMAGES)
   rng = np.random.default_rng(0)
   order = rng.permutation(len(f))
   assert distance(f[order[:898]], f[order[898:]]) == pytest.approx(1.05, abs=0.02)
@@ -49,18 +54,15 @@ def test_digits_class_accuracy_on_held_out_images():
   assert np.mean(extract.labels(IMAGES[rest]) == LABELS[rest]) == pytest.approx(0.994, abs=0.003)
 
 
-def test_digits_recipe():
-  extract = features.fit_digits()
-  assert extract is features.fit_digits()  # fitted once a process
-  assert extract.side == 8 and extract.svc.gamma == 0.02 and extract.svc.C == 10
-  assert np.mean(extract.labels(IMAGES) == LABELS) == 1
-  assert 0.97 < extract.held_out_accuracy < 1
-  assert extract.features(IMAGES[:5]).shape == (5, 64)
+def test_digits_recipe(digits):
+  assert digits.side == 8 and digits.svc.gamma == 0.02 and digits.svc.C == 10
+  assert np.mean(digits.labels(IMAGES) == LABELS) == 1
+  assert digits.features(IMAGES[:5]).shape == (5, 64)
 
 
-def test_features_are_the_input_of_scikit_learns_last_layer():
-  mlp = features.fit_digits().mlp
-  f = features.fit_digits().features(IMAGES[:100])
+def test_features_are_the_input_of_scikit_learns_last_layer(digits):
+  mlp = digits.mlp
+  f = digits.features(IMAGES[:100])
   p = softmax(f @ mlp.coefs_[-1] + mlp.intercepts_[-1], axis=1)
   np.testing.assert_allclose(p, mlp.predict_proba(DATA.data[:100] / 8 - 1), rtol=1e-9, atol=1e-12)
   assert f.dtype == np.float64 and (f >= 0).all() and (f > 0).any()
@@ -70,7 +72,7 @@ def test_any_labelled_images_can_be_fitted(small):
   images, labels = coloured(1, 30, 16)
   found = small.labels(images)
   np.testing.assert_array_equal(found, labels)  # the classes' own ids
-  assert found.dtype.kind == "i" and small.side == 16 and small.held_out_accuracy == 1
+  assert found.dtype.kind == "i" and small.side == 16
   assert small.features(images).shape == (30, 64)
 
 
@@ -91,15 +93,6 @@ def test_larger_images_are_seen_as_their_area_averages(small):
   assert not np.allclose(small.features(fine), small.features(fine[:, ::3, ::3]))
   flipped = small.features(fine.swapaxes(1, 2))
   assert not np.allclose(small.features(fine), flipped)  # rows and columns are not confused
-
-
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_held_out_accuracy_sees_through_memorised_noise():
-  rng = np.random.default_rng(0)
-  images, labels = rng.uniform(-1, 1, (200, 8, 8, 1)), rng.integers(0, 2, 200)
-  extract = features.fit_classifier(images, labels)
-  assert np.mean(extract.labels(images) == labels) > 0.95
-  assert extract.held_out_accuracy < 0.65
 
 
 GOOD = np.zeros((4, 8, 8, 1))
