@@ -184,11 +184,16 @@ def place(arrays: dict[str, np.ndarray], shardings: dict[str, NamedSharding]) ->
 
 
 def to_local(array: jax.Array) -> np.ndarray:
-  """This process's rows of a global array whose leading dimension is split over the devices."""
+  """This process's rows of a global array whose leading dimension is split over the devices.
+
+  A row that several processes hold is one's only: all processes' rows are each row once.
+  """
   if array.is_fully_addressable:
     return np.asarray(array)
-  shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-  return np.concatenate([np.asarray(data) for _, data in sorted(shards.items())])
+  mine = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+  shards = {shard.index[0].start or 0: np.asarray(shard.data) for shard in mine}
+  none = np.empty((0, *array.shape[1:]), array.dtype)  # a process may have none of its own
+  return np.concatenate([none, *(data for _, data in sorted(shards.items()))])
 
 
 def replicate(tree, mesh: Mesh):

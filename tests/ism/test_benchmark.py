@@ -121,18 +121,21 @@ import json, sys
 from pathlib import Path
 from types import SimpleNamespace
 import jax
-address, process, folder = sys.argv[1:]
+address, process, folder, tensor = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 from tests.ism import stand_ins
+from train_jax.mesh import make_mesh
 stand_ins.put_stand_ins(sys.modules.__setitem__, lambda *args, raising: setattr(*args))
-out = Path(folder)
-found = stand_ins.make(SimpleNamespace(flags=json.loads((out / "flags").read_text())), per_device=8)
+out, mesh = Path(folder), make_mesh(1, int(tensor))
+files = SimpleNamespace(flags=json.loads((out / "flags").read_text()))
+found = stand_ins.make(files, mesh=mesh, per_device=8)
 results = dict(found.measure(stand_ins.PARAMS, [(2, 0.5)], 50, out))
 (out / f"results{process}").write_text(json.dumps(results))
 """
 
 
-def test_two_processes_measure_what_one_does(files):
+@pytest.mark.parametrize("tensor", [1, 4])  # 4: both processes have all rows
+def test_two_processes_measure_what_one_does(files, tensor):
   expected = dict(make(files).measure(PARAMS, [(2, 0.5)], 50))
   for stored in files.folder.glob("real.*-*.npz"):
     stored.unlink()
@@ -144,7 +147,7 @@ def test_two_processes_measure_what_one_does(files):
   root = str(Path(__file__).parents[2])
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", PROGRAM, address, str(i), str(files.folder)],
+      [sys.executable, "-c", PROGRAM, address, str(i), str(files.folder), str(tensor)],
       cwd=root,
       env={**environment, "PYTHONPATH": root},
     )
