@@ -20,6 +20,7 @@ from train_jax import metrics as metrics_lib
 from train_jax import state as state_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
+from train_jax.saver import all_agree
 from train_jax.signals import Signals
 from train_jax.state import TrainState
 from train_jax.step import Method, Metrics, make_train_step
@@ -201,11 +202,14 @@ class _Run:
       due_eval = config.eval_every and step % config.eval_every == 0 and not last
       if owed or last or stop or due_eval:
         self._read(leave=0)
-        if last or stop or (owed and not self.log.skipped):
-          self._save()
+        # Before an evaluation, too: a machine that is taken away may not wait for its end.
+        if save := last or stop or not self.log.skipped:
+          self._save(passing=not (owed or last or stop))
           owed = False
         if due_eval and not stop:
           self._evaluate(final=False)
+          if (stop := self._told()) and not save:
+            self._save()
         self.log.clock.restart(step)
       if stop:
         break
@@ -223,17 +227,24 @@ class _Run:
         self.rollbacks,
       )
 
-  def _save(self) -> None:
+  def _save(self, passing: bool = False) -> None:
     facts = {"step": int(self.state.step), "position": self.position, "rollbacks": self.rollbacks}
-    self.checkpoints.save(self.state, {**self.record, **facts})
+    self.checkpoints.save(self.state, {**self.record, **facts}, passing)
+
+  def _told(self) -> bool:
+    """Whether any process was told to stop, at once; all of them must call it."""
+    return not all_agree(not self.signals.received)
 
   def _evaluate(self, final: bool) -> dict[str, float]:
+    """The numbers, logged; those there are, where all were told to stop and it is not the end."""
     step, results = int(self.state.step), {}
     for name, value in self.method.evaluate(self.state.ema["sample"], step, final, *self.frozen):
       if np.ndim(value):
         self.log.writer.picture(step, name, value)
       else:
         results[name] = value
+      if not final and self._told():
+        break
     self.log.writer.scalars(step, {f"eval/{name}": value for name, value in results.items()})
     return results
 

@@ -156,6 +156,26 @@ def test_evaluates_the_slow_average_on_time(tmp_path, train, method, load, lines
   assert pictures == ["00000002_grid.png", "00000004_grid.png", "00000005_grid.png"]
 
 
+def test_what_was_learned_is_on_disk_or_on_its_way_before_an_evaluation(
+  tmp_path, train, method, monkeypatch
+):
+  """And those saves push out none of the steps that are kept."""
+  saved, save = [], Checkpoints.save
+
+  def spy(self, state, *args):
+    saved.append(int(state.step))
+    save(self, state, *args)
+
+  def evaluate(params, step, final):
+    assert saved[-1] == step
+    yield "norm", 1.0
+
+  monkeypatch.setattr(Checkpoints, "save", spy)
+  train(tmp_path, method=method._replace(evaluate=evaluate), steps=9, eval_every=1, save_every=4)
+  assert saved == list(range(1, 10))
+  assert Checkpoints(tmp_path).steps() == [9, 8]
+
+
 def test_logs_every_so_many_steps_and_the_last(tmp_path, train, lines, losses):
   train(tmp_path, steps=7, log_every=3)
   assert [step for step, _ in losses(tmp_path)] == [3, 6, 7]

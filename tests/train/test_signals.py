@@ -67,7 +67,30 @@ def test_signal_between_steps_loses_nothing(tmp_path, train, method, load, monke
   method = method._replace(evaluate=evaluate)
   assert not train(tmp_path, method=method, steps=8, eval_every=2, save_every=100)
   state, _ = load(tmp_path)
-  assert int(state.step) == 3
+  assert int(state.step) == 2
+
+
+def test_signal_breaks_off_an_evaluation_but_not_the_last(
+  tmp_path, train, method, load, lines, losses
+):
+  saved = []
+
+  def evaluate(params, step, final):
+    yield "first", 1.0
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+      yield "second", 2.0
+      saved.append(step)
+    yield "third", 3.0
+
+  method = method._replace(evaluate=evaluate)
+  options = {"steps": 4, "eval_every": 2, "save_every": 100}
+  assert not train(tmp_path, method=method, **options)
+  assert int(load(tmp_path)[0].step) == 2 and not saved
+  assert train(tmp_path, method=method, **options)
+  assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4]
+  found = [set(line) - {"step"} for line in lines(tmp_path) if "eval/first" in line]
+  assert found == [{"eval/first", "eval/second"}, {"eval/first", "eval/third"}]
 
 
 def test_second_signal_acts_at_once(tmp_path, train, method, stream_that):
