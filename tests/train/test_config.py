@@ -65,13 +65,16 @@ def test_many_differences_are_counted_not_listed():
     {"eval": {"samples": 9}},
     {"init_from": "elsewhere"},
     {"data": {"max_faults": 7}},
+    {"model": {"width": 16, "remat": "block", "unroll": True, "attention": "cudnn"}},
   ],
 )
 def test_what_does_not_change_learning_may_differ(free):
   config.check_same({**CONFIG, **free}, CONFIG, "w")
 
 
-@pytest.mark.parametrize("bound", [{"seed": 1}, {"batch": 8}, {"ema": {"sample": 0.5}}])
+@pytest.mark.parametrize(
+  "bound", [{"seed": 1}, {"batch": 8}, {"ema": {"sample": 0.5}}, {"eval": {"erasures": 9}}]
+)
 def test_what_changes_learning_may_not(bound):
   with pytest.raises(UserError):
     config.check_same({**CONFIG, **bound}, CONFIG, "w")
