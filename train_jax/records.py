@@ -95,7 +95,7 @@ def open_tfds(source: str, flag: str, fields: dict[str, type], wanted: str) -> R
       found = tensorflow_datasets.data_source(where, download=False, **options)
     features = [(found.dataset_info.features[key], kind) for key, kind in fields.items()]
     classes = tuple(each for feature, kind in features if kind is int for each in feature.names)
-  except (AssertionError, AttributeError, KeyError, NotImplementedError, ValueError) as err:
+  except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, ValueError) as err:
     reason = (str(err).strip() or type(err).__name__).splitlines()[0]
     raise UserError(
       f"{flag}={name!r} is not a prepared set with {wanted} in ArrayRecord files ({reason}); "

@@ -74,12 +74,15 @@ def test_files_that_are_no_records_are_refused(tmp_path):
     open_files(tmp_path / "a")
 
 
-def test_builders_that_are_not_there_or_have_other_fields_are_refused(prepared):
+def test_builders_that_are_not_there_or_have_other_fields_are_refused(prepared, tmp_path):
   message = r"--words='no_such_set' is not a prepared set with a 'word' .*`tfds build no_such_set "
   with pytest.raises(UserError, match=message):
     open_tfds("tfds:no_such_set")
   with pytest.raises(UserError, match=r"--words='.*@test' is not a prepared set.*Unknown split"):
     open_tfds(f"{prepared}@test")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(UserError, match=r"--words='.*/empty' is not a prepared set"):
+    open_tfds(str(tmp_path / "empty"))
   for fields in ({"wort": bytes}, {"word": int}):
     with pytest.raises(UserError, match="is not a prepared set"):
       open_tfds(prepared, fields)
