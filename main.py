@@ -42,7 +42,7 @@ flags.DEFINE_integer(
   "evaluate with --metrics: images of each row; default: 50000.",
   lower_bound=1,
 )
-flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", 0, 2**32 - 1)
 flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps.")
 flags.DEFINE_list("guidance", None, "sample, evaluate images: guidance strengths w.")
 flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; default: all.")
@@ -171,6 +171,8 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
 def train(config: ConfigDict, workdir: Path) -> bool:
   """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
+  names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
+  settings = loop.LoopConfig(clip=config.optim.clip, **{name: config[name] for name in names})
   distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
@@ -183,8 +185,6 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     known = {name: value for name, value in facts.items() if name in saved["facts"]}
     config_lib.check_same(known, saved["facts"], workdir)
 
-  names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
-  settings = loop.LoopConfig(clip=config.optim.clip, **{name: config[name] for name in names})
   record = {"config": config.to_dict(), "facts": facts}
   given = {} if saved else make_given(config, facts)
   check_writable(workdir)

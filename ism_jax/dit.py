@@ -18,7 +18,15 @@ from flax import nnx
 
 from ism_jax.path import FINEST
 from train_jax.errors import UserError
-from train_jax.layers import Dense, Mlp, check_remat, scan_blocks, sinusoidal, sinusoidal_grid
+from train_jax.layers import (
+  Dense,
+  Mlp,
+  check_dtype,
+  check_remat,
+  scan_blocks,
+  sinusoidal,
+  sinusoidal_grid,
+)
 from train_jax.mesh import by_rows
 
 
@@ -41,6 +49,7 @@ class DiTConfig:
   attention: str = "xla"  # or cudnn: fused, for 16-bit dtypes on NVIDIA GPUs
 
   def __post_init__(self):
+    check_dtype(self.dtype)
     check_remat(self.remat)
     if self.attention not in ("xla", "cudnn"):
       raise UserError(f"model.attention={self.attention!r} is unknown; choose 'xla' or 'cudnn'.")

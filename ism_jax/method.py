@@ -150,6 +150,11 @@ def _check(config, source: data.Source) -> None:
       "--config.eval.metrics."
     )
   wavelet.check_levels(height, width, config.wavelet.levels)
+  if not config.wavelet.decay > 0:
+    raise UserError(f"wavelet.decay={config.wavelet.decay} must be above 0.")
+  for section, name in (("loss", "class_dropout"), ("guidance", "zero")):
+    if not 0 <= (chance := config[section][name]) <= 1:
+      raise UserError(f"{section}.{name}={chance} is a probability; choose it between 0 and 1.")
   group = sum(config.loss.shares)
   if config.batch % group:
     raise UserError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from train_jax import lora
 from train_jax.errors import UserError
-from train_jax.layers import check_remat
+from train_jax.layers import check_dtype, check_remat
 
 FAMILIES = ("llama", "gpt2")
 
@@ -35,6 +35,7 @@ class TransformerConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "scaling", tuple(self.scaling))  # JSON has lists
+    check_dtype(self.dtype)
     check_remat(self.remat)
     for name in ("vocab", "width", "depth", "heads", "hidden"):
       if getattr(self, name) < 1:

@@ -21,6 +21,15 @@ REMAT = {
 }
 
 
+DTYPES = ("float32", "bfloat16", "float16")  # of a network's computation
+
+
+def check_dtype(name: str) -> None:
+  """Raises UserError for a `model.dtype` that isn't one of DTYPES."""
+  if name not in DTYPES:
+    raise UserError(f"model.dtype={name!r} is unknown; choose one of {', '.join(DTYPES)}.")
+
+
 def check_remat(kind: str) -> None:
   """Raises UserError for a `model.remat` that isn't one of REMAT."""
   if kind not in REMAT:

@@ -34,10 +34,10 @@ class LoopConfig:
     steps: optimiser steps of the whole run.
     log_every, eval_every, save_every: in steps; 0 turns evaluation during training off.
     keep: checkpoints kept.
-    clip: global gradient norm.
+    clip: global gradient norm, above 0.
     max_skipped: after this many non-finite steps in a row the run goes back to its last checkpoint,
       the second time it stops.
-    seed: of parameters, data order and every draw.
+    seed: of parameters, data order and every draw; a uint32.
   """
 
   steps: int
@@ -53,6 +53,12 @@ class LoopConfig:
     for name in ("steps", "log_every", "save_every", "keep", "max_skipped"):
       if getattr(self, name) < 1:
         raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+    if self.eval_every < 0:
+      raise UserError(f"eval_every={self.eval_every} must be at least 0; 0 is only at the end.")
+    if not self.clip > 0:
+      raise UserError(f"optim.clip={self.clip} must be above 0; choose 1e9 to clip nothing.")
+    if not 0 <= self.seed < 2**32:
+      raise UserError(f"seed={self.seed} must be between 0 and {2**32 - 1}.")
 
 
 class DivergedError(RuntimeError):
@@ -97,8 +103,11 @@ def train(
   Raises:
     DivergedError: `max_skipped` non-finite steps in a row, for the second time.
     SaveError: the run is at its end, and its state could not be saved.
-    UserError: checkpoints are there but none is good.
+    UserError: checkpoints are there but none is good; or a decay is not in [0, 1).
   """
+  for name, decay in decays.items():
+    if not 0 <= decay < 1:
+      raise UserError(f"ema.{name}={decay} must be at least 0 and below 1.")
   with Signals() as signals:
     run = partial(_Run, method, tx, decays, config, mesh, workdir, record, given or {}, signals)
     try:

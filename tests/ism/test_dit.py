@@ -253,3 +253,6 @@ def test_bad_sizes_are_refused_in_a_sentence():
     replace(SMALL, attention="cudnn")
   with pytest.raises(UserError, match=r"model.remat='True' is unknown; .* none, products, block"):
     replace(SMALL, remat="True")
+  for dtype in ("fp32", "int8"):
+    with pytest.raises(UserError, match=f"model.dtype='{dtype}' is unknown; .* float32, bfloat16,"):
+      replace(SMALL, dtype=dtype)

@@ -298,5 +298,7 @@ def test_bad_sizes_are_refused_in_a_sentence():
   for name in ("vocab", "width", "depth", "heads", "hidden"):
     with pytest.raises(UserError, match=f"model.{name}=0 must be at least 1"):
       replace(SMALL, **{name: 0})
+  with pytest.raises(UserError, match=r"model.dtype='fp32' is unknown"):
+    replace(SMALL, dtype="fp32")
   with pytest.raises(UserError, match=r"unknown model size '8B'; .*base, 7B"):
     transformer.with_size(SMALL, "8B")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train_jax import checksum
+from train_jax import checksum, loop
 from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
@@ -204,6 +204,27 @@ def test_damaged_checkpoint_costs_one_interval_only(tmp_path, train, load, diffe
 def test_lengths_and_intervals_must_be_positive(settings, name):
   with pytest.raises(UserError, match=f"{name}=0 must be at least 1"):
     settings(**{name: 0})
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    ({"eval_every": -1}, "eval_every=-1 must be at least 0"),
+    ({"clip": 0.0}, "optim.clip=0.0 must be above 0"),
+    ({"clip": -1.0}, "optim.clip=-1.0 must be above 0"),
+    ({"seed": -1}, "seed=-1 must be between 0 and 4294967295"),
+    ({"seed": 2**32}, "seed=4294967296 must be between"),
+  ],
+)
+def test_numbers_that_would_learn_nothing_or_break_later_are_refused(settings, wrong, message):
+  with pytest.raises(UserError, match=message):
+    settings(**wrong)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_decays_must_be_below_one(tmp_path, method, tx, settings, one_device, decay):
+  with pytest.raises(UserError, match=rf"ema.sample={decay} must be at least 0 and below 1"):
+    loop.train(method, tx, {"sample": decay}, settings(), one_device, tmp_path, {})
 
 
 def test_frozen_arrays_are_seen_by_all_and_saved_by_none(
