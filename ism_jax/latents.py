@@ -20,7 +20,6 @@ Dimensions: n images, b batch, h w latent, c channel.
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import numpy as np
 
 from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
+from train_jax import json_files
 from train_jax.errors import UserError
 from train_jax.faults import LIMIT, Faults
 from train_jax.shards import shard_name
@@ -114,8 +114,8 @@ def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
 
 def _read_json(path: Path) -> dict:
   try:
-    return json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError) as err:
+    return json_files.read(path)
+  except (OSError, ValueError) as err:
     raise UserError(
       f"{path} is missing or damaged, so {path.parent} is not a whole latent set; run the "
       "--mode=encode command that makes it, again: what is done is kept."

@@ -12,7 +12,6 @@ Dimensions: d documents.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from seqmatch_jax import tokens
 from seqmatch_jax.corpus import Texts
 from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax import json_files
 from train_jax.errors import UserError
 from train_jax.shards import shard_name
 
@@ -122,8 +122,8 @@ def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
   """
   top = Path(path).expanduser()
   try:
-    manifest = json.loads((top / "manifest.json").read_text())
-  except (OSError, json.JSONDecodeError) as err:
+    manifest = json_files.read(top / "manifest.json")
+  except (OSError, ValueError) as err:
     raise UserError(f"{top / 'manifest.json'} is damaged; encode the texts again.") from err
   if manifest.get("version") != VERSION or "documents" not in manifest:
     raise UserError(

@@ -16,7 +16,6 @@ Dimensions: v vocabulary, k width, l layers.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ import numpy as np
 
 from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import TextVocab
-from train_jax import lazy
+from train_jax import json_files, lazy
 from train_jax.errors import UserError
 from train_jax.lazy import Lazy
 from train_jax.state import dotted, flatten
@@ -102,13 +101,12 @@ def read_config(folder: str | Path) -> dict:
   """The folder's config.json; UserError if it cannot be read."""
   path = Path(folder).expanduser() / "config.json"
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    return json_files.read(path)
   except (OSError, ValueError) as err:
     raise UserError(
       f"pretrained={str(folder)!r}: {path} cannot be read as JSON; give a folder with config.json, "
       "tokenizer.json and safetensors files, as Hugging Face lays it out."
     ) from err
-  return found
 
 
 def read_sizes(folder: str | Path) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from train_jax import json_files
 from train_jax.errors import UserError
 from train_jax.weights import sha256
 
@@ -233,7 +233,7 @@ def _special(tokenizer: Tokenizer, folder: Path, name: str) -> int | None:
 
   def read(file: str, key: str):
     try:
-      return json.loads((folder / file).read_text(encoding="utf-8")).get(key)
+      return json_files.read(folder / file).get(key)
     except FileNotFoundError:
       return None
     except (OSError, ValueError) as err:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train_jax import weights
+from train_jax import json_files, weights
 from train_jax.errors import UserError
 from train_jax.state import flatten
 
@@ -50,8 +50,8 @@ def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
   """
   path = Path(directory).expanduser() / CONFIG
   try:
-    record = json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError) as err:
+    record = json_files.read(path)
+  except (OSError, ValueError) as err:
     raise UserError(
       f"{str(directory)!r} is no exported model: {path} cannot be read; make one with "
       "--mode=export --workdir=RUN."

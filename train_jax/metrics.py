@@ -42,15 +42,13 @@ class MetricWriter:
     self.samples.mkdir(parents=True, exist_ok=True)
     kept = []
     if self.path.exists():
-      for line in self.path.read_text().splitlines():
-        try:
-          record = json.loads(line)
-        except json.JSONDecodeError:  # the line that a killed run was writing
-          continue
-        if record["step"] <= step:
-          kept.append(line + "\n")
+      for line in self.path.read_bytes().splitlines():
+        # Without the line that a killed run was writing, and what a bad disk made of others.
+        with suppress(ValueError, TypeError, KeyError):
+          if json.loads(line)["step"] <= step:
+            kept.append(line + b"\n")
     partial = self.path.with_suffix(".tmp")
-    partial.write_text("".join(kept))
+    partial.write_bytes(b"".join(kept))
     partial.replace(self.path)
     self._file = self.path.open("a")
     # Not SummaryWriter, whose thread ends on a full disk: training would wait for it for ever.

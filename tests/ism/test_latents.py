@@ -176,6 +176,10 @@ def test_sets_that_are_not_whole_are_refused(stored, tmp_path):
   change(top / "manifest.json", version=2)
   with pytest.raises(UserError, match=r"has the layout version 2, and this program reads 1"):
     latents.open_set(str(top))
+  for broken in (b"[]", b"\xff\xfe"):
+    (top / "manifest.json").write_bytes(broken)
+    with pytest.raises(UserError, match=r"manifest.json is missing or damaged"):
+      latents.open_set(str(top))
 
 
 def spoil(top, posterior, images, how):

@@ -121,6 +121,10 @@ def test_damage_is_named(source, tmp_path):
   np.save(path, np.load(tmp_path / "out" / "tokens-00000-of-00003.npy")[:-1])
   with pytest.raises(UserError, match="do not belong together"):
     documents.open_set(str(tmp_path / "out"))
+  for broken in (b"[]", b"\xff\xfe"):
+    (tmp_path / "out" / "manifest.json").write_bytes(broken)
+    with pytest.raises(UserError, match=r"manifest.json is damaged; encode the texts again"):
+      documents.open_set(str(tmp_path / "out"))
 
 
 def test_held_out_documents_are_spread_and_not_trained_on():

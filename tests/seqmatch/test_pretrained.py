@@ -298,6 +298,9 @@ def test_mistakes_cost_a_sentence(tmp_path):
     load(folder)
   with pytest.raises(UserError, match=r"pretrained='.*nowhere.*give a folder with config.json"):
     pretrained.read_sizes(tmp_path / "nowhere")
+  (folder / "config.json").write_text("[]")
+  with pytest.raises(UserError, match=r"config.json cannot be read as JSON; give a folder"):
+    pretrained.read_sizes(folder)
 
 
 def test_a_text_longer_than_learned_positions_is_refused(loaded):

@@ -168,6 +168,9 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
   byte_level(tmp_path, eos_token="<s>")
   with pytest.raises(UserError, match="a backspace, which only the model may type"):
     TextVocab.from_file(tmp_path).encode("a\bb")
+  (tmp_path / "tokenizer_config.json").write_text("[]")
+  with pytest.raises(UserError, match=r"tokenizer_config.json cannot be read as JSON: "):
+    TextVocab.from_file(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{}")
   with pytest.raises(UserError, match=r"is no tokenizer \(.*give a tokenizer.json"):
     TextVocab.from_file(tmp_path)

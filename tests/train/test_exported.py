@@ -57,6 +57,8 @@ def test_killed_export_leaves_no_model(directory, monkeypatch):
   [
     (lambda d: (d / "config.json").unlink(), "config.json cannot be read; make one with --mode"),
     (lambda d: (d / "config.json").write_text("{"), "is no exported model"),
+    (lambda d: (d / "config.json").write_text("[]"), "is no exported model"),
+    (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "is no exported model"),
     (lambda d: exported.save(d, PARAMS, {**RECORD, "method": "else"}), "method 'else', where"),
     (lambda d: (d / "config.json").write_text('{"format": 2, "method": "tiny"}'), "of format 2"),
     (lambda d: (d / "model.safetensors").unlink(), "model.safetensors' cannot be read"),

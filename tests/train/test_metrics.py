@@ -50,6 +50,14 @@ def test_resume_drops_a_half_written_last_line(written, half):
   assert [line["step"] for line in lines(written)] == [1, 2, 3, 4, 5, 10]
 
 
+@pytest.mark.parametrize("line", [b"12", b"[]", b"{}", b"\xff\xfe\x00garb", b'"a"', b"null"])
+def test_resume_drops_what_is_no_record(written, line):
+  path = written / "metrics.jsonl"
+  path.write_bytes(line + b"\n" + path.read_bytes() + line)
+  metrics.MetricWriter(written, 9).close()
+  assert [line["step"] for line in lines(written)] == [1, 2, 3, 4, 5]
+
+
 def test_line_is_on_disk_at_once(tmp_path):
   writer = metrics.MetricWriter(tmp_path, 0)
   writer.scalars(1, {"loss": 1})
