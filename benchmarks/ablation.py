@@ -21,7 +21,8 @@ def read(workdir: Path, steps: int) -> dict[str, float] | None:
     return None
   for line in reversed(path.read_text().splitlines()):
     record = json.loads(line)
-    values = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
+    found = {k: np.nan if v is None else v for k, v in record.items()}  # null: not finite
+    values = {k.removeprefix("eval/"): v for k, v in found.items() if k.startswith("eval/")}
     if values and record["step"] == steps:
       return values
   return None

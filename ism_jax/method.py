@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -28,7 +27,7 @@ from ism_jax import (
   wavelet,
 )
 from ism_jax.protocol import check_number
-from train_jax import aot
+from train_jax import aot, json_files
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
@@ -319,5 +318,5 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
       results[name] = value
   print(table(results))
   record = {"step": step, "seed": flags.seed, "samples": config.eval.samples, **results}
-  (out / "evaluation.json").write_text(json.dumps(record, indent=1))
+  (out / "evaluation.json").write_text(json_files.dumps(record, indent=1))
   print(f"numbers: {out / 'evaluation.json'}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from ml_collections import ConfigDict
 from seqmatch_jax import buffer, export, loss, model, questions, rollout, sample, show, text, tokens
 from seqmatch_jax.actions import Noise, tree
 from seqmatch_jax.model import make_given, make_network  # noqa: F401  main.py asks for them here
-from train_jax import lora
+from train_jax import json_files, lora
 from train_jax.errors import UserError
 from train_jax.metrics import table
 from train_jax.step import Method
@@ -230,7 +229,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   print(table(results))
   out.mkdir(parents=True, exist_ok=True)
   record = {"step": step, "seed": flags.seed, "examples": asked, **results}
-  (out / "evaluation.json").write_text(json.dumps(record, indent=1))
+  (out / "evaluation.json").write_text(json_files.dumps(record, indent=1))
   print(f"numbers: {out / 'evaluation.json'}")
 
 

@@ -18,6 +18,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
+from train_jax import json_files
+
 FLUSH = 20.0  # seconds between TensorBoard's looks at the disk
 
 
@@ -29,7 +31,8 @@ class MetricWriter:
   Args:
     workdir: gets `metrics.jsonl`, `samples/<step>_<name>.png` and TensorBoard's event file.
     step: the step that the run goes on from. Later lines, of a run that was cut off after its last
-      checkpoint, are dropped: each step stands in the file once.
+      checkpoint, are dropped: each training step stands in the file once. The last evaluation is
+      there once more each time that the command is given again after it.
     active: whether this process writes.
   """
 
@@ -70,12 +73,12 @@ class MetricWriter:
       self._failed = True
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Appends one JSON line and the TensorBoard points."""
+    """Appends one JSON line and the TensorBoard points; in the line NaN and infinity are null."""
     if not self.active or not values:
       return
     values = {name: float(value) for name, value in values.items()}
     with self._guard(f"numbers of step {step}"):
-      self._file.write(json.dumps({"step": step, **values}) + "\n")
+      self._file.write(json_files.dumps({"step": step, **values}) + "\n")
       self._file.flush()
       for name, value in values.items():
         self._add(step, summary=summary.scalar(name, value))
