@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
+import selectors
 import socket
 import sys
 import threading
@@ -147,15 +147,18 @@ class Roll:
     threading.Thread(target=self._watch, args=(end,), daemon=True).start()
 
   def _watch(self, end: Callable[[int], None]) -> None:
-    watched = {peer: index for index, peer in self.peers.items()}
-    while watched:
-      for peer in select.select(list(watched), [], [])[0]:
-        index, line = watched.pop(peer), _read(peer)
+    watched = selectors.DefaultSelector()  # not select(), which takes no descriptor above 1023
+    for index, peer in self.peers.items():
+      watched.register(peer, selectors.EVENT_READ, index)
+    while watched.get_map():
+      for key, _ in watched.select():
+        watched.unregister(key.fileobj)
+        index, line = key.data, _read(key.fileobj)
         if line == "bye":
           continue
         self.news = line.removeprefix("stop ") or f"process {index} ({self.hosts[index]}) died."
-        for other in watched:
-          _send(other, f"stop {self.news}")
+        for other in watched.get_map().values():
+          _send(other.fileobj, f"stop {self.news}")
         time.sleep(GRACE / 10)  # enough, if this process ends for the same reason
         self.report()
         time.sleep(GRACE)

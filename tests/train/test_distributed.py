@@ -1,7 +1,9 @@
 """Where a process stands, the roll call with its absences, the agreement to stop."""
 
+import fcntl
 import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -228,6 +230,19 @@ def test_a_death_is_named_by_the_others_and_ends_them(watched, capfd, dead, host
   wait_for(lambda: len(codes) == 2)
   assert codes == [1, 1]
   assert capfd.readouterr().err.count(f"stopped: process {dead} ({host}) died.") == 2
+
+
+def test_a_death_behind_a_high_descriptor_is_seen(monkeypatch):
+  """As process 0 of a thousand has them."""
+  monkeypatch.setattr(rollcall, "GRACE", 0.2)
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2000)), hard))
+  mine, theirs = socket.socketpair()
+  peer, codes = socket.socket(fileno=fcntl.fcntl(mine, fcntl.F_DUPFD, 1024)), []
+  with mine, peer:
+    Roll(Place("here", 1, 2, 0, 1), {1: "there"}, {1: peer}).watch(codes.append)
+    theirs.close()
+    wait_for(lambda: codes == [1])
 
 
 def test_a_farewell_is_no_death(watched, capfd):
