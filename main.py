@@ -255,7 +255,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> int:
-  """Exit code: 0 done, 2 the user's mistake (one sentence, no traceback), 1 a run that failed."""
+  """Exit code: 0 done, 2 the user's mistake (a sentence), 1 a run that failed, 130 Ctrl-C."""
   try:
     args = config_lib.parse_flags(argv)
     main(args)
@@ -265,6 +265,9 @@ def run(argv: list[str]) -> int:
   except (loop.DivergedError, SaveError) as err:
     print(f"stopped: {err}", file=sys.stderr)
     return 1
+  except KeyboardInterrupt:  # while training, the loop takes it
+    print("interrupted", file=sys.stderr)
+    return 130
   except Exception:
     traceback.print_exc()
     return 1

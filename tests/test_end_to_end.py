@@ -125,6 +125,15 @@ def test_evaluation_needs_no_config(finished, tmp_path):
   assert "fd" in out and json.loads((tmp_path / "evaluation.json").read_text())["step"] == 12
 
 
+def test_ctrl_c_while_sampling_is_no_traceback(finished, tmp_path):
+  flags = ("--mode=sample", "--nfe=128", "--num=100000", f"--out={tmp_path}")
+  process = start(f"--workdir={finished[0]}", *flags)
+  assert process.stdout.readline().startswith("backend:")
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
   "flags, words",
   [
