@@ -61,13 +61,12 @@ class Checkpoints:
     """Stored steps, newest first, good or not."""
     return stored_steps(self.directory)
 
-  def save(self, state: TrainState, meta: dict, passing: bool = False) -> None:
+  def save(self, state: TrainState, meta: dict) -> None:
     """Saves in the background; returns once the arrays are copied and may be donated.
 
-    What goes wrong is logged: training goes on. A `passing` step is deleted once there is a newer
-    one, and is not counted among those that are kept.
+    What goes wrong is logged: training goes on.
     """
-    self._saver.save(int(state.step), _items(state), meta, passing)
+    self._saver.save(int(state.step), _items(state), meta)
 
   def wait(self) -> None:
     """Returns when the last save is on disk; all processes must call it.

@@ -32,7 +32,8 @@ class LoopConfig:
 
   Attributes:
     steps: optimiser steps of the whole run.
-    log_every, eval_every, save_every: in steps; 0 turns evaluation during training off.
+    log_every, eval_every, save_every: in steps; 0 turns evaluation during training off. Before each
+      evaluation the state is saved as well.
     keep: checkpoints kept.
     clip: global gradient norm, above 0.
     max_skipped: after this many non-finite steps in a row the run goes back to its last checkpoint,
@@ -213,7 +214,7 @@ class _Run:
         self._read(leave=0)
         # Before an evaluation, too: a machine that is taken away may not wait for its end.
         if save := last or stop or not self.log.skipped:
-          self._save(passing=not (owed or last or stop))
+          self._save()
           owed = False
         if due_eval and not stop:
           self._evaluate(final=False)
@@ -236,9 +237,9 @@ class _Run:
         self.rollbacks,
       )
 
-  def _save(self, passing: bool = False) -> None:
+  def _save(self) -> None:
     facts = {"step": int(self.state.step), "position": self.position, "rollbacks": self.rollbacks}
-    self.checkpoints.save(self.state, {**self.record, **facts}, passing)
+    self.checkpoints.save(self.state, {**self.record, **facts})
 
   def _told(self) -> bool:
     """Whether any process was told to stop, at once; all of them must call it."""

@@ -84,7 +84,7 @@ def set_aside(directory: Path, step: int) -> None:
 
 
 class Saver:
-  """Writes steps into `directory` and deletes all but the newest `keep`, and passing ones.
+  """Writes steps into `directory` and deletes all but the newest `keep`.
 
   Attributes:
     good: the newest step that is known to be whole: restored, or read back after its save.
@@ -93,7 +93,6 @@ class Saver:
   def __init__(self, directory: Path, keep: int):
     self.directory, self.good = directory, None
     self._keep = keep
-    self._passing: set[int] = set()
     self._orbax: ocp.AsyncCheckpointer | None = None
     self._background: ThreadPoolExecutor | None = None
     self._saving: tuple[int, Future] | None = None
@@ -122,15 +121,12 @@ class Saver:
       self._remove(self._leftovers())
     return ""
 
-  def save(self, step: int, items: dict[str, PyTree], meta: dict, passing: bool = False) -> None:
+  def save(self, step: int, items: dict[str, PyTree], meta: dict) -> None:
     """Saves in the background; returns once the arrays are copied and may be donated.
 
-    What goes wrong is logged, and `finish` returns it. A `passing` step stays only as long as it is
-    the newest.
+    What goes wrong is logged, and `finish` returns it.
     """
     self._finish_patiently()
-    if passing:
-      self._passing.add(step)
     if problem := self._open():
       self._failure = self._sentence(step, problem)
       return self._report(self._failure)
@@ -207,15 +203,13 @@ class Saver:
     logging.error("%s. Make room: the next save is tried as if nothing had happened.", failure)
 
   def _prune(self) -> None:
-    """Deletes all but the newest step and `keep` that do not pass, after one was read back.
+    """Deletes all but the newest `keep` steps, after one of them was read back.
 
     What is not whole at first sight does not count, so that it pushes out nothing.
     """
     if jax.process_index() == 0:
       paths = [self.directory / str(step) for step in stored_steps(self.directory)]
-      whole = [path for path in paths if stored.looks_whole(path)]
-      kept = [path for path in whole if int(path.name) not in self._passing][: self._keep]
-      self._remove([path for path in whole[1:] if path not in kept])
+      self._remove([path for path in paths if stored.looks_whole(path)][self._keep :])
 
   def _remove(self, paths: list[Path]) -> None:
     """Deletes directories in the background, renamed first: half a step must not look like one."""

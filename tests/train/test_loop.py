@@ -159,7 +159,6 @@ def test_evaluates_the_slow_average_on_time(tmp_path, train, method, load, lines
 def test_what_was_learned_is_on_disk_or_on_its_way_before_an_evaluation(
   tmp_path, train, method, monkeypatch
 ):
-  """And those saves push out none of the steps that are kept."""
   saved, save = [], Checkpoints.save
 
   def spy(self, state, *args):
