@@ -221,7 +221,7 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   [
     ({"prompt": ["12?z"]}, r"'12\?z' has characters that the model does not know \('\?', 'z'\)"),
     ({"prompt": ["12\b"]}, r"holds a backspace, which only the model may type"),
-    ({"prompt": ["0" * 99]}, r"has 99 characters, and the context of 11 tokens"),
+    ({"prompt": ["0" * 99]}, r"has 99 tokens, and the context of 11 tokens"),
     ({"prompts": "nowhere"}, r"--prompts=nowhere cannot be read"),
     ({"prompts": "a", "prompt": ["b"]}, r"--prompt and --prompts are both given"),
   ],
@@ -250,6 +250,10 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"data__source": "poems"}, r"data.source='poems' is unknown; choose from files, add_or"),
     (
       {"data__source": "files", "data__train": "nowhere"},
+      r"data.train='nowhere' and data.test='': give both, or neither",
+    ),
+    (
+      {"data__source": "files", "data__train": "nowhere", "data__test": "nowhere"},
       r"the data file 'nowhere' cannot be read",
     ),
     ({"data__examples": 0}, r"data.examples=0 and data.tests=40 must be at least 1"),
