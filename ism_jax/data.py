@@ -121,8 +121,11 @@ def _in_memory(
   empty = [name for label, name in enumerate(names) if label not in labels]
   if empty:
     raise UserError(
-      f"data.path={path!r}: the class folder {empty[0]!r} has no readable image; "
-      "add some or remove the folder."
+      f"data.path={path!r}: the class {empty[0]!r} has no readable image; add some or remove it."
+    )
+  if labels.min() < 0:
+    raise UserError(
+      f"data.path={path!r}: an image has the label {labels.min()}; choose a split with labels."
     )
   stacked = np.stack([pixels for pixels, _ in kept])
   return Source(stacked, labels, names, _decode_bytes)

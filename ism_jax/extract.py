@@ -24,7 +24,6 @@ from ism_jax import fid
 from train_jax import mesh as mesh_lib
 from train_jax.weights import sha256
 
-KINDS = {"inception": ("pool", "spatial", "logits"), "dinov2": ("dinov2",)}
 BLOCK = 1024  # images added to the moments at once: a merge of moments costs 0.1 s, however few
 DIGITS = 12  # of a file's SHA-256, where it is named
 PER_DEVICE = 32  # images of a batch: the decoder of a latent needs about 0.2 GB for each
@@ -66,7 +65,7 @@ def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> Network:
 
   def features(params, images):
     out = apply(params, images)
-    return {kind: out[kind] for kind in KINDS[name]} if isinstance(out, dict) else {name: out}
+    return out if isinstance(out, dict) else {name: out}
 
   probe = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
   sizes = {k: x.shape[1] for k, x in jax.eval_shape(features, params, probe).items()}

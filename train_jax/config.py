@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 from train_jax.errors import UserError
 
@@ -91,12 +91,15 @@ def explain_unknown_key(key: str, config: dict) -> str:
 
 
 def check_same(config: dict, saved: dict, workdir) -> None:
-  """Raises UserError, saying what differs, if `config` must not go on from a run of `saved`."""
+  """Raises UserError, saying what differs, if `config` must not go on from a run of `saved`.
+
+  Keys that `saved` does not have are of a newer version, and are told.
+  """
   new, old = flatten(config), flatten(saved)
   differ = [
-    f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-    for key in sorted({*new, *old})
-    if new.get(key) != old.get(key) and (not key.startswith(FREE) or key in BOUND)
+    f"{key}: {value!r} there, {new.get(key)!r} here"
+    for key, value in sorted(old.items())
+    if new.get(key) != value and (not key.startswith(FREE) or key in BOUND)
   ]
   if differ:
     raise UserError(
@@ -104,6 +107,10 @@ def check_same(config: dict, saved: dict, workdir) -> None:
       f"{f'; and {len(differ) - 5} more' if len(differ) > 5 else ''}); "
       "choose another --workdir, or set these to go on."
     )
+  added = [key for key in sorted(new.keys() - old.keys()) if not key.startswith(FREE)]
+  if added:
+    known = ", ".join(f"{key}={new[key]!r}" for key in added)
+    logging.warning("%s was saved before these were there; it goes on with %s.", workdir, known)
 
 
 def check_backend(wanted: str) -> None:

@@ -1,5 +1,6 @@
 """Sources, epochs and positions: what a batch holds depends on its number and nothing else."""
 
+import dataclasses
 import io
 import itertools
 import logging
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ism_jax import data
+from ism_jax import data, images
 from train_jax.errors import UserError
 
 BATCH = 16
@@ -242,12 +243,19 @@ def test_good_folders_warn_of_nothing(photos, caplog):
   assert "skipped" not in caplog.text
 
 
+def test_an_image_without_a_label_is_refused(photos):
+  found = images.folder(str(photos), "data.path")
+  one = lambda i: (found.read(i)[0], found.read(i)[1] if i else -1)  # noqa: E731
+  with pytest.raises(UserError, match="'set': an image has the label -1; choose a split with"):
+    data._in_memory(dataclasses.replace(found, read=one), "set", 4, 3, 1)
+
+
 def test_a_class_without_images_is_refused(photos):
   (photos / "birds").mkdir()
-  with pytest.raises(UserError, match="class folder 'birds' has no readable image"):
+  with pytest.raises(UserError, match="class 'birds' has no readable image"):
     data.folder(str(photos), side=4, channels=3)
   (photos / "birds" / "x.png").write_text("nor is this one")
-  with pytest.raises(UserError, match="class folder 'birds' has no readable image"):
+  with pytest.raises(UserError, match="class 'birds' has no readable image"):
     data.folder(str(photos), side=4, channels=3)
 
 
