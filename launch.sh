@@ -6,6 +6,7 @@
 #   ./launch.sh --mode=sample --workdir=DIR ...  anything else that main.py can do
 #   ./launch.sh test [pytest options]            installs what the tests need and runs them
 #   ./launch.sh install                          installs and stops
+#   ./launch.sh CONFIG --help                    lists main.py's options, and the config's keys
 #
 # --on=PLACE before any of these runs it elsewhere, as many processes; --dry-run prints the commands instead:
 #
@@ -90,6 +91,7 @@ run() {
 run_local() {
   local n=$1 i code first=0 deadline=0 pids=() command
   shift
+  set -m
   for ((i = 0; i < n; i++)); do
     command=(env PYTHONUNBUFFERED=1 "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$n" "JAX_PROCESS_ID=$i")
     [[ "$accelerator" != cuda* ]] || command+=("JAX_LOCAL_DEVICE_IDS=$i")
@@ -100,10 +102,11 @@ run_local() {
     elif ((i == 0)); then
       "${command[@]}" &
     else
-      "${command[@]}" > >(sed -u "s/^/[$i] /") 2>&1 &
+      "${command[@]}" > >(trap '' INT TERM && exec sed -u "s/^/[$i] /") 2>&1 &
     fi
     pids+=($!)
   done
+  # They are groups of their own (set -m), or Ctrl-C would be their first signal and this their second.
   trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
@@ -118,7 +121,7 @@ run_local() {
     done
     # One that waits for the dead in a collective hears no signal but this.
     if ((first && SECONDS > deadline)); then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
-    sleep 0.2
+    sleep 0.2 || true # a signal ends it, too
   done
   return "$first"
 }
@@ -152,11 +155,12 @@ run_tpu() {
 }
 
 print_gke() {
-  local kind=$1 topology=$2 hosts command
+  local kind=$1 topology=$2 hosts command words
+  [[ -n "${IMAGE:-}" ]] || say "IMAGE=registry/name is not set; put it in the place of IMAGE before you apply this."
   shift 2
   hosts=$(((${topology//x/*} + 3) / 4)) # four chips a host
-  command=("${@//\\/\\\\}")
-  command=$(printf '"%s", ' ./launch.sh "${command[@]//\"/\\\"}")
+  words=("${@//\\/\\\\}")
+  command=$(printf '"%s", ' ./launch.sh "${words[@]//\"/\\\"}")
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -213,6 +217,13 @@ esac
 
 config=""
 [[ "${1:-configs/ism_digits.py}" == -* ]] || config="${1:-configs/ism_digits.py}"
+for word in "$@"; do
+  case "$word" in --on=* | --dry-run) die "$word comes before all else: ./launch.sh $word ..." ;; esac
+done
+case "$config" in
+"" | test | install) ;;
+*) [[ -f "${config%%:*}" ]] || die "$config is neither a command nor a config file; see ./launch.sh --help." ;;
+esac
 name="${config%%:*}" name="${name##*/}" name="${name%.py}"
 [[ "$config" == *:* ]] && name+="_${config#*:}"
 name="${name//[^A-Za-z0-9_.-]/_}"
@@ -268,7 +279,6 @@ esac
 # CONFIG -> --config=CONFIG, and a working directory of its name unless one is given.
 if [[ "$1" != -* ]]; then
   shift
-  [[ -f "${config%%:*}" ]] || die "$config is neither a command nor a config file; see ./launch.sh --help."
   case " $*" in
   *" --workdir"*) set -- "--config=$config" "$@" ;;
   *) set -- "--config=$config" "--workdir=runs/$name" "$@" ;;

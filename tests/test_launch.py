@@ -40,6 +40,7 @@ def machine(tmp_path):
       capture_output=True,
       text=True,
       timeout=60,
+      start_new_session=True,  # a group of its own, as in a terminal
     )
 
   def calls() -> list[str]:
@@ -214,6 +215,19 @@ for ((i = 0; i < 300; i++)); do sleep 0.1; done
   done = machine("--on=local:2", "configs/ism_digits.py", ACCELERATOR="cpu")
   assert done.returncode == 0, done.stderr
   assert sorted(done.stdout.splitlines()) == ["[1] told 1", "told 0"]
+
+
+def test_a_signal_to_the_whole_group_is_one_signal_and_all_are_waited_for(processes):
+  """As Ctrl-C in a terminal: a second signal would end a run without its save."""
+  done = processes(
+    """trap 'told=$((told + 1))' INT TERM
+[[ $JAX_PROCESS_ID != 0 ]] || { sleep 0.5; kill -INT -- "-$(ps -o pgid= -p $PPID | tr -d ' ')"; }
+for ((i = 0; i < 30; i++)); do sleep 0.1; done
+echo told $told times""",
+    2,
+  )
+  assert done.returncode == 0, done.stderr
+  assert sorted(done.stdout.splitlines()) == ["[1] told 1 times", "told 1 times"]
 
 
 def test_slurm_submits_a_process_a_node(machine):
