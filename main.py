@@ -219,7 +219,9 @@ def use_checkpoint(workdir: Path) -> None:
       "evaluate, which use the checkpoint where it is."
     )
   default = workdir / ("exported" if FLAGS.mode == "export" else "generated")
-  mode(config, facts, load, FLAGS, Path(FLAGS.out) if FLAGS.out else default)
+  out = Path(FLAGS.out) if FLAGS.out else default
+  check_writable(out, "--out")
+  mode(config, facts, load, FLAGS, out)
   checkpoints.close()
 
 
@@ -254,10 +256,21 @@ def main(argv: list[str]) -> None:
   train(FLAGS.config, Path(FLAGS.workdir))
 
 
+def show_help() -> None:
+  """Prints what this program can do, its flags, and the config's keys with their values."""
+  print(f"{__doc__.strip()}\n\n{FLAGS.main_module_help()}")
+  for key, value in config_lib.flatten(FLAGS.config.to_dict() if FLAGS.config else {}).items():
+    print(f"  --config.{key}={value}")
+
+
 def run(argv: list[str]) -> int:
   """Exit code: 0 done, 2 the user's mistake (a sentence), 1 a run that failed, 130 Ctrl-C."""
+  wanted = [arg for arg in argv if arg not in ("-h", "--help")]
   try:
-    args = config_lib.parse_flags(argv)
+    args = config_lib.parse_flags(wanted)
+    if wanted != argv:
+      show_help()
+      return 0
     main(args)
   except UserError as err:
     print(f"error: {err}", file=sys.stderr)

@@ -96,9 +96,9 @@ def grid(
 ) -> np.ndarray:
   """Draws images [rows, columns, h, w, c] uint8 with their names -> uint8 [height, width, 3]."""
   high, wide = images.shape[:2]
-  figure, axes = plt.subplots(
-    high, wide, figsize=(0.62 * wide + 1.1, 0.62 * high + 0.6), squeeze=False, dpi=100
-  )
+  above = 0.3 if title else 0.0  # inches
+  size = 0.62 * wide + 1.1, 0.62 * high + 0.6 + above
+  figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, dpi=100)
   for i, j in np.ndindex(high, wide):
     axis = axes[i, j]
     image = images[i, j]
@@ -111,7 +111,7 @@ def grid(
       axis.set_ylabel(rows[i], fontsize=8, rotation=0, ha="right", va="center")
   if title:
     figure.suptitle(title, fontsize=9)
-  figure.tight_layout(pad=0.3, h_pad=0.15, w_pad=0.15)
+  figure.tight_layout(pad=0.3, h_pad=0.15, w_pad=0.15, rect=(0, 0, 1, 1 - above / size[1]))
   return _pixels(figure)
 
 

@@ -32,7 +32,7 @@ from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
 from train_jax.faults import LIMIT
-from train_jax.metrics import table
+from train_jax.metrics import table, watched
 from train_jax.step import Method, no_augment
 
 
@@ -41,6 +41,11 @@ def make_source(config) -> data.Source | latents.Latents:
   kind, where, side = config.data.source, config.data.path, config.data.side
   shape = (side, side, config.data.channels)
   if kind == "digits":
+    if where:
+      raise UserError(
+        f"data.path={where!r} is not read where data.source='digits'; choose data.source=folder, "
+        "tfds or latents, or leave the path empty."
+      )
     return data.digits()
   if kind not in ("folder", "tfds", "latents"):
     raise UserError(
@@ -308,12 +313,14 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   params, step = load()
   params = mesh_lib.replicate(params, mesh)
   out.mkdir(parents=True, exist_ok=True)
-  found, results = dict(run(params, step, final=True)), {}
+  found = watched(run(params, step, final=True), active=jax.process_index() == 0)
+  found, results = dict(found), {}
   if jax.process_index():
     return
   for name, value in found.items():
     if np.ndim(value):
-      Image.fromarray(value).save(out / f"{name}.png")
+      Image.fromarray(value).save(out / f"evaluation_{name}.png")
+      print(f"{name + ':':<8} {out / f'evaluation_{name}.png'}")
     else:
       results[name] = value
   print(table(results))

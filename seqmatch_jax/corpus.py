@@ -134,6 +134,8 @@ def find(source: str, flag: str) -> Texts:
     there = sorted(file for file in inside if file.is_file())
     packed = [file for file in there if RECORDS in file.name]
     written = [file for file in there if file.suffix in (*PLAIN, *LINES)]
+    if not there:
+      raise UserError(f"{flag}={source!r} is not there; give a file, a directory or a pattern.")
     if not packed and not written:
       raise UserError(
         f"{flag}={source!r} has no texts; give .txt files (a document each, or split by lines "

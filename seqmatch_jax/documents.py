@@ -105,6 +105,8 @@ def read_text(texts: Texts, i: int) -> str:
   """Text i; UserError where it is no text."""
   try:
     return texts.read(i)
+  except UserError:
+    raise
   except ValueError as err:
     raise UserError(f"{texts.name(i)} is not text in UTF-8 ({err}); save it as such.") from err
 

@@ -25,7 +25,7 @@ from seqmatch_jax.actions import Noise, tree
 from seqmatch_jax.model import make_given, make_network  # noqa: F401  main.py asks for them here
 from train_jax import json_files, lora
 from train_jax.errors import UserError
-from train_jax.metrics import table
+from train_jax.metrics import table, watched
 from train_jax.step import Method
 
 
@@ -223,7 +223,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   generate = rollout.make_rollout(network, make_limits(facts))
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
   params, step = model.load_whole(trained, facts, load)  # drawn parameters are of its own seed
-  results = dict(run(params, step, True))
+  results = dict(watched(run(params, step, True), active=jax.process_index() == 0))
   if jax.process_index():  # every process has all of it
     return
   print(table(results))

@@ -119,6 +119,12 @@ def test_exported_model_is_the_checkpoint_and_is_gone_on_from(finished, tmp_path
   assert f"began from {out} (step 12): 29 tensors taken" in text and "drawn afresh" in text
 
 
+def test_help_lists_flags_and_the_config_s_keys():
+  code, out, err = call(CONFIG, "--help")
+  assert code == 0, err
+  assert "--nfe: sample, evaluate images" in out and "--config.optim.lr=" in out
+
+
 def test_evaluation_needs_no_config(finished, tmp_path):
   code, out, err = call(f"--workdir={finished[0]}", "--mode=evaluate", f"--out={tmp_path}")
   assert code == 0, err
@@ -141,6 +147,8 @@ def test_ctrl_c_while_sampling_is_no_traceback(finished, tmp_path):
     ((CONFIG, "--config.backend=tpu"), ("tpu", "cpu")),
     ((CONFIG, "--config.model.patch=3"), ("patch", "3", "8")),
     ((CONFIG, "--config.batch=0"), ("batch=0",)),
+    ((CONFIG, "--config.optim.lr=-1"), ("optim.lr=-1", "above 0")),
+    ((CONFIG, "--config.data.path=photos"), ("data.path='photos'", "data.source=folder")),
     (("--config=configs/none.py",), ("configs/none.py", "ism_digits")),
     ((CONFIG, "--config.init_from=nowhere"), ("init_from='nowhere'", "exported")),
     ((CONFIG, "extra"), ("unexpected argument 'extra'",)),
@@ -165,6 +173,7 @@ def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path):
     (("--mode=sample", "--nfe=3"), ("nfe", "3")),
     (("--mode=sample", "--guidance=9"), ("9", "0 to 2")),
     (("--mode=sample", "--labels=10"), ("label 10", "0 to 9")),
+    (("--mode=sample", "--out=README.md"), ("--out=README.md cannot be written to",)),
     (("--mode=evaluate", "--prompt=12"), ("--prompt does nothing", "a run of ism")),
   ],
 )

@@ -105,7 +105,8 @@ def check_same(config: dict, saved: dict, workdir) -> None:
     raise UserError(
       f"--workdir={workdir} holds a run of another config ({'; '.join(differ[:5])}"
       f"{f'; and {len(differ) - 5} more' if len(differ) > 5 else ''}); "
-      "choose another --workdir, or set these to go on."
+      "choose another --workdir (with init_from= this one, to train it further), or set these as "
+      "they were there."
     )
   added = [key for key in sorted(new.keys() - old.keys()) if not key.startswith(FREE)]
   if added:

@@ -248,7 +248,8 @@ class _Run:
   def _evaluate(self, final: bool) -> dict[str, float]:
     """The numbers, logged; those there are, where all were told to stop and it is not the end."""
     step, results = int(self.state.step), {}
-    for name, value in self.method.evaluate(self.state.ema["sample"], step, final, *self.frozen):
+    found = self.method.evaluate(self.state.ema["sample"], step, final, *self.frozen)
+    for name, value in metrics_lib.watched(found, active=jax.process_index() == 0):
       if np.ndim(value):
         self.log.writer.picture(step, name, value)
       else:
@@ -270,10 +271,10 @@ class _Log:
   """
 
   def __init__(self, config: LoopConfig, workdir: Path, start: int):
-    self._config, self._chief = config, jax.process_index() == 0
+    self._config, self._start, self._chief = config, start, jax.process_index() == 0
     self.writer = metrics_lib.MetricWriter(workdir, start, active=self._chief)
     self.bar = metrics_lib.progress_bar(
-      config.steps, start, active=self._chief, unit="step", desc="training"
+      config.steps, start, active=self._chief, unit="step", desc="compiling"
     )
     self.clock, self._spikes = metrics_lib.StepClock(start), metrics_lib.Spikes()
     self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
@@ -296,6 +297,9 @@ class _Log:
       if self._chief and (usual := self._spikes.find(loss)) is not None:
         logging.warning("step %d: the loss is %.4g; %.4g is usual.", step, loss, usual)
         self.writer.scalars(step, {"spike/loss": loss, "spike/usual": usual})
+      if step == self._start + 1:  # compiled, which took longer than all others will
+        self.bar.set_description("training", refresh=False)
+        self.bar.unpause()
       self.bar.update()
       if step % self._config.log_every == 0 or step == self._config.steps:
         values = {name: float(value) for name, value in values.items()}

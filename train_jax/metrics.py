@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -159,7 +160,7 @@ class _Terminal:
       sys.stderr.flush()
 
 
-def progress_bar(total: int, initial: int, active: bool = True, **kwargs) -> tqdm:
+def progress_bar(total: int | None, initial: int, active: bool = True, **kwargs) -> tqdm:
   """A bar with speed and time left; where there is no terminal, a line every 20 s."""
   live = sys.stderr.isatty()
   return tqdm(
@@ -175,13 +176,22 @@ def progress_bar(total: int, initial: int, active: bool = True, **kwargs) -> tqd
   )
 
 
+def watched(found: Iterator[tuple[str, Any]], active: bool = True) -> Iterator[tuple[str, Any]]:
+  """Named values as they come; a bar shows the newest and how long it has taken."""
+  with progress_bar(None, 0, active, unit="value", desc="evaluating", leave=False) as bar:
+    for name, value in found:
+      bar.set_postfix_str(name, refresh=False)
+      bar.update()
+      yield name, value
+
+
 def table(results: dict[str, float]) -> str:
   """{"fd/nfe1_w0": 3.8, ...} as text: a row for each setting, a column for each metric."""
   settings = list(dict.fromkeys(name.partition("/")[2] for name in results))
   columns = list(dict.fromkeys(name.partition("/")[0] for name in results))
   lines = [["", *columns]]
   for setting in settings:
-    values = (results.get(f"{column}/{setting}") for column in columns)
+    values = (results.get(f"{column}/{setting}" if setting else column) for column in columns)
     lines.append([setting, *("" if v is None else f"{v:.3f}" for v in values)])
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(

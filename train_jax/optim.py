@@ -12,8 +12,10 @@ from train_jax.errors import UserError
 def schedule(lr: float, warmup: int, steps: int, final: float) -> optax.Schedule:
   """Linear warm-up over `warmup` steps, then a cosine from `lr` to `final * lr` at `steps`.
 
-  `final = 1` is a constant rate after the warm-up.
+  `final = 1` is a constant rate after the warm-up. Raises UserError unless `lr` is above 0.
   """
+  if not lr > 0:
+    raise UserError(f"optim.lr={lr} must be above 0.")
   return optax.warmup_cosine_decay_schedule(
     init_value=lr / max(warmup, 1),
     peak_value=lr,

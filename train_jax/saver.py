@@ -48,8 +48,8 @@ def _fetch(sums: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
   return jax.tree.map(int, jax.device_get(sums))
 
 
-def check_writable(workdir: Path) -> None:
-  """Raises UserError unless this process can write into `workdir`, or make it; makes nothing."""
+def check_writable(workdir: Path, flag: str = "--workdir") -> None:
+  """Raises UserError unless this process can write into `flag`, or make it; makes nothing."""
   there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
   probe = there / f".write-{socket.gethostname()}-{os.getpid()}"
   try:
@@ -57,7 +57,7 @@ def check_writable(workdir: Path) -> None:
     probe.unlink()
   except OSError as err:
     raise UserError(
-      f"--workdir={workdir} cannot be written to ({err.strerror}); make room, allow it, or choose "
+      f"{flag}={workdir} cannot be written to ({err.strerror}); make room, allow it, or choose "
       "another."
     ) from err
 

@@ -51,7 +51,7 @@ def test_array_records_and_tfds(tmp_path):
 
 
 def test_sources_that_are_none(tmp_path):
-  with pytest.raises(UserError, match=r"--texts='.*nowhere' has no texts; give .txt files"):
+  with pytest.raises(UserError, match=r"--texts='.*nowhere' is not there; give a file"):
     read_all(tmp_path / "nowhere")
   (tmp_path / "a.txt").write_text(" \n<|endoftext|>\n")
   with pytest.raises(UserError, match="holds no document"):

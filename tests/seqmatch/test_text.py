@@ -214,8 +214,8 @@ def test_configs_of_pretrained_decoders_have_the_paper_s_settings_and_build(sour
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"path": "nowhere"}, r"data.path='nowhere' has no texts"),
-    ({"test": "nowhere"}, r"data.test='nowhere' has no texts"),
+    ({"path": "nowhere"}, r"data.path='nowhere' is not there"),
+    ({"test": "nowhere"}, r"data.test='nowhere' is not there"),
     ({"tests": 60}, r"data.tests=60 must be at least 1 and less than the 60 documents"),
     ({"prompt": 60}, r"data.prompt=60 must be at least 0"),
     ({"tokenizer": "nowhere"}, "nowhere"),

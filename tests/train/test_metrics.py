@@ -104,11 +104,12 @@ def test_clock_leaves_out_what_lies_between_laps(monkeypatch):
 
 
 def test_table_has_a_row_for_each_setting_and_a_column_for_each_metric():
-  text = metrics.table({"fd/nfe1_w0": 3.81234, "accuracy/nfe1_w0": 0.95, "fd/nfe4_w0.5": 12})
-  assert text.splitlines() == [
-    "               fd  accuracy",
-    "nfe1_w0     3.812     0.950",
-    "nfe4_w0.5  12.000          ",
+  numbers = {"fd/nfe1_w0": 3.81234, "accuracy/nfe1_w0": 0.95, "fd/nfe4_w0.5": 12, "leak": 0.5}
+  assert metrics.table(numbers).splitlines() == [
+    "               fd  accuracy   leak",
+    "nfe1_w0     3.812     0.950       ",
+    "nfe4_w0.5  12.000                 ",
+    "                             0.500",
   ]
 
 
