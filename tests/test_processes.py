@@ -61,6 +61,16 @@ def wait_for_steps(workdir: Path, count: int, processes) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_start_again_where_programs_are_kept(start, tmp_path, monkeypatch):
+  """From the cache, SequenceMatch's collectives would come in another order than the peer's."""
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+  for name in ("first", "second"):
+    workdir = f"--workdir={tmp_path / name}"
+    for code, text in finish(start(2, "--config=configs/seqmatch_text.py:debug", workdir)):
+      assert code == 0, text
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(start, tmp_path):
   found = []
   for n in (1, 2):
