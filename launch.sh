@@ -63,7 +63,7 @@ install() {
   shift
   wanted="$* $(cat requirements*.txt)"
   [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && return
-  say "installing into $venv (once)"
+  say "installing into $venv (once), wheels for $accelerator"
   if command -v uv >/dev/null; then
     uv pip install --quiet --python "$venv/bin/python" "$@"
   else
@@ -256,7 +256,6 @@ cuda12 | cuda13 | tpu) jax="jax[$accelerator]" ;;
 esac
 venv="${VENV:-.venv}"
 if [[ -z "$dry" ]]; then
-  say "wheels for $accelerator"
   if [[ ! -x "$venv/bin/python" ]]; then
     python=$(find_python)
     say "making $venv with $("$python" --version)"

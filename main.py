@@ -241,6 +241,8 @@ def main(argv: list[str]) -> None:
   if FLAGS.mode == "encode":
     distributed.start()
     config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
+    if not (FLAGS.images or FLAGS.texts):
+      raise UserError("--mode=encode needs --images=SOURCE or --texts=SOURCE.")
     if FLAGS.images and FLAGS.texts:
       raise UserError("--images and --texts are both given; choose one.")
     package = "seqmatch_jax" if FLAGS.texts else "ism_jax"

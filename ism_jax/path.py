@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from train_jax.errors import UserError
 
@@ -56,8 +57,14 @@ def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) 
 
 
 def check_labels(labels: Sequence[int], classes: int) -> None:
-  """Raises UserError unless every label is a class."""
-  for label in labels:
+  """Raises UserError unless there are labels, and every one is a class."""
+  labels = np.asarray(labels)
+  if not labels.size or labels.dtype.kind not in "iu":
+    raise UserError(
+      f"labels={labels.tolist()} must be whole numbers, at least one; the classes are 0 to "
+      f"{classes - 1}."
+    )
+  for label in labels.flat:
     if not 0 <= label < classes:
       raise UserError(f"label {label} is out of range: the classes are 0 to {classes - 1}.")
 

@@ -79,7 +79,7 @@ class Pretrained:
 
   def sample(
     self,
-    labels: Sequence[int],
+    labels: int | Sequence[int],
     nfe: int = 4,
     guidance: float = 0.0,
     seed: int = 0,
@@ -102,6 +102,7 @@ class Pretrained:
       UserError: the model was not trained for what is asked.
     """
     path.check_settings((nfe,), (guidance,), self.w_max)
+    labels = np.atleast_1d(labels)
     path.check_labels(labels, len(self.names))
     return self.sampler(self.params, seed, labels, guidance, nfe, batch)
 

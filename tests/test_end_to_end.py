@@ -147,6 +147,7 @@ def test_ctrl_c_while_sampling_is_no_traceback(finished, tmp_path):
     ((CONFIG, "--config.backend=tpu"), ("tpu", "cpu")),
     ((CONFIG, "--config.model.patch=3"), ("patch", "3", "8")),
     ((CONFIG, "--config.batch=0"), ("batch=0",)),
+    ((CONFIG, "--steps=10"), ("'steps'", "--config.KEY=VALUE")),
     ((CONFIG, "--config.optim.lr=-1"), ("optim.lr=-1", "above 0")),
     ((CONFIG, "--config.data.path=photos"), ("data.path='photos'", "data.source=folder")),
     (("--config=configs/none.py",), ("configs/none.py", "ism_digits")),

@@ -66,7 +66,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     if _config_file(argv) is None and any(arg.startswith("--config.") for arg in argv):
       raise UserError("--config.KEY=VALUE needs --config=configs/NAME.py beside it.") from err
     lines = [line for line in str(err).splitlines() if line.strip()]
-    raise UserError(lines[-1].removeprefix("ValueError: ")) from err
+    said = lines[-1].removeprefix("ValueError: ")
+    if isinstance(err, flags.UnrecognizedFlagError):
+      said += "; --help lists the options, and a config's keys are written --config.KEY=VALUE."
+    raise UserError(said) from err
   except OSError as err:
     known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "common"))
     raise UserError(

@@ -88,6 +88,8 @@ print(sorted({{name.partition(".")[0] for name in sys.modules}} & set({HEAVY!r}.
 @pytest.mark.parametrize(
   ("request_", "message"),
   [
+    ({"labels": []}, r"labels=\[\] must be whole numbers, at least one; the classes are 0 to 2\."),
+    ({"labels": [1.5]}, r"labels=\[1.5\] must be whole numbers"),
     ({"labels": [3]}, r"label 3 is out of range: the classes are 0 to 2\."),
     ({"labels": [0], "nfe": 3}, r"nfe=3 was not trained"),
     ({"labels": [0], "guidance": 2.5}, r"guidance=2.5 is outside the trained range 0 to 2"),
