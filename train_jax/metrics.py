@@ -178,7 +178,7 @@ def progress_bar(total: int | None, initial: int, active: bool = True, **kwargs)
 
 def watched(found: Iterator[tuple[str, Any]], active: bool = True) -> Iterator[tuple[str, Any]]:
   """Named values as they come; a bar shows the newest and how long it has taken."""
-  with progress_bar(None, 0, active, unit="value", desc="evaluating", leave=False) as bar:
+  with progress_bar(None, 0, active, unit=" values", desc="evaluating", leave=False) as bar:
     for name, value in found:
       bar.set_postfix_str(name, refresh=False)
       bar.update()

@@ -166,7 +166,7 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   record = json.loads((tmp_path / "evaluation.json").read_text())
   assert record["step"] == 2 and record["seed"] == 0 and record["samples"] == 64
   assert {"fd/nfe1_w0", "fd/nfe1_w0.5", "accuracy/nfe1_w0"} <= set(record)
-  assert (tmp_path / "grid.png").exists()
+  assert (tmp_path / "evaluation_grid.png").exists()  # grid.png is of --mode=sample
   assert config.eval.nfe == (1, 2)  # the caller's config is left alone
 
 
