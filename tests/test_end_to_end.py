@@ -133,7 +133,10 @@ def test_evaluation_needs_no_config(finished, tmp_path):
 
 def test_ctrl_c_while_sampling_is_no_traceback(finished, tmp_path):
   flags = ("--mode=sample", "--nfe=128", "--num=100000", f"--out={tmp_path}")
+  # What bash starts in the background is deaf to Ctrl-C, and so is all that it starts.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   process = start(f"--workdir={finished[0]}", *flags)
+  signal.signal(signal.SIGINT, before)
   assert process.stdout.readline().startswith("backend:")
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=300)
