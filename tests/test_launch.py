@@ -221,7 +221,7 @@ def test_a_signal_to_the_whole_group_is_one_signal_and_all_are_waited_for(proces
   """As Ctrl-C in a terminal: a second signal would end a run without its save."""
   done = processes(
     """trap 'told=$((told + 1))' INT TERM
-[[ $JAX_PROCESS_ID != 0 ]] || { sleep 0.5; kill -INT -- "-$(ps -o pgid= -p $PPID | tr -d ' ')"; }
+[[ $JAX_PROCESS_ID != 0 ]] || { sleep 0.5; kill -TERM -- "-$(ps -o pgid= -p $PPID | tr -d ' ')"; }
 for ((i = 0; i < 30; i++)); do sleep 0.1; done
 echo told $told times""",
     2,
