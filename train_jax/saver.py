@@ -49,7 +49,11 @@ def _fetch(sums: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
 
 
 def check_writable(workdir: Path, flag: str = "--workdir") -> None:
-  """Raises UserError unless this process can write into `flag`, or make it; makes nothing."""
+  """Raises UserError unless this process can write into `workdir`, or make it; makes nothing.
+
+  Args:
+    workdir: the directory that the option `flag` names.
+  """
   there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
   probe = there / f".write-{socket.gethostname()}-{os.getpid()}"
   try:
