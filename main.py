@@ -113,7 +113,7 @@ def method_module(config):
   return importlib.import_module(names[config.method])
 
 
-def make_given(config: ConfigDict, facts: dict) -> dict:
+def make_given(config: ConfigDict, facts: dict, devices) -> dict:
   """The parameters that a fresh run begins with instead of drawn ones, by name.
 
   They are those of `config.init_from`; if it is empty, the pretrained ones of a method that has
@@ -130,7 +130,7 @@ def make_given(config: ConfigDict, facts: dict) -> dict:
   convert = None
   if hasattr(module, "convert"):
     convert = functools.partial(module.convert, config=config)
-  trained = start.read(config.init_from, config.method, abstract, convert)
+  trained = start.read(config.init_from, config.method, abstract, devices, convert)
   run = {"config": config.to_dict(), "facts": facts}
   start.check_alike(trained, run, module.SAME)
   given, line = start.choose(trained, abstract(config, facts), module.FRESH)
@@ -147,7 +147,7 @@ def make_optimizer(config: ConfigDict):
 
 
 def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
-  """Compiles the train step, and the sampler if the method has one, for `topology`; prints."""
+  """Compiles the train step and the sampler for `topology`; prints what they take."""
   chip = aot.CHIPS.get(topology.partition(":")[0])
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor, aot.find_devices(topology))
   mesh.check_batch(config.batch, devices)
@@ -161,9 +161,8 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
   tx, decays = make_optimizer(config), dict(config.ema)
   programs = [aot.compile_step(method, tx, decays, config.optim.clip, position, devices, chip)]
   print(aot.describe(programs[0], chip), flush=True)
-  if hasattr(module, "sampler_program"):
-    programs.append(module.sampler_program(config, facts, devices, chip))
-    print(aot.describe(programs[1], chip), flush=True)
+  programs.append(module.sampler_program(config, facts, devices, chip))
+  print(aot.describe(programs[1], chip), flush=True)
   print(aot.ASSUMPTIONS)
   return programs
 
@@ -186,7 +185,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     config_lib.check_same(known, saved["facts"], workdir)
 
   record = {"config": config.to_dict(), "facts": facts}
-  given = {} if saved else make_given(config, facts)
+  given = {} if saved else make_given(config, facts, devices)
   check_writable(workdir)
   complete = loop.train(
     method, make_optimizer(config), dict(config.ema), settings, devices, workdir, record, given
@@ -207,9 +206,9 @@ def use_checkpoint(workdir: Path) -> None:
   config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
   module = method_module(config)
 
-  def load():
+  def load(devices):
     init = module.make_network(config, facts)[0]
-    return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)))
+    return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)), devices)
 
   check_flags(config.method)
   mode = getattr(module, f"{FLAGS.mode}_mode", None)

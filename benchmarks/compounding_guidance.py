@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ml_collections import ConfigDict
 
 from ism_jax import method, path
+from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 
 matplotlib.use("Agg")
@@ -97,7 +98,9 @@ def main(workdir: Path, w: float, num: int, finest: int) -> None:
   saved = checkpoints.require_meta()
   config, facts = ConfigDict(saved["config"]), saved["facts"]
   init, apply = method.make_network(config, facts)
-  params, _ = checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)))
+  params, _ = checkpoints.restore_ema(
+    "sample", jax.eval_shape(init, jax.random.key(0)), mesh_lib.make_mesh()
+  )
   classes = len(facts["names"])
   label = jnp.arange(num) % classes
   x0 = path.draw_noise(jax.random.key(0), jnp.arange(num), tuple(facts["shape"]))

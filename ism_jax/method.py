@@ -254,19 +254,20 @@ def _settings(config, flags, nfe, guidance) -> list[tuple[int, float]]:
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=sample`: see evaluate.write_samples. `load() -> (params, step)` is called last."""
+  """`--mode=sample`: see evaluate.write_samples. `load(mesh) -> (params, step)` is called last."""
   settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
   labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
   path.check_labels(labels, len(names))
   _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
-  sampler = sample.make_sampler(apply, tuple(facts["shape"]))
+  mesh = mesh_lib.fitting(**config.mesh)
+  sampler = sample.make_sampler(apply, tuple(facts["shape"]), mesh)
   if "vae" in facts:
     if not flags.vae:
       raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
     sampler = latents.decoding(sampler, flags.vae, facts["vae"])
   elif flags.vae:
     raise UserError(f"--vae={flags.vae} decodes latents, and this run makes images; leave it out.")
-  params, _ = load()
+  params, _ = load(mesh)
   labels = np.resize(np.array(labels, np.int32), flags.num or 64)
   evaluate.write_samples(sampler, params, names, settings, labels, flags.seed, out)
 
@@ -274,7 +275,8 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
 def export_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=export`: the `sample` average as files that `ism_jax.load_pretrained` reads."""
   del flags
-  params, step = load()
+  params, step = load(mesh_lib.fitting(**config.mesh))
+  params = jax.tree.map(mesh_lib.fetch, params)
   if jax.process_index():
     return
   run = {"config": config.to_dict(), "facts": facts}
@@ -297,21 +299,19 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
   _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
-  protocol, mesh = evaluators.make_protocol(config, flags), mesh_lib.make_mesh()
+  protocol, mesh = evaluators.make_protocol(config, flags), mesh_lib.fitting(**config.mesh)
   if protocol:
     n = flags.num or 50_000
     check_number(protocol.metrics, n)
     large = evaluators.make_benchmark(protocol, facts, apply, mesh)
-    params, step = load()
-    params = mesh_lib.replicate(params, mesh)
+    params, step = load(mesh)
     return benchmark.report(large, params, step, settings, n, out, flags.save_samples)
   if "vae" in facts:
     raise UserError(
       "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
     )
   run = evaluators.make_evaluate(config, make_source(config), facts, apply, mesh)
-  params, step = load()
-  params = mesh_lib.replicate(params, mesh)
+  params, step = load(mesh)
   out.mkdir(parents=True, exist_ok=True)
   found = watched(run(params, step, final=True), active=jax.process_index() == 0)
   found, results = dict(found), {}

@@ -85,7 +85,9 @@ class Pretrained:
     seed: int = 0,
     batch: int = 256,
   ) -> np.ndarray:
-    """One image for each label, those of `--mode=sample` at the same seed, bit for bit.
+    """One image for each label, those of `--mode=sample` at the same seed.
+
+    Bit for bit where that uses one device too; several share a batch out and may round otherwise.
 
     Args:
       labels: [n] classes by number.

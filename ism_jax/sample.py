@@ -42,7 +42,7 @@ def make_sampler(
   for, and the same i starts from the same noise at every nfe and w.
 
   Args:
-    mesh: of the devices that share the images out; None for one device.
+    mesh: of the devices that share the images out; None for one.
   """
 
   def chunk(params, rng, index, label, w, nfe):
@@ -50,7 +50,7 @@ def make_sampler(
     x0 = mesh_lib.by_rows(draw_noise(rng, index, shape))
     return integrate(apply, params, x0, label, w, nfe)
 
-  chunk = jax.jit(mesh_lib.within(mesh, chunk) if mesh else chunk)
+  chunk = mesh_lib.jit(chunk, mesh)
 
   def sample(params, seed: int, labels, w, nfe: int, batch: int = 256, progress=None) -> np.ndarray:
     """labels [n] int, w a number or [n] -> float32 images [n, h, w, c], in [-1, 1] by training."""
@@ -61,7 +61,7 @@ def make_sampler(
       index = np.arange(start, start + batch, dtype=np.int32)
       rows = np.minimum(index, len(labels) - 1)  # the last batch is filled up
       out = chunk(params, rng, index, labels[rows], w[rows], nfe)
-      images.append(mesh_lib.fetch(out)[: len(labels) - start])
+      images.append(np.asarray(out)[: len(labels) - start])
       if progress is not None:
         progress(len(images[-1]))
     return np.concatenate(images)

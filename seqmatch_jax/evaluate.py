@@ -9,14 +9,15 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from seqmatch_jax.actions import Noise, replay, tree
 from seqmatch_jax.data import Encoded
 from seqmatch_jax.loss import LossConfig, loss
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
+from train_jax import mesh as mesh_lib
 
 TEMPERATURES = {"greedy": 0.0, "T=1": 1.0, "T=0.5": 0.5}
 
@@ -100,29 +101,31 @@ def force_error(
   return out
 
 
-def make_total(apply: Callable, config: LossConfig) -> Callable:
+def make_total(apply: Callable, config: LossConfig, mesh: Mesh | None = None) -> Callable:
   """Returns `total(params, rows)`: the actions' summed log-likelihood in nats, and their number.
 
   Under the policy, of those that carry weight, <eos> too; of `config`, whether it may erase counts.
+  The devices of `mesh` share the rows out.
   """
   plain = LossConfig("chi2", 0.0, 1.0, config.backspace)
 
-  @jax.jit
   def total(params, rows):
     logits = apply(params, rows["token"], rows["position"], rows["end"])
     count = rows["weight"].sum()
     return -loss(plain, logits, rows)[0] * jnp.maximum(count, 1.0), count
 
-  return total
+  return mesh_lib.jit(total, mesh)
 
 
-def make_likelihood(apply: Callable, config: LossConfig, batch: int) -> Callable:
+def make_likelihood(
+  apply: Callable, config: LossConfig, batch: int, mesh: Mesh | None = None
+) -> Callable:
   """Returns `likelihood(params, data) -> float`, which computes `batch` examples at a time.
 
   That is the mean log-likelihood of an answer's actions under the policy, in nats an action, <eos>
   too.
   """
-  total = make_total(apply, config)
+  total = make_total(apply, config, mesh)
 
   def likelihood(params, data: Encoded) -> float:
     made = tree(data.prompt, data.prompt_length, data.answer, data.nodes(Noise()))
@@ -132,7 +135,7 @@ def make_likelihood(apply: Callable, config: LossConfig, batch: int) -> Callable
       index = np.arange(start, start + batch)
       rows = {name: x[index % len(x)] for name, x in made.items()}
       rows["weight"] = rows["weight"] * (index < len(data.answer))[:, None]
-      sums += np.array(total(params, jax.tree.map(jnp.asarray, rows)))
+      sums += np.array(total(params, rows))
     return float(sums[0] / sums[1])
 
   return likelihood

@@ -23,7 +23,8 @@ from ml_collections import ConfigDict
 from seqmatch_jax import buffer, export, loss, model, questions, rollout, sample, show, text, tokens
 from seqmatch_jax.actions import Noise, tree
 from seqmatch_jax.model import make_given, make_network  # noqa: F401  main.py asks for them here
-from train_jax import json_files, lora
+from train_jax import aot, json_files, lora
+from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import table, watched
 from train_jax.step import Method
@@ -101,7 +102,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   facts = model.make_facts(config, task.facts)
   model.read(config, facts)  # what does not fit is refused before anything is computed
   network = make_network(config, facts)
-  generate = rollout.make_rollout(network, make_limits(facts))
+  generate = rollout.make_rollout(network, make_limits(facts))  # inside the step
   schedule, memory = config.loss, config.buffer
 
   def init(key):
@@ -161,7 +162,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     yield from itertools.islice(plain, max(schedule.warmup - position, 0))
     yield from task.stream(noise, seed, max(position, schedule.warmup))
 
-  evaluate = task.evaluate(network, generate, loss_config)
+  evaluate = task.evaluate(
+    network, rollout.make_rollout(network, make_limits(facts), mesh), loss_config
+  )
 
   def measure(params, step: int, final: bool, *frozen):
     return evaluate(lora.join(params, *frozen), step, final)
@@ -170,10 +173,31 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   return Method(init, loss_fn, augment, stream, measure, frozen), facts
 
 
+def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
+  """For `--mode=compile`: generation as `--mode=sample` does it, `config.batch` rows at a time."""
+  network, prompt = make_network(config, facts), task_of(config).ask(config, facts, [], 1).prompt
+  generate = rollout.make_rollout(network, make_limits(facts))
+  key = jax.eval_shape(jax.random.key, 0)
+  shapes = jax.eval_shape(lambda key: lora.join(network.init(key), network.frozen(key)), key)
+  params = mesh_lib.lay_out(shapes, mesh)
+  rows = jax.ShapeDtypeStruct((config.batch,), np.int32)
+  prompts = jax.ShapeDtypeStruct((config.batch, prompt.shape[1]), np.int32)
+  return aot.compile_program(
+    "generation, the prompts and one action",
+    mesh_lib.within(mesh, generate),
+    (params, prompts, rows, key, rows),
+    {"parameters": params},
+    mesh.size,
+    chip,
+    out_shardings=mesh_lib.everywhere(mesh),
+  )
+
+
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=sample`: goes on from prompts, erasures visible; `load() -> (params, step)` is late.
+  """`--mode=sample`: goes on from prompts, erasures visible.
 
   Prints a line for each and writes generations.html and generations.json into `out`.
+  `load(mesh) -> (params, step)` is called last.
   """
   if flags.stream and jax.process_count() > 1:
     raise UserError("--stream types into one terminal, for one process; leave it out.")
@@ -188,13 +212,14 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     "top_p": flags.top_p,
   }
   network, limits = make_network(config, facts), make_limits(facts)
-  params, step = model.load_whole(config, facts, load)
+  mesh = mesh_lib.fitting(**config.mesh)
+  params, step = model.load_whole(config, facts, load, mesh)
   key = jax.random.key(flags.seed)
   if flags.stream:
-    stream = rollout.make_stream(network, limits, sample.EVERY)
+    stream = rollout.make_stream(network, limits, sample.EVERY, mesh)
     typed, seconds = sample.live(stream, params, asked, vocab, key, settings, task.GAP)
   else:
-    generate = rollout.make_rollout(network, limits)
+    generate = rollout.make_rollout(network, limits, mesh)
     typed, seconds = sample.together(generate, params, asked, vocab, key, settings, config.batch)
   if jax.process_index():  # every process has all of it
     return
@@ -220,9 +245,11 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   if flags.features:
     config.eval.features = flags.features
   network, loss_config = make_network(config, facts), make_loss_config(config)
-  generate = rollout.make_rollout(network, make_limits(facts))
-  run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config)
-  params, step = model.load_whole(trained, facts, load)  # drawn parameters are of its own seed
+  mesh = mesh_lib.fitting(**config.mesh)
+  generate = rollout.make_rollout(network, make_limits(facts), mesh)
+  run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config, mesh)
+  # Of the config as it was: drawn parameters are of its own seed.
+  params, step = model.load_whole(trained, facts, load, mesh)
   results = dict(watched(run(params, step, True), active=jax.process_index() == 0))
   if jax.process_index():  # every process has all of it
     return
@@ -243,7 +270,7 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
     )
   if out.resolve() == Path(config.pretrained).expanduser().resolve():
     raise UserError(f"--out={out} is what the run began from; choose another directory.")
-  params, step = model.load_whole(config, facts, load)
+  params, step = model.load_whole(config, facts, load, mesh_lib.fitting(**config.mesh))
   sizes, vocab = model.make_sizes(config, facts), tokens.from_facts(facts)
   export.write(out, params, sizes, vocab, config.pretrained)
   if jax.process_index() == 0:

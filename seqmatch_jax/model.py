@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import jax
+from jax.sharding import Mesh
 
 from seqmatch_jax import pretrained, tokens, transformer
 from seqmatch_jax.sizes import TransformerConfig
@@ -106,10 +107,14 @@ def make_frozen(config, facts: dict) -> Frozen | None:
   return Frozen(shapes, make)
 
 
-def load_whole(config, facts: dict, load) -> tuple[dict, int]:
-  """(all of the network's parameters, step) of a checkpoint; `load() -> (those learned, step)`."""
-  params, step = load()
+def load_whole(config, facts: dict, load, mesh: Mesh) -> tuple[dict, int]:
+  """(all of the network's parameters, step) of a checkpoint, laid out on `mesh`.
+
+  Args:
+    load: mesh -> (those learned, step).
+  """
+  params, step = load(mesh)
   if frozen := make_frozen(config, facts):
-    shardings = mesh_lib.state_sharding(frozen.shapes, mesh_lib.make_mesh())
+    shardings = mesh_lib.state_sharding(frozen.shapes, mesh)
     params = lora.join(params, frozen.make(shardings))
   return params, step

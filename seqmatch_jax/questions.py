@@ -76,14 +76,14 @@ def make_task(config, mesh) -> Task:
     return data.stream(known, noise, config.batch, rows, seed, position, lanes)
 
   def measure(network, generate, loss_config):
-    return _evaluate(config, asked, network, generate, loss_config, facts["max_actions"])
+    return _evaluate(config, asked, network, generate, loss_config, facts, mesh)
 
   return Task(facts, known.prompt.shape[1], config.batch, stream, measure)
 
 
-def _evaluate(config, asked: Encoded, network, generate, loss_config, max_actions: int):
+def _evaluate(config, asked: Encoded, network, generate, loss_config, facts: dict, mesh):
   """`Method.evaluate`: all test examples at the end, a quarter of them on the way."""
-  likelihood = evaluate.make_likelihood(network.apply, loss_config, config.batch)
+  likelihood = evaluate.make_likelihood(network.apply, loss_config, config.batch, mesh)
 
   def run(params, step: int, final: bool):
     del step
@@ -91,7 +91,7 @@ def _evaluate(config, asked: Encoded, network, generate, loss_config, max_action
 
     def actions(temperature, backspace, forced, seed):
       if forced is None:  # an array in any case: one compilation serves all
-        forced = np.zeros((len(few.answer), max_actions), np.int32)
+        forced = np.zeros((len(few.answer), facts["max_actions"]), np.int32)
       key, row = jax.random.key(seed), np.arange(len(few.answer))
       made = generate(
         params, few.prompt, few.prompt_length, key, row, temperature, backspace, forced=forced
@@ -104,10 +104,10 @@ def _evaluate(config, asked: Encoded, network, generate, loss_config, max_action
   return run
 
 
-def make_evaluate(config, facts: dict, network, generate, loss_config):
+def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
   """(`Method.evaluate`, number of test examples)."""
   asked = data.encode(make_examples(config)[1], tokens.from_facts(facts), config.data.context)
-  run = _evaluate(config, asked, network, generate, loss_config, facts["max_actions"])
+  run = _evaluate(config, asked, network, generate, loss_config, facts, mesh)
   return run, len(asked.answer)
 
 

@@ -20,9 +20,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from seqmatch_jax.transformer import Network
+from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
 
@@ -236,7 +238,9 @@ def make_settings(
   return Settings(key, jnp.asarray(row), *switches, jnp.asarray(forced), most)
 
 
-def make_rollout(network: Network, config: RolloutConfig) -> Callable[..., Rollout]:
+def make_rollout(
+  network: Network, config: RolloutConfig, mesh: Mesh | None = None
+) -> Callable[..., Rollout]:
   """Returns `rollout(params, prompt, length, key, row, ...)`: continues prompts in one go.
 
   It goes on until each has its <eos>, or `max_actions`. A row's trajectory depends on its prompt,
@@ -254,15 +258,25 @@ def make_rollout(network: Network, config: RolloutConfig) -> Callable[..., Rollo
     forced: int32 [b, a], actions that are played at these times instead of the model's choice;
       PAD where it is free. The rules hold (`legal`), what the model may not repeat does not.
     top_k, top_p: what is drawn is among the likeliest actions only, see `nucleus`.
+
+  Args:
+    mesh: of the devices that share the rows out, each of which then has all that was made; None
+      leaves that to whoever traces it.
   """
   begin, advance = make_steps(network, config)
 
-  @jax.jit
   def run(params, prompt, prompt_length, settings: Settings) -> Rollout:
+    n, (row, forced) = len(prompt), (settings.row, settings.forced)
+    rows = mesh_lib.fill_rows((prompt, prompt_length, row, forced))
+    prompt, prompt_length, row, forced = rows
+    settings = settings._replace(row=row, forced=forced)
     state = begin(params, prompt, prompt_length)
     made = advance(params, state, prompt_length, settings, config.max_actions).rollout
     inside = jnp.arange(config.max_length) < made.length[:, None]
-    return made._replace(tokens=jnp.where(inside, made.tokens, PAD))
+    made = made._replace(tokens=jnp.where(inside, made.tokens, PAD))
+    return jax.tree.map(lambda x: x[:n], made)
+
+  run = mesh_lib.jit(run, mesh)
 
   def rollout(params, prompt, length, key, row, *args, **kwargs) -> Rollout:
     return run(params, prompt, length, make_settings(config, key, row, *args, **kwargs))
@@ -270,12 +284,16 @@ def make_rollout(network: Network, config: RolloutConfig) -> Callable[..., Rollo
   return rollout
 
 
-def make_stream(network: Network, config: RolloutConfig, every: int) -> Callable[..., Iterator]:
+def make_stream(
+  network: Network, config: RolloutConfig, every: int, mesh: Mesh | None = None
+) -> Callable[..., Iterator]:
   """Returns `stream`: what `make_rollout` returns, but an iterator.
 
   It yields the new actions int32 [b, n], n <= `every`, as soon as they are made.
   """
   begin, advance = make_steps(network, config)
+  if mesh:  # not mesh_lib.jit: the state stays spread over the devices
+    begin, advance = mesh_lib.within(mesh, begin), mesh_lib.within(mesh, advance)
   begin, advance = jax.jit(begin), jax.jit(advance, donate_argnums=1)
 
   def stream(params, prompt, length, key, row, *args, **kwargs) -> Iterator[np.ndarray]:

@@ -3,7 +3,7 @@
 A task is a module with constants for `--mode=sample` (see questions.py) and three functions:
 
     make_task(config, mesh) -> Task
-    make_evaluate(config, facts, network, generate, loss_config) -> (evaluate, how many are asked)
+    make_evaluate(config, facts, network, generate, loss_config, mesh) -> (evaluate, number asked)
     ask(config, facts, texts given or [], count) -> Asked, for --mode=sample
 """
 

@@ -115,14 +115,15 @@ def make_task(config, mesh) -> Task:
     return packing.stream(packed, noise, config.batch, rows, seed, position)
 
   def measure(network, generate, loss_config):
-    return _evaluate(config, _pack(config, test, vocab), vocab, network, generate, loss_config)
+    held = _pack(config, test, vocab)
+    return _evaluate(config, held, vocab, network, generate, loss_config, mesh)
 
   return Task(facts, 1 + config.data.prompt, config.batch, stream, measure)
 
 
-def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config):
+def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config, mesh):
   """`Method.evaluate`: all that is held out at the end, a quarter of it on the way."""
-  total = evaluate.make_total(network.apply, loss_config)
+  total = evaluate.make_total(network.apply, loss_config, mesh)
   features = text_features.load(config.eval.features, vocab) if config.eval.features else None
   settings = {"T=1": (loss_config.backspace, None), "p=0.95": (loss_config.backspace, 0.95)}
   if loss_config.backspace:
@@ -162,7 +163,7 @@ def beginnings(held: packing.Packed, count: int) -> tuple[np.ndarray, np.ndarray
   return held.prompts(first[np.arange(count) % len(first)])
 
 
-def make_evaluate(config, facts: dict, network, generate, loss_config):
+def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
   """(`Method.evaluate`, number of generations)."""
   train, test, vocab = open_documents(config.data, tokens.from_facts(facts))
   if len(train.length) != facts["documents"]:
@@ -172,7 +173,7 @@ def make_evaluate(config, facts: dict, network, generate, loss_config):
       "texts '' are) of that time back."
     )
   held = _pack(config, test, vocab)
-  run = _evaluate(config, held, vocab, network, generate, loss_config)
+  run = _evaluate(config, held, vocab, network, generate, loss_config, mesh)
   return run, config.eval.samples
 
 

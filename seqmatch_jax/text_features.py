@@ -61,7 +61,12 @@ def load(path: str, vocab: Vocab | TextVocab) -> Features:
         f"{min(unknown)!r}; give one on these texts, or a folder of GPT-2's weights."
       )
   abstract = jax.eval_shape(network.init, jax.random.key(0))
-  params, _ = model.load_whole(config, facts, lambda: checkpoints.restore_ema("sample", abstract))
+  params, _ = model.load_whole(
+    config,
+    facts,
+    lambda mesh: checkpoints.restore_ema("sample", abstract, mesh),
+    mesh_lib.fitting(**config.mesh),
+  )
   checkpoints.close()
   return make_features(network.features, params, mine, last=False)
 

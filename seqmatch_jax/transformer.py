@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from seqmatch_jax.actions import visible
 from seqmatch_jax.sizes import TransformerConfig
@@ -243,7 +244,7 @@ def make_network(config: TransformerConfig) -> Network:
   def make_cache(batch: int, length: int) -> list[tuple[jax.Array, jax.Array]]:
     config.check_length(length)
     shape = (batch, config.kv_heads or config.heads, length, config.head)
-    empty = jnp.zeros(shape, config.dtype)
+    empty = by_rows(jnp.zeros(shape, config.dtype), rest=PartitionSpec.UNCONSTRAINED)
     return [(empty, empty)] * config.depth
 
   def extend(params, cache, token, start):

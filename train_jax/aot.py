@@ -226,22 +226,29 @@ def compile_step(
   )
 
 
+def in_bytes(size: float) -> str:
+  """A number of bytes with its unit, in twelve characters or more."""
+  for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
+    if size >= 0.1 * 1024**power:
+      return f"{size / 1024**power:9.3f} {unit}"
+  return f"{size:9.0f} B"
+
+
 def describe(program: Program, chip: Chip | None) -> str:
   """The program's numbers, a line each."""
   rows = [f"{program.name}: compiled in {program.seconds:.0f} s"]
-  rows += [
-    f"  {name:<12} {size / GIB:9.3f} GiB" for name, size in program.arguments.items() if size
-  ]
+  rows += [f"  {name:<18} {in_bytes(size)}" for name, size in program.arguments.items() if size]
   verdict = "fits" if program.fits else "DOES NOT FIT"
   limit = f" of {chip.memory / GIB:.0f} GiB: {verdict}" if chip else ""
-  rows.append(f"  {'memory peak':<12} {program.peak / GIB:9.3f} GiB{limit}")
-  rows.append(f"  {'FLOPs':<12} {program.flops / 1e12:9.3f} TFLOP")
-  rows += [f"  {kind:<18} {size / GIB:.3f} GiB" for kind, size in sorted(program.received.items())]
+  rows.append(f"  {'memory peak':<18} {in_bytes(program.peak)}{limit}")
+  flops, unit = (program.flops / 1e12, "T") if program.flops > 1e11 else (program.flops / 1e9, "G")
+  rows.append(f"  {'FLOPs':<18} {flops:9.3f} {unit}FLOP")
+  rows += [f"  {kind:<18} {in_bytes(size)}" for kind, size in sorted(program.received.items())]
   if chip and program.fits:
     compute, memory, network = program.estimate(chip)
     total = max(compute, memory) + network
     rows.append(
-      f"  {'estimate':<12} {1e3 * total:9.1f} ms = max(compute {1e3 * compute:.1f}, memory "
+      f"  {'estimate':<18} {1e3 * total:9.1f} ms = max(compute {1e3 * compute:.1f}, memory "
       f"{1e3 * memory:.1f}) + network {1e3 * network:.1f}"
     )
   return "\n".join(rows)

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from train_jax import checksum, stored
 from train_jax import mesh as mesh_lib
@@ -179,8 +179,8 @@ class Checkpoints:
     self._saver.good = meta["step"]
     return _state(items), meta
 
-  def restore_ema(self, name: str, abstract: PyTree) -> tuple[PyTree, int]:
-    """One average of the newest good step, whole on every device, and that step's number.
+  def restore_ema(self, name: str, abstract: PyTree, mesh: Mesh) -> tuple[PyTree, int]:
+    """One average of the newest good step, laid out on `mesh` by the rule, and that step's number.
 
     Reads nothing else.
 
@@ -188,10 +188,5 @@ class Checkpoints:
       UserError: nothing is stored here, or nothing good.
     """
     self.require_meta()
-    # Without a layout Orbax takes the stored one, which needs as many devices as the run had.
-    everywhere = NamedSharding(mesh_lib.make_mesh(), PartitionSpec())
-    abstract = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract
-    )
-    items, meta, _ = self._newest({f"ema_{name}": abstract})
+    items, meta, _ = self._newest({f"ema_{name}": mesh_lib.lay_out(abstract, mesh)})
     return items[f"ema_{name}"], meta["step"]

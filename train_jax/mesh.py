@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -76,6 +77,18 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Me
   return Mesh(arrange(devices or jax.devices(), fsdp, tensor), AXES, axis_types=kinds)
 
 
+def fitting(fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
+  """The mesh of a run, as far as the devices here can have it: to use the run on fewer, or on more.
+
+  Where they are as many as in training, a model that could be trained can be used; one device has
+  it whole.
+  """
+  found = devices or jax.devices()
+  each = len(found) // len({getattr(d, "slice_index", 0) for d in found})
+  tensor = math.gcd(tensor, each)
+  return make_mesh(math.gcd(fsdp, len(found) // tensor), tensor, found)
+
+
 def param_spec(shape: tuple[int, ...], fsdp: int, tensor: int = 1) -> PartitionSpec:
   """The one rule: `tensor` splits the largest dimension that it divides, `fsdp` the next one.
 
@@ -109,6 +122,11 @@ def lay_out(abstract, mesh: Mesh):
   )
 
 
+def everywhere(mesh: Mesh) -> NamedSharding:
+  """The whole of an array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading dimension of every batch array is split over `fsdp` and `data`."""
   return NamedSharding(mesh, ROWS)
@@ -125,16 +143,41 @@ def within(mesh: Mesh, fn: Callable) -> Callable:
   return run
 
 
-def by_rows(x: jax.Array) -> jax.Array:
+def jit(fn: Callable, mesh: Mesh | None) -> Callable:
+  """`fn`, compiled `within` the mesh, where there is one; every device gets all that it returns."""
+  if mesh is None:
+    return jax.jit(fn)
+  return jax.jit(within(mesh, fn), out_shardings=everywhere(mesh))
+
+
+def by_rows(x: jax.Array, rest=None) -> jax.Array:
   """x [b, ...], held to be split by rows as the batch is; as it comes outside `within`.
 
   Between layers it keeps the compiler from splitting activations as the next layer's parameters
   are, and so from moving activations where it should gather parameters.
+
+  Args:
+    rest: of the other dimensions: None, not split; PartitionSpec.UNCONSTRAINED, as comes out best.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or x.shape[0] % batch_parts(mesh):
     return x
-  return jax.lax.with_sharding_constraint(x, ROWS)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*ROWS, *(rest,) * (x.ndim - 1)))
+
+
+def fill_rows(tree):
+  """Arrays [n, ...], their last row repeated until `by_rows` can split them.
+
+  As they are where there are fewer rows than parts, and outside `within`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = 1 if mesh.empty else batch_parts(mesh)
+
+  def fill(x: jax.Array) -> jax.Array:
+    missing = -len(x) % parts if len(x) >= parts else 0
+    return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), mode="edge")
+
+  return jax.tree.map(lambda x: by_rows(fill(x)), tree)
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -198,4 +241,4 @@ def to_local(array: jax.Array) -> np.ndarray:
 
 def replicate(tree, mesh: Mesh):
   """The same arrays on every device of the mesh."""
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  return jax.device_put(tree, everywhere(mesh))

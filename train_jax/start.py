@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from train_jax import exported
 from train_jax.checkpoint import Checkpoints
 from train_jax.config import flatten as flatten_config
 from train_jax.errors import UserError
+from train_jax.mesh import fetch
 from train_jax.state import flatten
 from train_jax.weights import Weights
 
@@ -34,11 +36,14 @@ class Trained(NamedTuple):
   run: dict[str, Any]
 
 
-def read(path: str, method: str, make_network: Callable, convert: Callable | None) -> Trained:
+def read(
+  path: str, method: str, make_network: Callable, mesh: Mesh, convert: Callable | None
+) -> Trained:
   """The trained network at `path`: an exported model, a working directory, or a file.
 
   Args:
     make_network: (config dict, facts) -> abstract parameters of that run's network.
+    mesh: over which a run's parameters are spread while they are read.
     convert: Weights -> tensors by our names, for a method that knows published weights.
 
   Raises:
@@ -63,9 +68,9 @@ def read(path: str, method: str, make_network: Callable, convert: Callable | Non
       f"init_from={path!r} is a run of method {found!r} and this one is {method!r}; give a run of "
       "the same method."
     )
-  params, step = checkpoints.restore_ema("sample", make_network(run["config"], run["facts"]))
+  params, step = checkpoints.restore_ema("sample", make_network(run["config"], run["facts"]), mesh)
   checkpoints.close()
-  tensors = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+  tensors = {name: fetch(leaf) for name, leaf in flatten(params).items()}
   return Trained(f"{path} (step {step})", tensors, run)
 
 

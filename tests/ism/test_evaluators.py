@@ -39,7 +39,7 @@ def test_evaluate_mode_by_the_command_line(digits, files, tmp_path, capsys):
   params = ism.make_network(get_config(), facts)[0](jax.random.key(0))
   flags = SimpleNamespace(**FLAGS, **digits, save_samples=True)
   out = tmp_path / "out"
-  ism.evaluate_mode(get_config(), facts, lambda: (params, 7), flags, out)
+  ism.evaluate_mode(get_config(), facts, lambda mesh: (params, 7), flags, out)
 
   record = json.loads((out / "benchmark.json").read_text())
   assert (record["step"], record["samples"], record["seed"]) == (7, 40, "3")
@@ -66,7 +66,7 @@ def test_evaluate_mode_by_the_config(digits, tmp_path):
   params = ism.make_network(config, facts)[0](jax.random.key(0))
   changes = {"nfe": None, "guidance": None, "metrics": None, "save_samples": False}
   flags = SimpleNamespace(**{**FLAGS, **digits, **changes})
-  ism.evaluate_mode(config, facts, lambda: (params, 7), flags, tmp_path)
+  ism.evaluate_mode(config, facts, lambda mesh: (params, 7), flags, tmp_path)
   record = json.loads((tmp_path / "benchmark.json").read_text())
   assert set(record["results"]) == {"fid@40/nfe2_w0.5"}
 
@@ -84,7 +84,7 @@ def test_evaluate_mode_by_the_config(digits, tmp_path):
   ],
 )
 def test_evaluate_mode_refuses_before_anything_is_loaded(changes, message, digits, tmp_path):
-  def load():
+  def load(mesh):
     raise AssertionError("loaded a checkpoint for a request that cannot be met")
 
   facts = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}

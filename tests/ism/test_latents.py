@@ -373,4 +373,4 @@ def test_sampling_latents_asks_for_the_decoder(made, tmp_path):
   flags = SimpleNamespace(nfe=["1"], guidance=None, labels=None, num=4, seed=0, vae=None)
   config = get_config("unused")
   with pytest.raises(UserError, match=r"--vae=FILE is missing: this run's samples are latents"):
-    ism.sample_mode(config, made[1], lambda: None, flags, tmp_path)
+    ism.sample_mode(config, made[1], lambda mesh: None, flags, tmp_path)

@@ -150,7 +150,7 @@ FLAGS = {"nfe": None, "guidance": None, "labels": None, "num": 6, "seed": 0, "va
 def test_sample_mode_writes_what_was_asked_for(default, tmp_path):
   _, facts, params = default
   flags = SimpleNamespace(**{**FLAGS, "nfe": ["1", "2"], "guidance": ["0.5"], "labels": ["3", "5"]})
-  ism.sample_mode(get_config(), facts, lambda: (params, 2), flags, tmp_path)
+  ism.sample_mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
   with np.load(tmp_path / "samples.npz") as saved:
     np.testing.assert_array_equal(saved["labels"], [3, 5, 3, 5, 3, 5] * 2)
     np.testing.assert_array_equal(saved["nfe"], [1] * 6 + [2] * 6)
@@ -162,7 +162,7 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   _, facts, params = default
   config = get_config()
   flags = SimpleNamespace(**{**FLAGS, "nfe": ["1"], "guidance": ["0.5"], "num": None})
-  ism.evaluate_mode(config, facts, lambda: (params, 2), flags, tmp_path)
+  ism.evaluate_mode(config, facts, lambda mesh: (params, 2), flags, tmp_path)
   record = json.loads((tmp_path / "evaluation.json").read_text())
   assert record["step"] == 2 and record["seed"] == 0 and record["samples"] == 64
   assert {"fd/nfe1_w0", "fd/nfe1_w0.5", "accuracy/nfe1_w0"} <= set(record)
@@ -175,7 +175,7 @@ def test_only_the_first_process_writes_and_prints(default, tmp_path, monkeypatch
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   flags = SimpleNamespace(**{**FLAGS, "nfe": ["1"], "num": None})
   for mode in (ism.sample_mode, ism.evaluate_mode, ism.export_mode):
-    mode(get_config(), facts, lambda: (params, 2), flags, tmp_path)
+    mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
   assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
@@ -193,7 +193,7 @@ def test_only_the_first_process_writes_and_prints(default, tmp_path, monkeypatch
 def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, default, tmp_path):
   _, facts, _ = default
 
-  def load():
+  def load(mesh):
     raise AssertionError("loaded a checkpoint for a request that cannot be met")
 
   flags = SimpleNamespace(**{**FLAGS, **changes})

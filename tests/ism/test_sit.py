@@ -11,6 +11,7 @@ import main
 from configs import ism_digits
 from ism_jax import dit, sit
 from train_jax import exported, start
+from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.state import flatten
 from train_jax.weights import Weights, save
@@ -142,7 +143,7 @@ def test_a_run_begins_with_a_file_of_weights(tmp_path, capsys):
   sizes = {"patch": P, "width": K, "depth": DEPTH, "heads": HEADS}
   config.update({"model": sizes, "init_from": str(file)})
   facts = {"names": list("abcde"), "shape": [SIDE, SIDE, C]}
-  given = main.make_given(config, facts)
+  given = main.make_given(config, facts, mesh_lib.make_mesh())
   np.testing.assert_array_equal(
     given["embed_class.embedding"], published()["y_embedder.embedding_table.weight"]
   )

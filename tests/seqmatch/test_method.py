@@ -188,7 +188,7 @@ def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):
   _, facts, params = default
   (tmp_path / "prompts").write_text("012345=9\n\nfedcba=1\n")
   flags = SimpleNamespace(**{**FLAGS, "prompts": str(tmp_path / "prompts"), "temperature": 1.0})
-  seqmatch.sample_mode(get_config(), facts, lambda: (params, 2), flags, tmp_path)
+  seqmatch.sample_mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
   rows = json.loads((tmp_path / "generations.json").read_text())
   assert [row["prompt"] for row in rows] == ["012345=9", "fedcba=1"]
   out = capsys.readouterr().out
@@ -198,7 +198,9 @@ def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):
 
 def test_without_prompts_the_test_questions_are_answered(default, tmp_path):
   _, facts, params = default
-  seqmatch.sample_mode(get_config(), facts, lambda: (params, 2), SimpleNamespace(**FLAGS), tmp_path)
+  seqmatch.sample_mode(
+    get_config(), facts, lambda mesh: (params, 2), SimpleNamespace(**FLAGS), tmp_path
+  )
   rows = json.loads((tmp_path / "generations.json").read_text())
   asked = questions.make_examples(get_config())[1]
   assert [row["prompt"] for row in rows] == [x.question for x in asked[:3]]
@@ -207,7 +209,7 @@ def test_without_prompts_the_test_questions_are_answered(default, tmp_path):
 def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   _, facts, params = default
   seqmatch.evaluate_mode(
-    get_config(), facts, lambda: (params, 2), SimpleNamespace(**FLAGS), tmp_path
+    get_config(), facts, lambda mesh: (params, 2), SimpleNamespace(**FLAGS), tmp_path
   )
   record = json.loads((tmp_path / "evaluation.json").read_text())
   assert record["step"] == 2 and record["examples"] == 40 and "exact/T=1" in record
@@ -229,7 +231,7 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
 def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, default, tmp_path):
   _, facts, _ = default
 
-  def load():
+  def load(mesh):
     raise AssertionError("loaded a checkpoint for a request that cannot be met")
 
   flags = SimpleNamespace(**{**FLAGS, **changes})

@@ -51,7 +51,7 @@ def first_step(config, mesh):
   tx = main.make_optimizer(config)
   init = state_lib.create(method, tx, {"sample": 0.9}, 0)
   shardings = mesh_lib.state_sharding(jax.eval_shape(init), mesh)
-  given = mesh_lib.place(main.make_given(config, facts), flatten(shardings.params))
+  given = mesh_lib.place(main.make_given(config, facts, mesh), flatten(shardings.params))
   state = jax.jit(init, out_shardings=shardings)(given)
   frozen = ()
   if method.frozen:
@@ -96,8 +96,8 @@ def test_what_is_learned_is_given_and_the_rest_is_frozen(get_config, capsys):
   )
   frozen = model.make_frozen(config, facts)
   assert frozen.shapes["blocks"]["down"]["kernel"].dtype == "bfloat16"
-  load = lambda: ({"blocks": {"qkv": {"q_a": 1}}, "erase": 2}, 7)  # noqa: E731
-  params, step = model.load_whole(config, facts, load)
+  load = lambda mesh: ({"blocks": {"qkv": {"q_a": 1}}, "erase": 2}, 7)  # noqa: E731
+  params, step = model.load_whole(config, facts, load, mesh_lib.make_mesh())
   assert step == 7 and params["blocks"]["qkv"]["q_a"] == 1 and params["erase"] == 2
   table = hf_folder.tensors("gpt2")["transformer.wpe.weight"]
   np.testing.assert_array_equal(params["place"]["embedding"], table.astype("bfloat16"))
@@ -133,9 +133,13 @@ def test_a_step_with_frozen_parameters_is_compiled_without_weights(get_config):
   with config.unlocked():
     config.data.vocab = 300
     config.model.update(width=128, hidden=256, erase=True)
-  (step,) = main.compile_for(config, "cpu:8")
+  step, generation = main.compile_for(config, "cpu:8")
   frozen = 2 * (2 * 300 * 128 + 2 * (4 * 128 * 128 + 3 * 128 * 256))  # bytes, of all chips
   np.testing.assert_allclose(8 * step.arguments["frozen"], frozen, rtol=0.1)
+  assert (
+    generation.arguments["parameters"] == step.arguments["frozen"] + step.arguments["parameters"]
+  )
+  assert generation.peak < step.peak and 0 < generation.flops < step.flops / 3
   assert step.arguments["parameters"] < 0.3 * step.arguments["frozen"]
 
 

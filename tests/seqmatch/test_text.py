@@ -120,7 +120,7 @@ def test_adapters_are_evaluated_on_the_parameters_that_they_were_trained_with(tm
   found = []
   for seed in (0, 1):
     flags = SimpleNamespace(seed=seed, features=None)
-    seqmatch.evaluate_mode(config, facts, lambda: (params, 0), flags, tmp_path)
+    seqmatch.evaluate_mode(config, facts, lambda mesh: (params, 0), flags, tmp_path)
     found.append(json.loads((tmp_path / "evaluation.json").read_text())["perplexity/token"])
   assert found[0] == found[1]
 
@@ -170,7 +170,7 @@ def test_generations_are_made_a_batch_at_a_time_and_numbered_through():
 def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, capsys):
   _, facts, state, _ = run
   flags = SimpleNamespace(**{**FLAGS, "stream": stream})
-  seqmatch.sample_mode(config, facts, lambda: (state.params, 2), flags, tmp_path)
+  seqmatch.sample_mode(config, facts, lambda mesh: (state.params, 2), flags, tmp_path)
   rows = json.loads((tmp_path / "generations.json").read_text())
   _, test, vocab = text.open_documents(config.data)
   held = [vocab.decode(test.read(i, 0, config.data.prompt)) for i in range(3)]

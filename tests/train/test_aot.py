@@ -50,9 +50,27 @@ def test_digits_are_compiled_for_eight_devices(monkeypatch, capsys, fsdp, tensor
 
 def test_text_is_compiled_with_its_rollouts(capsys):
   config = seqmatch_arithmetic.get_config("two_sum,debug")
-  (step,) = main.compile_for(config, "cpu:2")
+  step, generation = main.compile_for(config, "cpu:2")
   assert step.arguments["side-car"] > 0  # the replay buffer
-  assert "side-car" in capsys.readouterr().out
+  assert generation.arguments == {"parameters": step.arguments["parameters"]}
+  assert generation.peak > sum(generation.arguments.values())
+  out = capsys.readouterr().out
+  assert "side-car" in out and "generation, the prompts and one action: compiled in" in out
+
+
+@pytest.mark.parametrize(
+  "size, text",
+  [
+    (0, "0 B"),
+    (102, "102 B"),
+    (2**10, "1.000 KiB"),
+    (5 * 2**18, "1.250 MiB"),
+    (2**29, "0.500 GiB"),
+    (3 * 2**40, "3072.000 GiB"),
+  ],
+)
+def test_bytes_have_a_unit_that_shows_them(size, text):
+  assert aot.in_bytes(size).strip() == text
 
 
 def test_latents_need_no_data():
@@ -76,7 +94,7 @@ def test_what_comes_from_other_slices_is_told_apart():
   received = {"all-reduce": 10.0, cost.BETWEEN: 1e9}
   program = aot.Program("p", {}, 50.0, True, 12.0, received, 1.0)
   assert program.estimate(CHIP)[2] == 2.0
-  assert f"between slices     {1e9 / 2**30:.3f} GiB" in aot.describe(program, CHIP)
+  assert f"between slices         {1e9 / 2**30:.3f} GiB" in aot.describe(program, CHIP)
 
 
 def test_what_does_not_fit_is_said():

@@ -17,6 +17,8 @@ from train_jax.errors import UserError
 from train_jax.state import TrainState
 from train_jax.step import make_train_step
 
+MESH = mesh_lib.make_mesh()
+
 # Where one array cannot be read, Orbax leaves the reads of the others hanging.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -65,7 +67,7 @@ def test_no_good_step_is_refused_every_time(workdir, restore, abstract, log):
     with pytest.raises(UserError, match=r"none of the checkpoints \[2, 1\] in .* can be restored"):
       restore(workdir)
     with pytest.raises(UserError, match="none of the checkpoints"):
-      Checkpoints(workdir).restore_ema("sample", abstract.ema["sample"])
+      Checkpoints(workdir).restore_ema("sample", abstract.ema["sample"], MESH)
     with pytest.raises(UserError, match="none of the checkpoints"):
       Checkpoints(workdir).require_meta()
 
@@ -75,7 +77,7 @@ def test_missing_checkpoint_says_what_was_looked_for(tmp_path, abstract):
   with pytest.raises(UserError, match=wanted):
     Checkpoints(tmp_path / "run").require_meta()
   with pytest.raises(UserError, match=wanted):
-    Checkpoints(tmp_path / "run").restore_ema("sample", abstract.ema["sample"])
+    Checkpoints(tmp_path / "run").restore_ema("sample", abstract.ema["sample"], MESH)
   assert not (tmp_path / "run").exists()
 
 
@@ -84,7 +86,7 @@ def test_average_is_restored_without_the_rest(workdir, abstract, states, differe
     shutil.rmtree(step / "state")
     shutil.rmtree(step / "ema_target")
   checkpoints = Checkpoints(workdir)
-  average, step = checkpoints.restore_ema("sample", abstract.ema["sample"])
+  average, step = checkpoints.restore_ema("sample", abstract.ema["sample"], MESH)
   checkpoints.close()
   assert step == 2
   assert differences(average, states[2].ema["sample"]) == []
@@ -93,7 +95,7 @@ def test_average_is_restored_without_the_rest(workdir, abstract, states, differe
 def test_damaged_average_falls_back_and_moves_nothing(workdir, abstract, states, differences, log):
   shutil.rmtree(workdir / "checkpoints" / "2" / "ema_sample")
   checkpoints = Checkpoints(workdir)
-  average, step = checkpoints.restore_ema("sample", abstract.ema["sample"])
+  average, step = checkpoints.restore_ema("sample", abstract.ema["sample"], MESH)
   checkpoints.close()
   assert step == 1 and len(log) == 1
   assert differences(average, states[1].ema["sample"]) == []
@@ -127,11 +129,14 @@ def test_average_does_not_need_the_devices_of_the_run(
   checkpoints.save(state, meta_of(1))
   checkpoints.wait()
   abstract = jax.eval_shape(lambda: states[1].ema["sample"])
-  average, _ = checkpoints.restore_ema("sample", abstract)
+  for shape, share in (((8, 1), (64, 32)), ((4, 2), (32, 32)), ((1, 1), (64, 32))):
+    average, _ = checkpoints.restore_ema("sample", abstract, make_mesh(*shape))
+    kernel = average["layer"]["kernel"]
+    assert len(kernel.addressable_shards) == shape[0] * shape[1]
+    assert kernel.addressable_shards[0].data.shape == share
+    assert differences(average, states[1].ema["sample"]) == []
   checkpoints.close()
-  assert not state.ema["sample"]["layer"]["kernel"].is_fully_replicated
-  assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(average))
-  assert differences(average, states[1].ema["sample"]) == []
+  assert state.ema["sample"]["layer"]["kernel"].addressable_shards[0].data.shape == (16, 32)
 
 
 def test_dtype_that_changed_is_not_cast_silently(saved, abstract, log):
@@ -140,7 +145,7 @@ def test_dtype_that_changed_is_not_cast_silently(saved, abstract, log):
     lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), abstract.ema["sample"]
   )
   with pytest.raises(UserError, match="none of the checkpoints"):
-    Checkpoints(saved).restore_ema("sample", average)
+    Checkpoints(saved).restore_ema("sample", average, MESH)
 
 
 def test_twelve_blocks_come_back_in_order(tmp_path, method, perturb):
@@ -177,7 +182,7 @@ def test_twelve_blocks_come_back_in_order(tmp_path, method, perturb):
   checkpoints.save(state, meta_of(1))
   checkpoints.wait()
   restored, _ = checkpoints.restore(jax.eval_shape(start))
-  average, _ = checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)))
+  average, _ = checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)), MESH)
   checkpoints.close()
   output = jax.jit(apply)
   np.testing.assert_array_equal(output(restored.params, *inputs), output(state.params, *inputs))

@@ -18,7 +18,7 @@ from ism_jax import method as ism
 from ism_jax.sample import integrate
 from seqmatch_jax import method as seqmatch
 from seqmatch_jax import transformer
-from seqmatch_jax.rollout import RolloutConfig, make_rollout
+from seqmatch_jax.rollout import RolloutConfig, make_rollout, make_stream
 from seqmatch_jax.tokens import SPECIAL
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
@@ -117,6 +117,29 @@ def test_tensor_wider_than_a_slice_is_refused():
     mesh_lib.arrange(sliced(6, 4), 1, 8)
 
 
+@pytest.mark.parametrize(
+  "asked, n, found",
+  [
+    ((1, 1), 8, (1, 8, 1)),
+    ((4, 2), 8, (4, 1, 2)),
+    ((16, 1), 8, (8, 1, 1)),
+    ((16, 4), 8, (2, 1, 4)),
+    ((4, 2), 6, (1, 3, 2)),
+    ((3, 5), 8, (1, 8, 1)),
+    ((4, 2), 1, (1, 1, 1)),
+  ],
+)
+def test_a_run_is_used_on_what_devices_there_are(asked, n, found):
+  assert mesh_lib.fitting(*asked, jax.devices()[:n]).devices.shape == found
+
+
+def test_tensor_fits_into_a_slice(monkeypatch):
+  """Two slices of four, for a run whose slices had eight."""
+  arrange = mesh_lib.arrange
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda f, t, devices: arrange(devices, f, t))
+  assert mesh_lib.fitting(1, 8, sliced(2, 4)).shape == (1, 2, 4)
+
+
 @pytest.mark.parametrize("batch, near", [(12, 8), (20, 16), (3, 8), (0, 8), (-8, 8)])
 def test_batch_that_does_not_divide_is_refused(batch, near):
   wanted = rf"batch={batch} is not divisible by the 8 devices; .* multiple of 8, such as {near}\."
@@ -180,6 +203,17 @@ def test_by_rows_splits_rows_where_a_mesh_is_known():
   np.testing.assert_array_equal(split, plain + 1)
   odd = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns[:6])
   np.testing.assert_array_equal(odd, plain[:6] + 1)
+
+
+def test_rows_are_filled_until_they_can_be_split():
+  mesh, x = mesh_lib.make_mesh(2), jnp.arange(22).reshape(11, 2)
+  filled = mesh_lib.jit(lambda x: mesh_lib.fill_rows({"x": x}), mesh)
+  found = filled(x)["x"]
+  assert found.is_fully_replicated and len(found.addressable_shards) == 8
+  np.testing.assert_array_equal(found, [*x, *[x[-1]] * 5])
+  np.testing.assert_array_equal(filled(x[:8])["x"], x[:8])
+  np.testing.assert_array_equal(filled(x[:3])["x"], x[:3])  # fewer rows than devices
+  np.testing.assert_array_equal(mesh_lib.jit(mesh_lib.fill_rows, None)(x), x)
 
 
 @pytest.mark.parametrize("split", [("tensor", "fsdp"), ("fsdp", "tensor"), ("tensor",)], ids=str)
@@ -297,6 +331,40 @@ def test_sharded_generation_equals_unsharded(make_mesh, monkeypatch, shape):
   found = jax.jit(mesh_lib.within(mesh, run))(split, mesh_lib.to_global({"x": token}, mesh)["x"])
   for a, b in zip(found, jax.jit(run)(params, token), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), (1, 2, 4)], ids=str)
+def test_devices_share_a_generation_out(make_mesh, monkeypatch, shape):
+  """Of eleven prompts, and of one typed into a terminal, by parameters that are split."""
+  monkeypatch.setattr(mesh_lib, "SMALL", 64)
+  sizes = transformer.TransformerConfig(vocab=21, width=32, depth=1, heads=4, hidden=64)
+  network, limits = transformer.make_network(sizes), RolloutConfig(12, 9, 2)
+  draw, shapes = np.random.default_rng(5), jax.eval_shape(network.init, jax.random.key(0))
+  params = jax.tree.map(lambda a: (0.4 * draw.normal(size=a.shape)).astype(np.float32), shapes)
+  prompt = draw.integers(SPECIAL, sizes.vocab, (11, 3)).astype(np.int32)
+  rows = prompt, np.full(11, 3, np.int32), jax.random.key(0), np.arange(11)
+  wanted = make_rollout(network, limits)(params, *rows)
+
+  mesh, seen = make_mesh(*shape), []
+  split = jax.device_put(params, mesh_lib.state_sharding(params, mesh))
+
+  def extend(params, cache, token, start):
+    jax.debug.inspect_array_sharding(cache[0][0], callback=lambda s: seen.append(s))
+    return network.extend(params, cache, token, start)
+
+  watched = network._replace(extend=extend)
+  found = make_rollout(watched, limits, mesh)(split, *rows)
+  parts = mesh_lib.batch_parts(mesh)
+  whole = (-(-11 // parts) * parts, 4, 12, 8)
+  share = {s.shard_shape(whole) for s in seen}
+  assert share == {(whole[0] // parts, 4 // shape[2], 12, 8)}, share
+  for a, b in zip(found, wanted, strict=True):
+    assert a.is_fully_replicated
+    np.testing.assert_array_equal(a, b)
+
+  one = (rows[0][:1], rows[1][:1], rows[2], rows[3][:1])
+  typed = np.concatenate([*make_stream(network, limits, 4, mesh)(split, *one)], axis=1)
+  np.testing.assert_array_equal(typed[0], wanted.actions[0, : typed.shape[1]])
 
 
 @pytest.mark.parametrize("make", [ism_method, seqmatch_method])

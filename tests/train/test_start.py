@@ -30,14 +30,16 @@ def workdir(method, one_device, settings, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def read(abstract):
+def read(abstract, one_device):
   """path -> what is found there by a run of method `tiny`."""
-  return lambda path, convert=None: start.read(str(path), "tiny", lambda *_: abstract, convert)
+  return lambda path, convert=None: start.read(
+    str(path), "tiny", lambda *_: abstract, one_device, convert
+  )
 
 
-def test_run_gives_its_sample_average(workdir, read, abstract, differences):
+def test_run_gives_its_sample_average(workdir, read, abstract, one_device, differences):
   checkpoints = Checkpoints(workdir)
-  average, _ = checkpoints.restore_ema("sample", abstract)
+  average, _ = checkpoints.restore_ema("sample", abstract, one_device)
   checkpoints.close()
   trained = read(workdir)
   assert differences(trained.tensors, flatten(average)) == []
@@ -59,11 +61,11 @@ def test_export_and_file_give_their_tensors(tmp_path, read):
     read(file)  # of a method that knows no published weights
 
 
-def test_other_places_are_refused(tmp_path, workdir, abstract, read):
+def test_other_places_are_refused(tmp_path, workdir, abstract, one_device, read):
   with pytest.raises(UserError, match=r"init_from=.*holds nothing to begin from; give the dir"):
     read(tmp_path / "nowhere")
   with pytest.raises(UserError, match="is a run of method 'tiny' and this one is 'else'"):
-    start.read(str(workdir), "else", lambda *_: abstract, None)
+    start.read(str(workdir), "else", lambda *_: abstract, one_device, None)
   assert not (tmp_path / "nowhere").exists()
 
 
