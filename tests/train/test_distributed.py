@@ -211,7 +211,9 @@ def watched(rolls, monkeypatch):
   assert call(made) == [""] * 3
   for roll in made:
     roll.watch(codes.append)
-  return made, codes
+  yield made, codes
+  for roll in made:  # or those that still watch would report a death, into the next test's output
+    roll.farewell()
 
 
 def wait_for(condition) -> None:
