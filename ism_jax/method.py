@@ -323,6 +323,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
       print(f"{name + ':':<8} {out / f'evaluation_{name}.png'}")
     else:
       results[name] = value
+  print(f"step {step}, seed {flags.seed}; docs/METRICS.md says what is what")
   print(table(results))
   record = {"step": step, "seed": flags.seed, "samples": config.eval.samples, **results}
   (out / "evaluation.json").write_text(json_files.dumps(record, indent=1))

@@ -175,6 +175,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
 def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
   """For `--mode=compile`: generation as `--mode=sample` does it, `config.batch` rows at a time."""
+  mesh = model.mesh_of(config, list(mesh.devices.flat))
   network, prompt = make_network(config, facts), task_of(config).ask(config, facts, [], 1).prompt
   generate = rollout.make_rollout(network, make_limits(facts))
   key = jax.eval_shape(jax.random.key, 0)
@@ -212,7 +213,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     "top_p": flags.top_p,
   }
   network, limits = make_network(config, facts), make_limits(facts)
-  mesh = mesh_lib.fitting(**config.mesh)
+  mesh = model.mesh_of(config)
   params, step = model.load_whole(config, facts, load, mesh)
   key = jax.random.key(flags.seed)
   if flags.stream:
@@ -220,7 +221,9 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     typed, seconds = sample.live(stream, params, asked, vocab, key, settings, task.GAP)
   else:
     generate = rollout.make_rollout(network, limits, mesh)
-    typed, seconds = sample.together(generate, params, asked, vocab, key, settings, config.batch)
+    typed, seconds = sample.together(
+      generate, params, asked, vocab, key, settings, config.batch, limits.max_actions
+    )
   if jax.process_index():  # every process has all of it
     return
   if not flags.stream:
@@ -245,7 +248,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   if flags.features:
     config.eval.features = flags.features
   network, loss_config = make_network(config, facts), make_loss_config(config)
-  mesh = mesh_lib.fitting(**config.mesh)
+  mesh = model.mesh_of(config)
   generate = rollout.make_rollout(network, make_limits(facts), mesh)
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config, mesh)
   # Of the config as it was: drawn parameters are of its own seed.
@@ -253,6 +256,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   results = dict(watched(run(params, step, True), active=jax.process_index() == 0))
   if jax.process_index():  # every process has all of it
     return
+  print(f"step {step}, seed {flags.seed}, {asked} examples; docs/METRICS.md says what is what")
   print(table(results))
   out.mkdir(parents=True, exist_ok=True)
   record = {"step": step, "seed": flags.seed, "examples": asked, **results}
@@ -270,7 +274,7 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
     )
   if out.resolve() == Path(config.pretrained).expanduser().resolve():
     raise UserError(f"--out={out} is what the run began from; choose another directory.")
-  params, step = model.load_whole(config, facts, load, mesh_lib.fitting(**config.mesh))
+  params, step = model.load_whole(config, facts, load, model.mesh_of(config))
   sizes, vocab = model.make_sizes(config, facts), tokens.from_facts(facts)
   export.write(out, params, sizes, vocab, config.pretrained)
   if jax.process_index() == 0:

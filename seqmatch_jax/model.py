@@ -107,6 +107,15 @@ def make_frozen(config, facts: dict) -> Frozen | None:
   return Frozen(shapes, make)
 
 
+def mesh_of(config, devices: list | None = None) -> Mesh:
+  """Where a trained decoder is used: as many devices share it as in training, or as there are.
+
+  By `tensor`: then a token's activations move from device to device, which are less than the
+  parameters that `fsdp` would gather for each token.
+  """
+  return mesh_lib.fitting(1, config.mesh.fsdp * config.mesh.tensor, devices)
+
+
 def load_whole(config, facts: dict, load, mesh: Mesh) -> tuple[dict, int]:
   """(all of the network's parameters, step) of a checkpoint, laid out on `mesh`.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from seqmatch_jax.show import END, Screen, Typist, strokes
 from seqmatch_jax.task import Asked
-from seqmatch_jax.tokens import TextVocab, Vocab
+from seqmatch_jax.tokens import EOS, PAD, TextVocab, Vocab
 from train_jax.errors import UserError
 
 EVERY = 8  # actions between two looks at a generation that is shown while it is typed
@@ -46,23 +46,27 @@ def together(
   key: jax.Array,
   settings: dict,
   batch: int,
+  max_actions: int,
 ) -> tuple[list[list[str]], float]:
   """Goes on from all prompts, `batch` at a time -> (keys of each, seconds without compilation).
 
   Args:
     generate: see `rollout.make_rollout`; `settings` are its last arguments.
+    max_actions: of a generation.
   """
   size = min(batch, len(asked.texts))
+  free = np.full((size, max_actions), PAD, np.int32)
 
-  def run(start: int):
+  def run(start: int, forced):
     row = np.arange(start, start + size)
     chosen = np.minimum(row, len(asked.texts) - 1)  # the last batch is filled: one compilation
-    made = generate(params, asked.prompt[chosen], asked.length[chosen], key, row, **settings)
+    prompt, length = asked.prompt[chosen], asked.length[chosen]
+    made = generate(params, prompt, length, key, row, forced=forced, **settings)
     return np.asarray(made.actions)[: len(asked.texts) - start]
 
-  run(0)
+  run(0, np.where(np.arange(max_actions) == 0, EOS, free))  # compiles, and ends at once
   start = time.perf_counter()
-  actions = np.concatenate([run(first) for first in range(0, len(asked.texts), size)])
+  actions = np.concatenate([run(first, free) for first in range(0, len(asked.texts), size)])
   seconds = time.perf_counter() - start
   rows = zip(actions.tolist(), asked.prompt, asked.length, strict=True)
   return [strokes(row, vocab, prompt[:k].tolist()) for row, prompt, k in rows], seconds

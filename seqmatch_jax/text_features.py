@@ -65,7 +65,7 @@ def load(path: str, vocab: Vocab | TextVocab) -> Features:
     config,
     facts,
     lambda mesh: checkpoints.restore_ema("sample", abstract, mesh),
-    mesh_lib.fitting(**config.mesh),
+    model.mesh_of(config),
   )
   checkpoints.close()
   return make_features(network.features, params, mine, last=False)

@@ -58,6 +58,16 @@ def arrays(workdir: Path) -> list[tuple[str, bytes]]:
   return found
 
 
+def test_every_number_is_explained(finished):
+  lines = (finished[0] / "metrics.jsonl").read_text().splitlines()
+  names = {
+    name.removeprefix("eval/").partition("/")[0] for line in lines for name in json.loads(line)
+  }
+  explained = (ROOT / "docs" / "METRICS.md").read_text()
+  assert len(names) > 10
+  assert sorted(name for name in names if f"`{name}`" not in explained) == ["step"]
+
+
 def test_killed_run_goes_on_to_the_same_bits(finished, tmp_path):
   process = start(*RUN, f"--workdir={tmp_path}")
   deadline = time.monotonic() + 240

@@ -87,6 +87,32 @@ def test_two_processes_train_as_one_does(start, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "name, evaluate, use, result",
+  [
+    ("seqmatch_llama7b", (), ("sample", "--num=3"), "generations.json"),
+    ("ism_digits", ("--nfe=1",), ("export",), "model.safetensors"),
+  ],
+)
+def test_a_run_split_over_processes_is_used_by_any_number(
+  start, tmp_path, name, evaluate, use, result
+):
+  split = ("--config.mesh.fsdp=2", "--config.model.width=128", "--config.steps=2")
+  run = f"--workdir={tmp_path / 'run'}"
+  commands = [(2, f"--config=configs/{name}.py:debug", *split)]
+  for n in (1, 2):
+    for mode, *options in (("evaluate", *evaluate), use):
+      commands.append((n, f"--mode={mode}", *options, f"--out={tmp_path / str(n)}"))
+  for n, *options in commands:
+    for code, text in finish(start(n, *options, run)):
+      assert code == 0, text
+  assert (tmp_path / "1" / result).read_bytes() == (tmp_path / "2" / result).read_bytes()
+  one, two = (json.loads((tmp_path / n / "evaluation.json").read_text()) for n in "12")
+  assert one.keys() == two.keys()
+  np.testing.assert_allclose([*two.values()], [*one.values()], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_makes_both_save_the_same_step_and_one_goes_on(start, tmp_path):
   processes = start(2, *ENDLESS, f"--workdir={tmp_path}")
   wait_for_steps(tmp_path, 2, processes)

@@ -143,6 +143,15 @@ def test_a_step_with_frozen_parameters_is_compiled_without_weights(get_config):
   assert step.arguments["parameters"] < 0.3 * step.arguments["frozen"]
 
 
+def test_a_decoder_is_used_by_as_many_devices_as_in_training(get_config):
+  config = get_config()
+  config.mesh.fsdp = 4
+  assert dict(model.mesh_of(config).shape) == {"fsdp": 1, "data": 2, "tensor": 4}
+  config.mesh.tensor = 2
+  assert dict(model.mesh_of(config).shape) == {"fsdp": 1, "data": 1, "tensor": 8}
+  assert model.mesh_of(config, jax.devices()[:1]).size == 1
+
+
 def test_mistakes_cost_a_sentence(get_config, tmp_path):
   config = get_config()
   with pytest.raises(UserError, match=r"a tokenizer that these data were not encoded with"):

@@ -84,7 +84,7 @@ def test_every_way_to_generate_is_compared(backspace, monkeypatch):
   monkeypatch.setattr(text_features, "load", load)
   network = SimpleNamespace(apply=lambda p, token, *_: jnp.zeros((*token.shape, VOCAB.size)))
   loss = LossConfig("chi2", 0.0, 1.0, backspace)
-  run = text._evaluate(config, held, VOCAB, network, generate, loss)
+  run = text._evaluate(config, held, VOCAB, network, generate, loss, None)
   found = dict(run(None, 0, True))
   assert loaded == ["somewhere"]
   ways = {"T=1": (backspace, None), "p=0.95": (backspace, 0.95)}

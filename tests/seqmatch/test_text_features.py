@@ -62,7 +62,8 @@ def test_a_runs_sample_average_is_read(tmp_path, make_state, one_device):
   facts = {"symbols": list(VOCAB.symbols)}
   for name in ("seqmatch", "ism"):
     checkpoints = Checkpoints(tmp_path / name)
-    record = {"config": {"method": name, "model": SMALL, "seed": 0}, "facts": facts, "step": 0}
+    config = {"method": name, "model": SMALL, "seed": 0, "mesh": {"fsdp": 1, "tensor": 1}}
+    record = {"config": config, "facts": facts, "step": 0}
     checkpoints.save(dataclasses.replace(state, ema={"sample": average}), record)
     checkpoints.close()
   want = text_features.make_features(network.features, average, VOCAB, last=False)(TEXTS)
