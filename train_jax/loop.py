@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from train_jax import state as state_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.saver import all_agree
-from train_jax.signals import Signals
+from train_jax.signals import Interrupted, Signals
 from train_jax.state import TrainState
 from train_jax.step import Method, Metrics, make_train_step
 
@@ -245,11 +246,22 @@ class _Run:
     """Whether any process was told to stop, at once; all of them must call it."""
     return not all_agree(not self.signals.received)
 
+  def _until_told(self, found: Iterator) -> Iterator:
+    """What is found, until a signal breaks it off; several processes must take part in each."""
+    while True:
+      try:
+        with self.signals.breaking() if jax.process_count() == 1 else nullcontext():
+          item = next(found)
+      except (StopIteration, Interrupted):
+        return
+      yield item
+
   def _evaluate(self, final: bool) -> dict[str, float]:
     """The numbers, logged; those there are, where all were told to stop and it is not the end."""
     step, results = int(self.state.step), {}
     found = self.method.evaluate(self.state.ema["sample"], step, final, *self.frozen)
-    for name, value in metrics_lib.watched(found, active=jax.process_index() == 0):
+    found = metrics_lib.watched(found, active=jax.process_index() == 0)
+    for name, value in found if final else self._until_told(found):
       if np.ndim(value):
         self.log.writer.picture(step, name, value)
       else:

@@ -7,12 +7,18 @@ comes as SIGTERM alone.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 from train_jax import metadata
 
 EVERY = 5.0  # seconds between two looks at the metadata server; a VM has 30 from its notice on
+
+
+class Interrupted(BaseException):
+  """A signal came while work was done that may be broken off; no `except Exception` takes it."""
 
 
 class Signals:
@@ -25,7 +31,7 @@ class Signals:
   def __enter__(self) -> Signals:
     self.received: list[str] = []
     self._before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    self._released = threading.Event()
+    self._released, self._breaks = threading.Event(), False
     for number in self._before:
       signal.signal(number, self._note)
     if metadata.expected():
@@ -36,6 +42,19 @@ class Signals:
     self.received.append(signal.Signals(number).name)
     for each in self._before:
       signal.signal(each, signal.SIG_DFL)
+    if self._breaks:
+      raise Interrupted
+
+  @contextlib.contextmanager
+  def breaking(self) -> Iterator[None]:
+    """What is done inside is broken off by a signal: Interrupted; at once if one was received."""
+    self._breaks = True
+    try:
+      if self.received:
+        raise Interrupted
+      yield
+    finally:
+      self._breaks = False
 
   def _watch(self) -> None:
     while metadata.ask("preempted") != "TRUE":
