@@ -158,23 +158,6 @@ def test_resume_is_exact_with_its_buffer(tmp_path, train, one_device, make_state
   assert differences(*states) == []
 
 
-def test_step_is_the_same_on_eight_devices(make_mesh, make_state):
-  """Data and rollouts split over devices: the same numbers up to the order of sums."""
-  config, tx = get_config(loss__warmup=0), optax.sgd(1.0)
-  found = []
-  for shape in ((1, 1), (8, 1)):
-    mesh = make_mesh(*shape)
-    method, _ = build(config, mesh)
-    state = make_state(method, tx, mesh, DECAYS)
-    step = jax.jit(make_train_step(method, tx, DECAYS, clip=1.0))
-    state, metrics = step(state, mesh_lib.to_global(next(method.stream(0, 0)), mesh))
-    found.append(jax.device_get((state.params, metrics, state.extra)))
-  (params, metrics, extra), (params8, metrics8, extra8) = found
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, params8)
-  np.testing.assert_allclose(metrics["loss"], metrics8["loss"], rtol=1e-5)
-  jax.tree.map(np.testing.assert_array_equal, extra, extra8)
-
-
 def test_evaluation_names_its_numbers(default):
   method, _, params = default
   found = dict(method.evaluate(params, 2, True))
