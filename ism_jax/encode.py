@@ -187,7 +187,7 @@ def encode_images(images: Images, job: Job, load: Callable, out: Path) -> dict |
 
 def encode_mode(flags) -> None:
   """`--mode=encode --images=SOURCE --vae=FILE --out=DIR [--side=256 --shards=N]`."""
-  for name in ("images", "vae", "out"):
+  for name in ("vae", "out"):
     if not getattr(flags, name):
       raise UserError(f"--{name} is missing; --mode=encode needs --images, --vae and --out.")
   images, out = find(flags.images), Path(flags.out)

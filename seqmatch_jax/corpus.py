@@ -120,7 +120,8 @@ def find(source: str, flag: str) -> Texts:
 
   Args:
     source: a file, a pattern, or a directory (with those below it) of .txt, .md, .rst, .jsonl or
-      .array_record files; a TFDS builder's directory; or `tfds:NAME[@SPLIT]`.
+      .array_record files (of these alone, where there are some); a TFDS builder's directory; or
+      `tfds:NAME[@SPLIT]`.
 
   Raises:
     UserError: it is none of these, or has no document.

@@ -229,7 +229,9 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   if not flags.stream:
     for begin, keys in zip(asked.texts, typed, strict=True):
       print(f"{begin}{task.GAP}{show.line(keys, sys.stdout.isatty())}")
-  title = ", ".join([f"step {step}", *(f"{k} {v}" for k, v in settings.items() if v is not None)])
+  chosen = {"step": step, "temperature": temperature, "top-k": flags.top_k, "top-p": flags.top_p}
+  chosen |= {"seed": flags.seed}
+  title = ", ".join(f"{name} {value}" for name, value in chosen.items() if value is not None)
   show.write(out, title, asked.texts, typed, task.GAP)
   print(sample.speed(typed, seconds))
   print(f"watch:   {out / 'generations.html'}")

@@ -176,7 +176,8 @@ def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):
   assert [row["prompt"] for row in rows] == ["012345=9", "fedcba=1"]
   out = capsys.readouterr().out
   assert "012345=9  " in out and "actions/s" in out
-  assert "fedcba=1" in (tmp_path / "generations.html").read_text()
+  page = (tmp_path / "generations.html").read_text()
+  assert "fedcba=1" in page and "step 2, temperature 1.0, seed 0" in page
 
 
 def test_without_prompts_the_test_questions_are_answered(default, tmp_path):
