@@ -38,7 +38,7 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
   "num",
   None,
-  "sample: images of each row, or test questions; default: 64. "
+  "sample: images of each row, or test questions, or held-out texts; default: 64. "
   "evaluate with --metrics: images of each row; default: 50000.",
   lower_bound=1,
 )
@@ -70,7 +70,9 @@ flags.DEFINE_string("vae", None, "sample, evaluate, encode latents: weights of t
 flags.DEFINE_string("images", None, "encode: a folder, tars, ArrayRecord files or tfds:NAME.")
 flags.DEFINE_integer("side", 256, "encode: pixels of a side.")
 flags.DEFINE_string("texts", None, "encode: .txt, .jsonl or .array_record files, or tfds:NAME.")
-flags.DEFINE_string("tokenizer", None, "encode texts: tokenizer.json; default: characters.")
+flags.DEFINE_string(
+  "tokenizer", None, "encode texts: tokenizer.json, or its folder; default: characters."
+)
 flags.DEFINE_integer("shards", 0, "encode: files to make; default: one for every 8192.")
 flags.DEFINE_string(
   "out", None, "Directory of the results; default: WORKDIR/generated, or WORKDIR/exported."
@@ -163,7 +165,8 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
   print(aot.describe(programs[0], chip), flush=True)
   programs.append(module.sampler_program(config, facts, devices, chip))
   print(aot.describe(programs[1], chip), flush=True)
-  print(aot.ASSUMPTIONS)
+  if chip:  # else there is no estimate
+    print(aot.ASSUMPTIONS)
   return programs
 
 

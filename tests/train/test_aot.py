@@ -73,10 +73,11 @@ def test_bytes_have_a_unit_that_shows_them(size, text):
   assert aot.in_bytes(size).strip() == text
 
 
-def test_latents_need_no_data():
+def test_latents_need_no_data(capsys):
   config = ism_imagenet256.get_config("debug")
   config.data.made_up, config.data.path = 0, "nowhere"
   assert main.compile_for(config, "cpu:2")[0].peak > 0
+  assert "stimate" not in capsys.readouterr().out  # of time, without a chip
 
 
 CHIP = aot.Chip(memory=100.0, bandwidth=10.0, flops=8.0, network=5.0)
