@@ -43,8 +43,10 @@ flags.DEFINE_integer(
   lower_bound=1,
 )
 flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", 0, 2**32 - 1)
-flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps.")
-flags.DEFINE_list("guidance", None, "sample, evaluate images: guidance strengths w.")
+flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps, of 1, 2, 4, ... 128.")
+flags.DEFINE_list(
+  "guidance", None, "sample, evaluate images: strengths w, 0 to the run's guidance.w_max."
+)
 flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; default: all.")
 flags.DEFINE_multi_string("prompt", None, "sample text: a prompt; may be given again.")
 flags.DEFINE_string("prompts", None, "sample text: a file of prompts, one a line.")
