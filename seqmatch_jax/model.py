@@ -113,7 +113,8 @@ def mesh_of(config, devices: list | None = None) -> Mesh:
   By `tensor`: then a token's activations move from device to device, which are less than the
   parameters that `fsdp` would gather for each token.
   """
-  return mesh_lib.fitting(1, config.mesh.fsdp * config.mesh.tensor, devices)
+  shared = config.mesh.fsdp * config.mesh.get("tensor", 1)  # older runs lack it
+  return mesh_lib.fitting(1, shared, devices)
 
 
 def load_whole(config, facts: dict, load, mesh: Mesh) -> tuple[dict, int]:

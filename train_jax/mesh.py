@@ -77,11 +77,11 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Me
   return Mesh(arrange(devices or jax.devices(), fsdp, tensor), AXES, axis_types=kinds)
 
 
-def fitting(fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
+def fitting(fsdp: int, tensor: int = 1, devices: list | None = None) -> Mesh:
   """The mesh of a run, as far as the devices here can have it: to use the run on fewer, or on more.
 
   Where they are as many as in training, a model that could be trained can be used; one device has
-  it whole.
+  it whole. Runs from before there was `tensor` have none in their config.
   """
   found = devices or jax.devices()
   each = len(found) // len({getattr(d, "slice_index", 0) for d in found})

@@ -150,6 +150,9 @@ def test_a_decoder_is_used_by_as_many_devices_as_in_training(get_config):
   config.mesh.tensor = 2
   assert dict(model.mesh_of(config).shape) == {"fsdp": 1, "data": 1, "tensor": 8}
   assert model.mesh_of(config, jax.devices()[:1]).size == 1
+  with config.unlocked():
+    del config.mesh.tensor  # a run of a version that had no such axis
+  assert model.mesh_of(config).shape["tensor"] == 4
 
 
 def test_mistakes_cost_a_sentence(get_config, tmp_path):
