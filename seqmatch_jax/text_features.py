@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqmatch_jax import model, pretrained, tokens, transformer
@@ -61,14 +62,12 @@ def load(path: str, vocab: Vocab | TextVocab) -> Features:
         f"{min(unknown)!r}; give one on these texts, or a folder of GPT-2's weights."
       )
   abstract = jax.eval_shape(network.init, jax.random.key(0))
+  mesh = model.mesh_of(config)
   params, _ = model.load_whole(
-    config,
-    facts,
-    lambda mesh: checkpoints.restore_ema("sample", abstract, mesh),
-    model.mesh_of(config),
+    config, facts, lambda mesh: checkpoints.restore_ema("sample", abstract, mesh), mesh
   )
   checkpoints.close()
-  return make_features(network.features, params, mine, last=False)
+  return make_features(network.features, params, mine, last=False, mesh=mesh)
 
 
 def _pretrained(folder: str) -> Features:
@@ -82,10 +81,11 @@ def _pretrained(folder: str) -> Features:
   sizes = TransformerConfig(vocab=vocab.size, **pretrained.read_sizes(folder))
   network = transformer.make_network(sizes)
   shapes = jax.eval_shape(network.init, jax.random.key(0))
-  shardings = mesh_lib.state_sharding(shapes, mesh_lib.make_mesh())
+  mesh = mesh_lib.make_mesh()
+  shardings = mesh_lib.state_sharding(shapes, mesh)
   params = pretrained.place(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
   most = min(CONTEXT, sizes.context or CONTEXT)
-  return make_features(network.features, params, vocab, last=True, most=most)
+  return make_features(network.features, params, vocab, last=True, most=most, mesh=mesh)
 
 
 def _readable(text: str) -> str:
@@ -94,16 +94,21 @@ def _readable(text: str) -> str:
 
 
 def make_features(
-  hidden: Callable, params, vocab: Vocab | TextVocab, last: bool, most: int = CONTEXT
+  hidden: Callable,
+  params,
+  vocab: Vocab | TextVocab,
+  last: bool,
+  most: int = CONTEXT,
+  mesh: Mesh | None = None,
 ) -> Features:
   """`hidden` (see `transformer.Network.features`) as texts -> float32 [m, k].
 
   Args:
     last: the state at the last token, without <bos>; otherwise the mean over tokens, <bos> too.
     most: tokens that are read of a text.
+    mesh: where `params` are; its devices share the texts out.
   """
 
-  @jax.jit
   def pooled(params, token, length):
     index = jnp.arange(token.shape[1])
     inside = index < length[:, None]
@@ -111,6 +116,8 @@ def make_features(
     state = hidden(params, token, jnp.where(inside, index, 0), end)  # [b, l, k]
     weight = (index == length[:, None] - 1) if last else inside / length[:, None]
     return jnp.einsum("bl,blk->bk", weight.astype(state.dtype), state)
+
+  pooled = mesh_lib.jit(pooled, mesh)
 
   def features(texts: Sequence[str]) -> np.ndarray:
     begin = [] if last else [BOS]

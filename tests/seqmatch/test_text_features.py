@@ -13,6 +13,7 @@ from seqmatch_jax.actions import visible
 from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import BOS, Vocab
 from tests.seqmatch import hf_folder
+from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.step import Method
@@ -71,6 +72,28 @@ def test_a_runs_sample_average_is_read(tmp_path, make_state, one_device):
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
   with pytest.raises(UserError, match="ism' is a run of method 'ism'"):
     text_features.load(str(tmp_path / "ism"), VOCAB)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4), (8, 1, 1)], ids=str)
+def test_every_device_gets_features_by_parameters_that_are_split(make_mesh, monkeypatch, shape):
+  """Embeddings split by width leave hidden states so, which one of two processes cannot read."""
+  monkeypatch.setattr(mesh_lib, "SMALL", 64)
+  sizes = {"width": 64, "depth": 1, "heads": 4, "hidden": 64}
+  network = transformer.make_network(TransformerConfig(vocab=VOCAB.size, **sizes))
+  params, mesh = jax.jit(network.init)(jax.random.key(0)), make_mesh(*shape)
+  jit, made = mesh_lib.jit, []
+
+  def watched(fn, mesh):
+    run = jit(fn, mesh)
+    return lambda *args: made.append(run(*args)) or made[-1]
+
+  want = text_features.make_features(network.features, params, VOCAB, last=False)(TEXTS)
+  split = jax.device_put(params, mesh_lib.state_sharding(params, mesh))
+  monkeypatch.setattr(mesh_lib, "jit", watched)
+  got = text_features.make_features(network.features, split, VOCAB, last=False, mesh=mesh)(TEXTS)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+  (features,) = made
+  assert features.is_fully_replicated and len(features.addressable_shards) == mesh.size
 
 
 def test_what_is_no_network_is_refused(tmp_path):
