@@ -138,7 +138,7 @@ class Benchmark:
 
   def _batches(self, params, labels, w, nfe, write) -> Iterator[tuple[jax.Array, dict]]:
     """(numbers, kind -> features) of samples of the labels; `write` gets the images in order."""
-    n, b = len(labels), self.per_device * self.mesh.size
+    n, b = len(labels), self.per_device * mesh_lib.batch_parts(self.mesh)
     for first in range(0, n, b):
       rows = np.minimum(np.arange(first, first + b), n - 1)  # the last batch is filled up
       numbers, images, finite = self.draw(params, labels[rows], w, nfe, first)
@@ -173,7 +173,7 @@ class Benchmark:
 
   def pictures(self, params, settings, labels: np.ndarray) -> np.ndarray:
     """The first samples of each (nfe, w), of these classes: uint8 [settings, labels, h, w, 3]."""
-    b = self.per_device * self.mesh.size
+    b = self.per_device * mesh_lib.batch_parts(self.mesh)
     rows = np.minimum(np.arange(b), len(labels) - 1)
     drawn = [self.draw(params, labels[rows], w, nfe, 0)[1] for nfe, w in settings]
     whole = [multihost_utils.process_allgather(images, tiled=True) for images in drawn]

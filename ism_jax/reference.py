@@ -200,7 +200,7 @@ def _compute(images: adm.Images, network: extract.Network, mesh, per_device: int
 
 def _batches(images: adm.Images, network: extract.Network, mesh, per_device: int) -> Iterator:
   """(numbers, features) of the images, batch by batch, the last one filled up."""
-  b = per_device * mesh.size
+  b = per_device * mesh_lib.batch_parts(mesh)
   rows = mesh_lib.process_rows(b, mesh)
   for i, pixels in enumerate(images.batches(b, rows)):
     numbers = np.arange(i * b, (i + 1) * b, dtype=np.int32)[rows]

@@ -1,5 +1,6 @@
 """The large-scale numbers: those of all samples at once, and what they depend on."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -54,6 +55,21 @@ def test_the_mesh_does_not_matter(files, make_mesh):
       stored.unlink()  # so that the reference's side is computed on each mesh
   for other in results[1:]:
     assert other == pytest.approx(results[0], rel=1e-5)
+
+
+def test_no_device_has_more_samples_where_several_share_a_row(files, make_mesh):
+  """Of `per_device` samples at a time there is room for a decoder's activations."""
+  found, shares = make(files, ("is",), reference="", mesh=make_mesh(1, 2, 4), per_device=4), []
+
+  def draw(*args):
+    drawn = found.draw(*args)
+    shares.extend(len(shard.data) for shard in drawn[1].addressable_shards)
+    return drawn
+
+  watched = dataclasses.replace(found, draw=draw)
+  list(watched.measure(PARAMS, [(1, 0.0)], 20))
+  watched.pictures(PARAMS, [(1, 0.0)], np.arange(8))
+  assert set(shares) == {4}
 
 
 def test_the_facts_say_what_the_number_depends_on(files):
