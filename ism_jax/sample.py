@@ -46,9 +46,9 @@ def make_sampler(
   """
 
   def chunk(params, rng, index, label, w, nfe):
-    index, label, w = map(mesh_lib.by_rows, (index, label, w))
+    n, (index, label, w) = len(index), mesh_lib.fill_rows((index, label, w))
     x0 = mesh_lib.by_rows(draw_noise(rng, index, shape))
-    return integrate(apply, params, x0, label, w, nfe)
+    return integrate(apply, params, x0, label, w, nfe)[:n]
 
   chunk = mesh_lib.jit(chunk, mesh)
 

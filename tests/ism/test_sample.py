@@ -76,17 +76,18 @@ def test_an_image_does_not_depend_on_batch_or_number():
   assert not np.allclose(network(params, 8, LABELS, 0.5, 4, batch=5), images, atol=0.1)
 
 
-def test_devices_share_the_images_out(linear_sampler, make_mesh):
+@pytest.mark.parametrize("shape", [(2, 4), (3, 2)], ids=str)  # and six, which do not divide eight
+def test_devices_share_the_images_out(linear_sampler, make_mesh, shape):
   seen = []
 
   def watched(params, x, *rest):
     jax.debug.inspect_array_sharding(x, callback=lambda s: seen.append(s.shard_shape(x.shape)))
     return linear(params, x, *rest)
 
-  mesh = make_mesh(2, 4)
+  mesh = make_mesh(*shape)
   shared = sample.make_sampler(watched, SHAPE, mesh)
   images = shared(mesh_lib.replicate(jnp.float32(-1.5), mesh), 7, LABELS, 0.0, 2, batch=8)
-  assert seen[0] == (1, *SHAPE)
+  assert seen[0] == (-(-8 // mesh.size), *SHAPE)
   np.testing.assert_array_equal(images, linear_sampler(jnp.float32(-1.5), 7, LABELS, 0.0, 2))
 
 
