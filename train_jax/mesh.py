@@ -166,16 +166,12 @@ def by_rows(x: jax.Array, rest=None) -> jax.Array:
 
 
 def fill_rows(tree):
-  """Arrays [n, ...], their last row repeated until `by_rows` can split them.
-
-  As they are where there are fewer rows than parts, and outside `within`.
-  """
+  """Arrays [n, ...], their last row repeated until `by_rows` can split them, inside `within`."""
   mesh = jax.sharding.get_abstract_mesh()
   parts = 1 if mesh.empty else batch_parts(mesh)
 
   def fill(x: jax.Array) -> jax.Array:
-    missing = -len(x) % parts if len(x) >= parts else 0
-    return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), mode="edge")
+    return jnp.pad(x, ((0, -len(x) % parts), *((0, 0),) * (x.ndim - 1)), mode="edge")
 
   return jax.tree.map(lambda x: by_rows(fill(x)), tree)
 

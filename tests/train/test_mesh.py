@@ -213,7 +213,7 @@ def test_rows_are_filled_until_they_can_be_split():
   assert found.is_fully_replicated and len(found.addressable_shards) == 8
   np.testing.assert_array_equal(found, [*x, *[x[-1]] * 5])
   np.testing.assert_array_equal(filled(x[:8])["x"], x[:8])
-  np.testing.assert_array_equal(filled(x[:3])["x"], x[:3])  # fewer rows than devices
+  np.testing.assert_array_equal(filled(x[:3])["x"], [*x[:3], *[x[2]] * 5])  # a row for each
   np.testing.assert_array_equal(mesh_lib.jit(mesh_lib.fill_rows, None)(x), x)
 
 
@@ -334,16 +334,16 @@ def test_sharded_generation_equals_unsharded(make_mesh, monkeypatch, shape):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 1), (1, 2, 4)], ids=str)
-def test_devices_share_a_generation_out(make_mesh, monkeypatch, shape):
-  """Of eleven prompts, and of one typed into a terminal, by parameters that are split."""
+@pytest.mark.parametrize("shape, n", [((2, 4, 1), 11), ((2, 4, 1), 3), ((1, 2, 4), 11)], ids=str)
+def test_devices_share_a_generation_out(make_mesh, monkeypatch, shape, n):
+  """Of n prompts, and of one typed into a terminal, by parameters that are split."""
   monkeypatch.setattr(mesh_lib, "SMALL", 64)
   sizes = transformer.TransformerConfig(vocab=21, width=32, depth=1, heads=4, hidden=64)
   network, limits = transformer.make_network(sizes), RolloutConfig(12, 9, 2)
   draw, shapes = np.random.default_rng(5), jax.eval_shape(network.init, jax.random.key(0))
   params = jax.tree.map(lambda a: (0.4 * draw.normal(size=a.shape)).astype(np.float32), shapes)
-  prompt = draw.integers(SPECIAL, sizes.vocab, (11, 3)).astype(np.int32)
-  rows = prompt, np.full(11, 3, np.int32), jax.random.key(0), np.arange(11)
+  prompt = draw.integers(SPECIAL, sizes.vocab, (n, 3)).astype(np.int32)
+  rows = prompt, np.full(n, 3, np.int32), jax.random.key(0), np.arange(n)
   wanted = make_rollout(network, limits)(params, *rows)
 
   mesh, seen = make_mesh(*shape), []
@@ -356,7 +356,7 @@ def test_devices_share_a_generation_out(make_mesh, monkeypatch, shape):
   watched = network._replace(extend=extend)
   found = make_rollout(watched, limits, mesh)(split, *rows)
   parts = mesh_lib.batch_parts(mesh)
-  whole = (-(-11 // parts) * parts, 4, 12, 8)
+  whole = (-(-n // parts) * parts, 4, 12, 8)
   share = {s.shard_shape(whole) for s in seen}
   assert share == {(whole[0] // parts, 4 // shape[2], 12, 8)}, share
   for a, b in zip(found, wanted, strict=True):
