@@ -302,7 +302,7 @@ def make_stream(
     while done < config.max_actions:
       state = advance(params, state, length, settings, min(done + every, config.max_actions))
       step, finished = int(state.step), bool(state.rollout.finished.all())
-      yield np.asarray(state.rollout.actions[:, done:step])
+      yield np.asarray(state.rollout.actions)[:, done:step]  # a slice in JAX would be compiled
       if finished:
         return
       done = step
