@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -165,6 +166,9 @@ def test_evaluation_names_its_numbers(default):
     assert all(0 <= found[f"{name}/{policy}"] <= 1 for policy in ("greedy", "T=1", "T=0.5"))
   assert found["log_likelihood/data"] < 0
   assert all(np.isfinite(value) for value in found.values())
+  text = (Path(seqmatch.__file__).parents[1] / "docs" / "METRICS.md").read_text()
+  explained = text.partition("\n## Questions")[2].partition("\n## ")[0]
+  assert all(f"`{name.partition('/')[0]}`" in explained for name in found)
 
 
 def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Generated texts beside real ones: what counts as said, what is embedded, names of the numbers."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -94,3 +95,6 @@ def test_every_way_to_generate_is_compared(backspace, monkeypatch):
     assert found[f"repetition/{way}"] > 0.7 and found[f"mauve/{way}"] < 0.5
   assert found["repetition/real"] < 0.3
   assert ("mauve/T=1, forbidden" in found) == backspace
+  page = (Path(text.__file__).parents[1] / "docs" / "METRICS.md").read_text()
+  explained = page.partition("\n## Text\n")[2]
+  assert all(f"`{name.partition('/')[0]}`" in explained for name in found)
