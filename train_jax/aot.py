@@ -227,7 +227,7 @@ def compile_step(
 
 
 def in_bytes(size: float) -> str:
-  """A number of bytes with its unit, in twelve characters or more."""
+  """A number of bytes with its unit, in eleven characters or more."""
   for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
     if size >= 0.1 * 1024**power:
       return f"{size / 1024**power:9.3f} {unit}"

@@ -47,7 +47,11 @@ class Signals:
 
   @contextlib.contextmanager
   def breaking(self) -> Iterator[None]:
-    """What is done inside is broken off by a signal: Interrupted; at once if one was received."""
+    """What is done inside is broken off by a signal: Interrupted; at once if one was received.
+
+    Python takes signals between two of its own steps: one call of the device or the compiler ends.
+    A notice of preemption comes in another thread, and breaks off what begins after it.
+    """
     self._breaks = True
     try:
       if self.received:
