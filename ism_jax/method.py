@@ -253,13 +253,22 @@ def _settings(config, flags, nfe, guidance) -> list[tuple[int, float]]:
   return [(steps, w) for steps in nfe for w in guidance]
 
 
+def mesh_of(config) -> jax.sharding.Mesh:
+  """Where a trained network is used: as many devices share it as in training, or as there are.
+
+  By `fsdp`: every device has images of its own, also for decoders and the networks of metrics,
+  which `tensor` does not split: its devices would all do the same.
+  """
+  return mesh_lib.fitting(config.mesh.fsdp * config.mesh.get("tensor", 1))  # older runs lack it
+
+
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=sample`: see evaluate.write_samples. `load(mesh) -> (params, step)` is called last."""
   settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
   labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
   path.check_labels(labels, len(names))
   _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
-  mesh = mesh_lib.fitting(**config.mesh)
+  mesh = mesh_of(config)
   sampler = sample.make_sampler(apply, tuple(facts["shape"]), mesh)
   if "vae" in facts:
     if not flags.vae:
@@ -275,7 +284,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
 def export_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=export`: the `sample` average as files that `ism_jax.load_pretrained` reads."""
   del flags
-  params, step = load(mesh_lib.fitting(**config.mesh))
+  params, step = load(mesh_of(config))
   params = jax.tree.map(mesh_lib.fetch, params)
   if jax.process_index():
     return
@@ -299,7 +308,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
   _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
-  protocol, mesh = evaluators.make_protocol(config, flags), mesh_lib.fitting(**config.mesh)
+  protocol, mesh = evaluators.make_protocol(config, flags), mesh_of(config)
   if protocol:
     n = flags.num or 50_000
     check_number(protocol.metrics, n)

@@ -81,7 +81,7 @@ def fitting(fsdp: int, tensor: int = 1, devices: list | None = None) -> Mesh:
   """The mesh of a run, as far as the devices here can have it: to use the run on fewer, or on more.
 
   Where they are as many as in training, a model that could be trained can be used; one device has
-  it whole. Runs from before there was `tensor` have none in their config.
+  it whole.
   """
   found = devices or jax.devices()
   each = len(found) // len({getattr(d, "slice_index", 0) for d in found})

@@ -170,6 +170,15 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   assert config.eval.nfe == (1, 2)  # the caller's config is left alone
 
 
+def test_a_network_is_used_with_images_for_every_device():
+  config = get_config()
+  config.mesh.update(fsdp=2, tensor=2)
+  assert dict(ism.mesh_of(config).shape) == {"fsdp": 4, "data": 2, "tensor": 1}
+  with config.unlocked():
+    del config.mesh.tensor  # a run of a version that had no such axis
+  assert dict(ism.mesh_of(config).shape) == {"fsdp": 2, "data": 4, "tensor": 1}
+
+
 def test_only_the_first_process_writes_and_prints(default, tmp_path, monkeypatch, capsys):
   _, facts, params = default
   monkeypatch.setattr(jax, "process_index", lambda: 1)

@@ -127,7 +127,7 @@ def test_tensor_wider_than_a_slice_is_refused():
     ((4, 2), 6, (1, 3, 2)),
     ((3, 5), 8, (1, 8, 1)),
     ((4, 2), 1, (1, 1, 1)),
-    ((4,), 8, (4, 2, 1)),  # of a version that had no tensor
+    ((4,), 8, (4, 2, 1)),
   ],
 )
 def test_a_run_is_used_on_what_devices_there_are(asked, n, found):
