@@ -121,7 +121,7 @@ def make_given(config: ConfigDict, facts: dict, devices) -> dict:
   """The parameters that a fresh run begins with instead of drawn ones, by name.
 
   They are those of `config.init_from`; if it is empty, the pretrained ones of a method that has
-  any.
+  any. A run's parameters are spread over the mesh `devices` while they are read.
   """
   module = method_module(config)
   if not config.init_from:

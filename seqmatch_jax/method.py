@@ -229,8 +229,8 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   if not flags.stream:
     for begin, keys in zip(asked.texts, typed, strict=True):
       print(f"{begin}{task.GAP}{show.line(keys, sys.stdout.isatty())}")
-  chosen = {"step": step, "temperature": temperature, "top_k": flags.top_k, "top_p": flags.top_p}
-  chosen |= {"seed": flags.seed}
+  chosen = {"temperature": temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+  chosen = {"step": step, **chosen, "seed": flags.seed}
   title = ", ".join(f"{name} {value}" for name, value in chosen.items() if value is not None)
   show.write(out, title, asked.texts, typed, task.GAP)
   print(sample.speed(typed, seconds))
