@@ -81,7 +81,8 @@ def without_data(config) -> tuple[ConfigDict, int]:
 
 
 def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
-  """For `--mode=compile`: the sampler, a batch of `config.batch` at a time."""
+  """For `--mode=compile`: the sampler of `--mode=sample`, `config.batch` images at a time."""
+  mesh = mesh_of(config, list(mesh.devices.flat))
   init, apply = make_network(config, facts)
   params = mesh_lib.lay_out(jax.eval_shape(init, jax.random.key(0)), mesh)
   rows = mesh_lib.batch_sharding(mesh)
@@ -253,13 +254,12 @@ def _settings(config, flags, nfe, guidance) -> list[tuple[int, float]]:
   return [(steps, w) for steps in nfe for w in guidance]
 
 
-def mesh_of(config) -> jax.sharding.Mesh:
-  """Where a trained network is used: as many devices share it as in training, or as there are.
+def mesh_of(config, devices: list | None = None) -> jax.sharding.Mesh:
+  """Where a trained network is used: shared by `fsdp`, so that every device has its own images.
 
-  By `fsdp`: every device has images of its own, also for decoders and the networks of metrics,
-  which `tensor` does not split: its devices would all do the same.
+  Decoders and the networks of metrics are not split by `tensor`: its devices would do the same.
   """
-  return mesh_lib.fitting(config.mesh.fsdp * config.mesh.get("tensor", 1))  # older runs lack it
+  return mesh_lib.fitting("fsdp", **config.mesh, devices=devices)
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:

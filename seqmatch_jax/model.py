@@ -108,13 +108,12 @@ def make_frozen(config, facts: dict) -> Frozen | None:
 
 
 def mesh_of(config, devices: list | None = None) -> Mesh:
-  """Where a trained decoder is used: as many devices share it as in training, or as a slice has.
+  """Where a trained decoder is used: shared by `tensor`.
 
-  By `tensor`, which crosses no slices: then a token's activations move from device to device, which
-  are less than the parameters that `fsdp` would gather for each token.
+  A token's activations then move from device to device, which are less than the parameters that
+  `fsdp` would gather for each token.
   """
-  shared = config.mesh.fsdp * config.mesh.get("tensor", 1)  # older runs lack it
-  return mesh_lib.fitting(1, shared, devices)
+  return mesh_lib.fitting("tensor", **config.mesh, devices=devices)
 
 
 def load_whole(config, facts: dict, load, mesh: Mesh) -> tuple[dict, int]:

@@ -77,16 +77,18 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Me
   return Mesh(arrange(devices or jax.devices(), fsdp, tensor), AXES, axis_types=kinds)
 
 
-def fitting(fsdp: int, tensor: int = 1, devices: list | None = None) -> Mesh:
-  """The mesh of a run, as far as the devices here can have it: to use the run on fewer, or on more.
+def fitting(axis: str, fsdp: int, tensor: int = 1, devices: list | None = None) -> Mesh:
+  """Where a trained network is used, on fewer devices than in training, or on more.
 
-  Where they are as many as in training, a model that could be trained can be used; one device has
-  it whole.
+  As many share the parameters as in training, or as can, all along `axis` (fsdp or tensor, which
+  crosses no slices): what could be trained can be used, and one device has it whole.
+
+  Args:
+    fsdp, tensor: sizes of the run's own mesh.
   """
   found = devices or jax.devices()
-  each = len(found) // len({getattr(d, "slice_index", 0) for d in found})
-  tensor = math.gcd(tensor, each)
-  return make_mesh(math.gcd(fsdp, len(found) // tensor), tensor, found)
+  slices = len({getattr(d, "slice_index", 0) for d in found}) if axis == "tensor" else 1
+  return make_mesh(**{axis: math.gcd(fsdp * tensor, len(found) // slices)}, devices=found)
 
 
 def param_spec(shape: tuple[int, ...], fsdp: int, tensor: int = 1) -> PartitionSpec:

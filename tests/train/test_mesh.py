@@ -118,27 +118,32 @@ def test_tensor_wider_than_a_slice_is_refused():
 
 
 @pytest.mark.parametrize(
-  "asked, n, found",
+  "axis, asked, n, found",
   [
-    ((1, 1), 8, (1, 8, 1)),
-    ((4, 2), 8, (4, 1, 2)),
-    ((16, 1), 8, (8, 1, 1)),
-    ((16, 4), 8, (2, 1, 4)),
-    ((4, 2), 6, (1, 3, 2)),
-    ((3, 5), 8, (1, 8, 1)),
-    ((4, 2), 1, (1, 1, 1)),
-    ((4,), 8, (4, 2, 1)),
+    ("fsdp", (1, 1), 8, (1, 8, 1)),
+    ("fsdp", (2, 2), 8, (4, 2, 1)),
+    ("tensor", (2, 2), 8, (1, 2, 4)),
+    ("fsdp", (16, 4), 8, (8, 1, 1)),
+    ("tensor", (4, 2), 6, (1, 3, 2)),
+    ("fsdp", (3, 5), 8, (1, 8, 1)),
+    ("tensor", (4, 2), 1, (1, 1, 1)),
+    ("tensor", (4,), 8, (1, 2, 4)),  # a run of a version that had no tensor
   ],
 )
-def test_a_run_is_used_on_what_devices_there_are(asked, n, found):
-  assert mesh_lib.fitting(*asked, devices=jax.devices()[:n]).devices.shape == found
+def test_a_run_is_used_on_what_devices_there_are(axis, asked, n, found):
+  assert mesh_lib.fitting(axis, *asked, devices=jax.devices()[:n]).devices.shape == found
 
 
-def test_tensor_fits_into_a_slice(monkeypatch):
+@pytest.mark.parametrize("axis, found", [("tensor", (1, 2, 4)), ("fsdp", (8, 1, 1))])
+def test_tensor_alone_fits_into_a_slice(axis, found, monkeypatch):
   """Two slices of four, for a run whose slices had eight."""
   arrange = mesh_lib.arrange
-  monkeypatch.setattr(mesh_lib, "make_mesh", lambda f, t, devices: arrange(devices, f, t))
-  assert mesh_lib.fitting(1, 8, sliced(2, 4)).shape == (1, 2, 4)
+
+  def make_mesh(devices, fsdp=1, tensor=1):
+    return arrange(devices, fsdp, tensor)
+
+  monkeypatch.setattr(mesh_lib, "make_mesh", make_mesh)
+  assert mesh_lib.fitting(axis, 8, devices=sliced(2, 4)).shape == found
 
 
 @pytest.mark.parametrize("batch, near", [(12, 8), (20, 16), (3, 8), (0, 8), (-8, 8)])
