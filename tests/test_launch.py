@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -298,3 +299,12 @@ def test_gke_prints_a_jobset(machine):
 def test_unknown_places_are_one_sentence(machine, place):
   done = machine(f"--on={place}", "configs/ism_digits.py")
   assert done.returncode == 2 and f"--on={place} is unknown; choose" in done.stderr
+
+
+def test_all_of_the_packages_is_installed():
+  setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+  there = {p for p in ROOT.glob("*_jax/**/*") if p.is_file() and "__pycache__" not in p.parts}
+  listed = {name: ["*.py", *setup["package-data"].get(name, ())] for name in setup["packages"]}
+  assert there == {
+    p for name, globs in listed.items() for g in globs for p in (ROOT / name).glob(g)
+  }
