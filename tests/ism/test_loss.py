@@ -134,6 +134,13 @@ def test_class_dropout_is_a_probability():
   assert abs(np.mean(np.asarray(rows["velocity"].label) == CLASSES) - 0.1) < 0.02
 
 
+def test_zero_w_is_a_probability_and_without_strengths_all_are_zero():
+  x = jnp.zeros((8000, 1, 1, 1))
+  many = (x, x, jnp.zeros(8000, int))
+  assert abs(np.mean(np.asarray(make_rows(ISM, many)["consistency"].w) == 0) - 0.25) < 0.04
+  assert not np.any(make_rows(SHORTCUT, many)["consistency"].w)
+
+
 def haar_distance(error, levels, decay):
   """Weighted energy of the bands of error [h, w], by PyWavelets."""
   low, *details = pywt.wavedec2(error, "haar", level=levels) if levels else [error]
@@ -274,6 +281,14 @@ def test_charbonnier_is_another_loss(batch):
   value, _ = run(replace(FLOW, norm="charbonnier"), batch)
   l2, _ = run(FLOW, batch)
   assert np.isfinite(value) and not np.isclose(value, l2, rtol=0.05)
+  # A flat error is one coefficient of the low band, 4, whose weight is 16/55 at a decay of 1/2.
+  flat = loss.distance(replace(ISM, norm="charbonnier"), jnp.ones((1, 4, 4, 1)))
+  np.testing.assert_allclose(flat, (4 - 1e-3) / 55, rtol=1e-5)
+
+
+def test_a_multiple_is_one_up_to_rounding():
+  assert 3 * 0.1 != 0.3
+  replace(ISM, w_max=0.3, w_step=0.1)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,12 @@ def test_guidance_is_never_or_always_zero(zero, expected):
   assert set(np.asarray(sample_guidance(KEY, 500, 1.0, 0.5, zero)).tolist()) == expected
 
 
+def test_the_largest_strength_is_drawn_whatever_the_rounding():
+  assert 0.3 / 0.1 < 3
+  w = np.asarray(sample_guidance(KEY, 500, 0.3, 0.1, zero=0.0))
+  np.testing.assert_allclose(np.unique(w), [0.1, 0.2, 0.3], rtol=1e-6)
+
+
 def test_settings_that_were_trained_pass():
   path.check_settings((1, 2, 4, 8, 16, 32, 64, 128), (0.0, 0.6, 3.5), 3.5)
   path.check_settings((1,), (0,), 0.0)

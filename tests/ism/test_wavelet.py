@@ -224,5 +224,7 @@ def test_sides_that_do_not_fit_are_refused_in_a_sentence():
       function()
   with pytest.raises(UserError, match="from 0 to 0"):
     wavelet.check_levels(7, 8, 1)
+  with pytest.raises(UserError, match="from 0 to 2"):  # its height alone would fit
+    wavelet.check_levels(16, 12, 3)
   with pytest.raises(UserError, match="levels=-1"):
     wavelet.check_levels(8, 8, -1)
