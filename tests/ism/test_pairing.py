@@ -218,6 +218,16 @@ def test_the_same_pool_is_paired_the_same(pool, paired):
   np.testing.assert_array_equal(again, paired("class/sinkhorn"))
 
 
+def test_duals_of_a_group_do_not_see_what_fills_it_up():
+  cost = np.full((8, 8), 100, np.float32)
+  mine = cost[:5, :5] = np.random.default_rng(0).uniform(1, 3, (5, 5))
+  f, g = jax.jit(pairing.duals)(cost, np.arange(8) < 5)
+  assert not np.any(f[5:]) and not np.any(g[5:])
+  plan = np.exp((f[:5, None] + g[:5] - mine) / (0.05 * mine.std()))
+  for axis in (0, 1):
+    np.testing.assert_allclose(plan.sum(axis), 1 / 5, atol=2e-3)
+
+
 round_to_permutation = jax.jit(pairing.round_to_permutation)
 ALL = np.ones(12, bool)
 
