@@ -137,6 +137,13 @@ def test_frechet_is_stable_below_as_many_samples_as_dimensions(n, m, f):
   assert distance(x, y) == pytest.approx(sample_distance(x, y), rel=1e-12)
 
 
+def test_frechet_reads_both_halves_of_a_nearly_symmetric_covariance():
+  x, y = (np.cov(gaussian(seed, 50, 3).T) for seed in (0, 1))
+  x[0, 1] += 1e-4 * x.max()
+  results = [fid.frechet_distance(np.zeros(3), c, np.zeros(3), y) for c in (x, x.T)]
+  assert results[0] == pytest.approx(results[1], rel=1e-12)
+
+
 # Precision and recall
 
 
@@ -180,6 +187,8 @@ def test_a_copy_is_perfect_and_a_collapsed_copy_has_no_recall(offset):
   for block in (1, 16, 512):
     assert fid.precision_recall(x, x, block=block) == (1, 1)
     assert fid.precision_recall(x, np.tile(x[10], (30, 1)), block=block) == (1, 1 / 50)
+  alike = np.full((5, 2), offset)  # every ball a point, and no digits to round
+  assert fid.precision_recall(alike, alike) == (1, 1)
 
 
 def test_a_sample_on_the_edge_of_a_ball_lies_in_it_whatever_the_rounding():
@@ -234,6 +243,8 @@ def test_inception_score_is_taken_within_consecutive_splits():
   expected = np.exp(-np.sum(share * np.log(share)))
   assert inception_score(logits, splits=1) == pytest.approx((expected, 0))
   assert inception_score(logits, splits=12) == pytest.approx((1, 0))  # one sample each
+  sizes = [(i + 1) * 11 // 4 - i * 11 // 4 for i in range(4)]  # the original code's
+  np.testing.assert_array_equal(fid.parts(11, 4), np.repeat(np.arange(4), sizes))
   uneven = np.concatenate([certain[:1], certain])  # 3 in 2 splits: 1 and 2
   assert inception_score(uneven, splits=2) == pytest.approx((1.5, 0.5))
 

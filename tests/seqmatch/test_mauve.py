@@ -110,6 +110,11 @@ def test_one_seed_has_no_spread_and_seeds_are_reproduced():
   assert lib.mauve(*sets("near"), buckets=10, seeds=2) == two
 
 
+def test_a_tenth_of_the_smaller_set_is_the_number_of_buckets():
+  one, two = sets("near")
+  assert lib.mauve(one, two[:40], seeds=1).buckets == lib.mauve(one[:40], two, seeds=1).buckets == 4
+
+
 @pytest.mark.parametrize(
   "change, words",
   [
