@@ -332,6 +332,11 @@ def test_a_full_budget_spares_no_part_of_the_answer():
   errors = [[len(e) for e in errors_of(*rows)] for rows in zip(answer, actions, strict=True)]
   np.testing.assert_array_equal(np.sum(errors, 1), 2)
   np.testing.assert_allclose(np.mean(errors, 0), 2 / 5, atol=4 * np.sqrt(0.24 / 5000))
+  # Of five draws at 1/2, none is an error once in 32 times and one of them five times.
+  actions, _ = corrupt(rng, answer, anything(5000), Noise(rate=0.5, max_errors=2))
+  count = [sum(map(len, errors_of(*rows))) for rows in zip(answer, actions, strict=True)]
+  share = np.bincount(count, minlength=3) / 5000
+  np.testing.assert_allclose(share, np.array([1, 5, 26]) / 32, atol=4 * np.sqrt(0.16 / 5000))
 
 
 def test_where_nothing_can_be_wrong_nothing_is():

@@ -111,6 +111,7 @@ def test_maximum_likelihood_is_the_mean_cross_entropy(float64, make_batch):
   batch, texts = make_batch([[draw_actions(np.random.default_rng(i), 5 + i)] for i in range(3)])
   batch["weight"][0, 1] = batch["weight"][2, :3] = 0
   table, nodes, row = table_of(texts)
+  table[:, [PAD, BOS]] = 9.0  # the likeliest, if they were actions
   costs, hits = [], []
   for actions, weights in zip(batch["action"], batch["weight"], strict=True):
     for text, action, weight in zip(texts_of(actions), actions, weights, strict=False):
@@ -123,18 +124,23 @@ def test_maximum_likelihood_is_the_mean_cross_entropy(float64, make_batch):
     close(got, np.mean(costs), rtol=1e-12)
     assert metrics["nll"] == got and metrics["penalty"] == 0
     close(metrics["accuracy"], np.mean(hits))
+  assert any(hits)
 
 
-def test_metrics_add_up_and_cover_what_carries_loss(float64, make_batch):
-  config = LossConfig("chi2_mixture", 0.2, 1.0, backspace=True)
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_metrics_add_up_and_cover_what_carries_loss(gamma, float64, make_batch):
+  config = LossConfig("chi2_mixture", 0.2, gamma, backspace=True)
   batch, texts = make_batch([[draw_actions(np.random.default_rng(i), 9)] for i in range(2)])
   batch["weight"][1] = 0
   table, nodes, _ = table_of(texts)
   got, metrics = run(config, table[nodes], batch, batch, table[nodes])
-  parts = ("nll", "penalty", "penalty_model")
-  close(got, sum(metrics[name] for name in parts), rtol=1e-12)
+  log_prob, penalty, reward = (x[0] for x in run_terms(config, table[nodes], batch))
+  discount = gamma ** np.arange(9)
+  close(metrics["penalty"], -np.mean(discount * penalty), rtol=1e-12)
+  close(metrics["nll"], -np.mean(log_prob), rtol=1e-12)  # no discount in what is only watched
+  parts = metrics["penalty"] + metrics["penalty_model"] - np.mean(discount * log_prob)
+  close(got, parts, rtol=1e-12)
   assert metrics["penalty"] > 0
-  reward = run_terms(config, table[nodes], batch).reward[0]
   close(metrics["reward"], np.mean(reward))
   close(metrics["reward_max"], np.max(np.abs(reward)))
 

@@ -1,5 +1,7 @@
 """Generation: against one row at a time in plain Python, whose every logit is computed afresh."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,6 +217,12 @@ def test_a_stream_makes_the_same_actions_bit_by_bit(model):
   done = np.flatnonzero(whole.any(0))[-1] + 1
   assert [part.shape[1] for part in parts] == [7] * (done // 7) + ([done % 7] if done % 7 else [])
   np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[:, :done])
+  # The last chunk ends with the actions: one more would be written over the last.
+  assert done > 10
+  stream = make_stream(network, replace(LIMITS, max_actions=10), every=7)
+  forced = forced_actions()[:, :10]
+  parts = list(stream(params, PROMPT, LENGTH, KEY, ROW, 1.0, forced=forced))
+  np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[:, :10])
 
 
 # --- the rules, on a model that always wants the same ---------------------------------------------
