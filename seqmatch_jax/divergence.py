@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 STEEPEST = 100.0
-_SMALL = 0.1  # below it the series is more exact than the difference, in float32 and float64
+_SMALL = 0.1  # below it the series is more exact in float32 than the difference
 _ORDERS = range(1, 11)
 _FUBINI = (1, 3, 13, 75, 541, 4683, 47293, 545835, 7087261, 102247563)
 
