@@ -17,8 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
-from configs import ism_imagenet256, seqmatch_arithmetic
-from seqmatch_jax import transformer
+from configs import ism_imagenet256, seqmatch_arithmetic, seqmatch_llama7b
 from train_jax import aot, cost
 
 # (model, topology, fsdp, tensor, rows of the batch)
@@ -48,8 +47,8 @@ def get_config(model: str, rows: int):
     config.batch = rows
     return config
   config = seqmatch_arithmetic.get_config()
-  names = ("width", "depth", "heads", "hidden")
-  config.model.update(dict(zip(names, transformer.SIZES[model], strict=True)))
+  sizes = seqmatch_llama7b.get_config().model
+  config.model.update({name: sizes[name] for name in ("width", "depth", "heads", "hidden")})
   config.model.update(dtype="bfloat16", remat="block", unroll=False)
   config.data.lanes = 32  # questions in a row: about 1500 tokens
   config.batch = rows * config.data.lanes

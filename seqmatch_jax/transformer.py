@@ -13,7 +13,6 @@ values, f head features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ from seqmatch_jax.actions import visible
 from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import BACKSPACE
 from train_jax import lora
-from train_jax.errors import UserError
 from train_jax.layers import Dense, scan_blocks
 from train_jax.mesh import by_rows
 
@@ -255,21 +253,3 @@ def make_network(config: TransformerConfig) -> Network:
     return module.logits(x), cache
 
   return Network(init, frozen, apply, features, make_cache, extend)
-
-
-# (width, depth, heads, hidden). "mini" is for short tasks on a CPU; "base" has the width and depth
-# of GPT-2; "7B" is Llama 2's.
-SIZES = {
-  "tiny": (32, 2, 2, 96),
-  "mini": (128, 2, 4, 384),
-  "base": (768, 12, 12, 2048),
-  "7B": (4096, 32, 32, 11008),
-}
-
-
-def with_size(config: TransformerConfig, name: str) -> TransformerConfig:
-  """`config` at a size of the table."""
-  if name not in SIZES:
-    raise UserError(f"unknown model size {name!r}; choose one of {', '.join(SIZES)}.")
-  width, depth, heads, hidden = SIZES[name]
-  return replace(config, width=width, depth=depth, heads=heads, hidden=hidden)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import seqmatch_llama7b
 from seqmatch_jax import transformer
 from seqmatch_jax.actions import tree
 from seqmatch_jax.tokens import BACKSPACE, BOS, PAD, SPECIAL
@@ -287,7 +288,9 @@ def test_each_layer_has_its_own_first_values():
 
 
 def test_at_the_size_of_llama_2_it_has_the_parameters_of_llama_2():
-  config = transformer.with_size(replace(SMALL, vocab=32_000), "7B")
+  sizes = seqmatch_llama7b.get_config().model
+  sizes = {name: sizes[name] for name in ("width", "depth", "heads", "hidden")}
+  config = replace(SMALL, vocab=32_000, **sizes)
   shapes = jax.eval_shape(transformer.make_network(config).init, KEY)
   assert sum(a.size for a in jax.tree.leaves(shapes)) == 6_738_415_616
 
@@ -300,5 +303,3 @@ def test_bad_sizes_are_refused_in_a_sentence():
       replace(SMALL, **{name: 0})
   with pytest.raises(UserError, match=r"model.dtype='fp32' is unknown"):
     replace(SMALL, dtype="fp32")
-  with pytest.raises(UserError, match=r"unknown model size '8B'; .*base, 7B"):
-    transformer.with_size(SMALL, "8B")
