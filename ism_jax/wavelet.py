@@ -43,7 +43,7 @@ def analyse(x: jax.Array, levels: int) -> tuple[jax.Array, list[jax.Array]]:
 
   Returns:
     The low band [b, h/2^L, w/2^L, c], and the detail bands, finest first: level l holds horizontal,
-    vertical and diagonal as [3, b, h/2^l, w/2^l, c]. `synthesise` is the exact inverse.
+    vertical and diagonal as [3, b, h/2^l, w/2^l, c].
   """
   check_levels(x.shape[1], x.shape[2], levels)
   details = []
@@ -52,20 +52,6 @@ def analyse(x: jax.Array, levels: int) -> tuple[jax.Array, list[jax.Array]]:
     details.append(jnp.stack([a - b + c - d, a + b - c - d, a - b - c + d]) / 2)
     x = (a + b + c + d) / 2
   return x, details
-
-
-def synthesise(low: jax.Array, details: list[jax.Array]) -> jax.Array:
-  """The image [b, h, w, c] of a pyramid: the inverse of `analyse`."""
-  for horizontal, vertical, diagonal in reversed(details):
-    a = low + horizontal + vertical + diagonal
-    b = low - horizontal + vertical - diagonal
-    c = low + horizontal - vertical - diagonal
-    d = low - horizontal - vertical + diagonal
-    top = jnp.stack([a, b], axis=3)  # [b, h/2, w/2, 2, c]
-    bottom = jnp.stack([c, d], axis=3)
-    n, h, w, _, channels = top.shape
-    low = jnp.stack([top, bottom], axis=2).reshape(n, 2 * h, 2 * w, channels) / 2
-  return low
 
 
 def level_weights(levels: int, decay: float) -> list[float]:

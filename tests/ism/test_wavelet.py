@@ -13,9 +13,23 @@ from ism_jax import wavelet
 from train_jax.errors import UserError
 
 analyse = jax.jit(wavelet.analyse, static_argnums=1)
-synthesise = jax.jit(wavelet.synthesise)
 l2_distance = jax.jit(wavelet.l2_distance)
 charbonnier_distance = jax.jit(wavelet.charbonnier_distance)
+
+
+@jax.jit
+def synthesise(low, details):
+  """The image [b, h, w, c] of a pyramid: the exact inverse of `analyse`."""
+  for horizontal, vertical, diagonal in reversed(details):
+    a = low + horizontal + vertical + diagonal
+    b = low - horizontal + vertical - diagonal
+    c = low + horizontal - vertical - diagonal
+    d = low - horizontal - vertical + diagonal
+    top = jnp.stack([a, b], axis=3)  # [b, h/2, w/2, 2, c]
+    bottom = jnp.stack([c, d], axis=3)
+    n, h, w, _, channels = top.shape
+    low = jnp.stack([top, bottom], axis=2).reshape(n, 2 * h, 2 * w, channels) / 2
+  return low
 
 
 def random_image(side=16, channels=2, batch=3, seed=0):
