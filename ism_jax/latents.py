@@ -92,8 +92,7 @@ def draw(state, batch: dict, key: jax.Array) -> tuple:
   """`Method.augment`: `mean` and `std` of a batch become `image`, a draw of the scaled latents."""
   batch = dict(batch)
   mean, std = (batch.pop(name).astype(jnp.float32) for name in ("mean", "std"))
-  image = SCALE * (mean + std * jax.random.normal(key, mean.shape))
-  return state.extra, {**batch, "image": image}
+  return state.extra, {**batch, "image": autoencoder.sample(mean, std, key)}
 
 
 def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
