@@ -52,6 +52,12 @@ def run(
   return results
 
 
+def no_backspace(config) -> None:
+  """A variant of SequenceMatch: its objective without <backspace>, and so without noise."""
+  config.loss.backspace = False
+  config.noise.rate = 0.0
+
+
 def spread(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
   """Mean and sample standard deviation over seeds of every number that all rows have."""
   common = [key for key in rows[0] if all(key in row for row in rows)]

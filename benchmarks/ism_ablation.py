@@ -49,10 +49,6 @@ def _pairing(config):
   config.pairing = ism_digits.get_config().pairing
 
 
-def _slow(config):
-  config.ema.target = 0.999
-
-
 # Each rung is the one before it and one change more, "- fast EMA" excepted: the paper adds its
 # twin EMA last, so the last rung but one has the slow target and the last has both averages.
 LADDER = {

@@ -37,22 +37,9 @@ COLUMNS = {
 }
 
 
-def _mle(config):
-  seqmatch_arithmetic.mle(config)
-
-
 def _mle_backspace(config):
   seqmatch_arithmetic.mle(config)
   config.loss.backspace = True
-
-
-def _bc(config):
-  seqmatch_arithmetic.bc(config)
-
-
-def _no_backspace(config):
-  config.loss.backspace = False
-  config.noise.rate = 0.0
 
 
 def _chi2(config):
@@ -67,10 +54,10 @@ def _noise(rate):
 
 
 VARIANTS = {
-  "MLE": _mle,
+  "MLE": seqmatch_arithmetic.mle,
   "MLE + <backspace>": _mle_backspace,
-  "BC": _bc,
-  "chi2-mixture, no <backspace>": _no_backspace,
+  "BC": seqmatch_arithmetic.bc,
+  "chi2-mixture, no <backspace>": ablation.no_backspace,
   "chi2": _chi2,
   "chi2-mixture": lambda config: None,
   "chi2-mixture, noise 0.1": _noise(0.1),

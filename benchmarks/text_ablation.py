@@ -49,16 +49,11 @@ def _unlikelihood(config):
   config.loss.unlikelihood = 0.1
 
 
-def _no_backspace(config):
-  config.loss.backspace = False
-  config.noise.rate = 0.0
-
-
 VARIANTS = {
   "MLE": seqmatch_text.mle,
   "MLE + unlikelihood": _unlikelihood,
   "BC": seqmatch_text.bc,
-  "chi2-mixture, no <backspace>": _no_backspace,
+  "chi2-mixture, no <backspace>": ablation.no_backspace,
   "chi2-mixture": lambda config: None,
 }
 
