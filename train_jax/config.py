@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 from absl import flags, logging
+from flax import traverse_util
 
 from train_jax.errors import UserError
 
@@ -30,15 +31,10 @@ FREE = (
 BOUND = ("eval.erasures",)  # not free after all: the size of a replay buffer depends on it
 
 
-def flatten(config: dict, prefix: str = "") -> dict:
-  """Nested dict -> {"a.b": value}."""
-  flat = {}
-  for key, value in config.items():
-    if isinstance(value, dict):
-      flat.update(flatten(value, f"{prefix}{key}."))
-    else:
-      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-  return flat
+def flatten(config: dict) -> dict:
+  """Nested dict -> {"a.b": value}; tuples are lists, as in JSON."""
+  flat = traverse_util.flatten_dict(config, sep=".")
+  return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
 
 
 def _config_file(argv: list[str]) -> str | None:

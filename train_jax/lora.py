@@ -10,13 +10,13 @@ Dimensions: i inputs, o outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from train_jax.errors import UserError
 
@@ -141,25 +141,17 @@ def merged(layer: Mapping[str, np.ndarray], parts: Mapping[str, int], weight: fl
   return kernel
 
 
-def split(params: dict, learned) -> tuple[dict, dict]:
+def split(params: dict, learned: Callable[[str], bool]) -> tuple[dict, dict]:
   """Nested dicts -> (those leaves whose dotted name is `learned`, the others)."""
-
-  def part(tree: dict, prefix: str, wanted: bool) -> dict:
-    found = {}
-    for key, value in tree.items():
-      if isinstance(value, dict):
-        if inner := part(value, f"{prefix}{key}.", wanted):
-          found[key] = inner
-      elif learned(prefix + key) == wanted:
-        found[key] = value
-    return found
-
-  return part(params, "", True), part(params, "", False)
+  parts = {True: {}, False: {}}
+  for name, leaf in traverse_util.flatten_dict(params, sep=".").items():
+    parts[learned(name)][name] = leaf
+  return tuple(traverse_util.unflatten_dict(parts[which], sep=".") for which in (True, False))
 
 
 def join(params: dict, *frozen: dict) -> dict:
   """Undoes `split`; without `frozen`, `params` as they are."""
-  for other in frozen:
-    shared = {key: join(params[key], other[key]) for key in params.keys() & other.keys()}
-    params = {**other, **params, **shared}
-  return params
+  flat = {}
+  for part in (params, *frozen):
+    flat |= traverse_util.flatten_dict(part)
+  return traverse_util.unflatten_dict(flat)
