@@ -158,13 +158,16 @@ def row_name(nfe: int, w: float) -> str:
   return f"{nfe} step{'s' * (nfe > 1)}, w={w:g}"
 
 
-def sample_grid(
-  sample: Callable, params, names: Sequence[str], nfes, guidance, labels, seed: int
+def labelled_grid(
+  images: np.ndarray,
+  settings: Sequence[tuple[int, float]],
+  names: Sequence[str],
+  labels: np.ndarray,
+  title: str = "",
 ) -> np.ndarray:
-  """One row for each NFE and w, one column for each label -> picture uint8 [height, width, 3]."""
-  rows = [(nfe, w) for nfe in nfes for w in guidance]
-  images = np.stack([to_uint8(sample(params, seed, labels, w, nfe)) for nfe, w in rows])
-  return grid(images, [row_name(*row) for row in rows], [names[i][:10] for i in labels])
+  """`grid` of images [settings, labels, h, w, c]: a row for each (nfe, w), a column a label."""
+  rows = [row_name(*setting) for setting in settings]
+  return grid(images, rows, [names[label][:10] for label in labels], title)
 
 
 def write_samples(
@@ -211,11 +214,7 @@ def write_samples(
   )
   # Columns: as many of each class as fit, class by class.
   shown = np.argsort(labels[:COLUMNS], kind="stable")
-  picture = grid(
-    np.stack([group[shown] for group in groups]),
-    [row_name(*setting) for setting in settings],
-    [names[label][:10] for label in labels[shown]],
-    title=f"seed {seed}",
-  )
+  drawn = np.stack([group[shown] for group in groups])
+  picture = labelled_grid(drawn, settings, names, labels[shown], f"seed {seed}")
   Image.fromarray(picture).save(out / "grid.png")
   print(f"grid:    {out / 'grid.png'}\nsamples: {out / 'samples.npz'}")

@@ -35,25 +35,16 @@ def _make_small(config, source: data.Source, apply, mesh, leak):
   sampler = sample.make_sampler(apply, source.shape, mesh)
   reference = functools.cache(lambda: make_reference(source))
   classes, n = len(source.names), config.eval.samples
-  guidance = sorted({0.0, *config.eval.guidance})
-  quick = max(4, min(config.eval.nfe))  # the most steps in training
 
   def run(params, step: int, final: bool):
     del step
-    settings = [
-      (nfe, w, n // 2 if nfe == path.FINEST else n) for nfe in config.eval.nfe for w in guidance
-    ]
-    if not final:
-      settings = [(nfe, w, n // 4) for nfe, w, _ in settings if nfe <= quick]
-    yield from evaluate.measure(sampler, params, reference(), classes, settings, config.seed)
+    settings = _settings(config, final)
+    number = n if final else n // 4
+    sized = [(nfe, w, n // 2 if final and nfe == path.FINEST else number) for nfe, w in settings]
+    yield from evaluate.measure(sampler, params, reference(), classes, sized, config.seed)
     if final and leak:
       yield "class_leak", leak()
-    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
-    nfes = sorted({nfe for nfe, _, _ in settings})
-    yield (
-      "grid",
-      evaluate.sample_grid(sampler, params, source.names, nfes, guidance, labels, config.seed),
-    )
+    yield "grid", _sample_grid(sampler, params, source.names, settings, config.seed)
 
   return run
 
@@ -67,17 +58,11 @@ def _make_latent(config, source: latents.Latents, apply, mesh):
     return lambda params, step, final: iter(())
   sampler = sample.make_sampler(apply, source.shape, mesh)
   sampler = latents.decoding(sampler, config.eval.vae, source.vae)
-  classes, guidance = len(source.names), sorted({0.0, *config.eval.guidance})
 
   def run(params, step: int, final: bool):
     del step
-    quick = max(4, min(config.eval.nfe))
-    nfes = sorted(nfe for nfe in config.eval.nfe if final or nfe <= quick)
-    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
-    yield (
-      "grid",
-      evaluate.sample_grid(sampler, params, source.names, nfes, guidance, labels, config.seed),
-    )
+    settings = _settings(config, final)
+    yield "grid", _sample_grid(sampler, params, source.names, settings, config.seed)
 
   return run
 
@@ -90,24 +75,37 @@ def _make_large(config, facts: dict, apply, mesh, leak):
   protocol, n, names = make_protocol(config), config.eval.samples, facts["names"]
   check_number(protocol.metrics, n // 4)
   large = make_benchmark(protocol, facts, apply, mesh)
-  guidance = sorted({0.0, *config.eval.guidance})
-  quick = max(4, min(config.eval.nfe))  # the most steps in training
 
   def run(params, step: int, final: bool):
-    nfes = sorted({nfe for nfe in config.eval.nfe if final or nfe <= quick})
-    settings = [(nfe, w) for nfe in nfes for w in guidance]
-    number = n if final else n // 4
+    settings, number = _settings(config, final), n if final else n // 4
     if jax.process_index() == 0:
       print(benchmark.header({"step": step, "samples": number, **large.facts()}), flush=True)
     yield from large.measure(params, settings, number)
     if final and leak:
       yield "class_leak", leak()
-    labels = evaluate.balanced_labels(min(evaluate.COLUMNS, max(len(names), 8)), len(names))
-    rows = [evaluate.row_name(*setting) for setting in settings]
+    labels = _grid_labels(len(names))
     pictures = large.pictures(params, settings, labels)
-    yield "grid", evaluate.grid(pictures, rows, [names[i][:10] for i in labels])
+    yield "grid", evaluate.labelled_grid(pictures, settings, names, labels)
 
   return run
+
+
+def _settings(config, final: bool) -> list[tuple[int, float]]:
+  """(steps, strength) pairs, w = 0 always among them; in training those of a few steps."""
+  most = path.FINEST if final else max(4, min(config.eval.nfe))
+  nfes = sorted({nfe for nfe in config.eval.nfe if nfe <= most})
+  return [(nfe, w) for nfe in nfes for w in sorted({0.0, *config.eval.guidance})]
+
+
+def _grid_labels(classes: int) -> np.ndarray:
+  """The classes of a grid's columns."""
+  return evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
+
+
+def _sample_grid(sampler, params, names, settings, seed: int) -> np.ndarray:
+  labels = _grid_labels(len(names))
+  drawn = [evaluate.to_uint8(sampler(params, seed, labels, w, nfe)) for nfe, w in settings]
+  return evaluate.labelled_grid(np.stack(drawn), settings, names, labels)
 
 
 def make_protocol(config, flags=None) -> Protocol | None:
