@@ -11,7 +11,6 @@ Dimensions: n images, b batch, h w image, c channel.
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from PIL import Image
 
 from ism_jax.images import UNREADABLE, center_crop, convert
 from train_jax.errors import UserError
+from train_jax.shards import whole_file
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -145,8 +145,7 @@ def npz_writer(
 
   Yields the function that takes the next images. The file appears under its name when it is whole.
   """
-  partial = path.with_name(path.name + ".partial")
-  with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+  with whole_file(path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
     with archive.open("arr_0.npy", "w", force_zip64=True) as file:
       npy.write_array_header_1_0(
         file, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
@@ -155,4 +154,3 @@ def npz_writer(
     for name, array in more.items():
       with archive.open(f"{name}.npy", "w") as file:
         npy.write_array(file, np.asarray(array), allow_pickle=False)
-  os.replace(partial, path)

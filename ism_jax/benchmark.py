@@ -27,6 +27,7 @@ from ism_jax.protocol import FRECHET, METRICS, SPLITS, Protocol, check_number, c
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import progress_bar, table
+from train_jax.shards import whole_file
 from train_jax.weights import sha256
 
 KEPT = 50_000  # samples whose features precision and recall hold, at most: 0.4 GB
@@ -199,9 +200,8 @@ def report(
   for name, value in benchmark.measure(params, settings, n, out if save else None):
     record["results"][name] = value
     if chief:
-      partial = out / "benchmark.json.partial"
-      partial.write_text(json.dumps(record, indent=1))
-      partial.replace(out / "benchmark.json")
+      with whole_file(out / "benchmark.json") as file:
+        file.write(json.dumps(record, indent=1).encode())
   if chief:
     print(table(record["results"]))
     print(f"numbers: {out / 'benchmark.json'}")

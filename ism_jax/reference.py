@@ -11,7 +11,6 @@ Dimensions: n images, b batch, h w image, f features, m kept images.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from ism_jax import adm, extract
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import progress_bar
+from train_jax.shards import whole_file
 from train_jax.weights import sha256
 
 KEYS = {
@@ -173,11 +173,9 @@ def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
   """Writes the arrays if it can; a reader sees the whole file or none."""
   if jax.process_index():
     return
-  partial = path.with_name(path.name + ".partial")
   try:
-    with open(partial, "wb") as file:
+    with whole_file(path) as file:
       np.savez(file, **arrays)
-    os.replace(partial, path)
   except OSError as err:
     logging.warning("%s cannot be kept for the next time: %s", path, err)
 

@@ -99,12 +99,15 @@ def commit(partial: Path, path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-  """A file to be written, which becomes `path` when the block has ended well."""
+  """A file to be written, which becomes `path` when the block has ended well, and else is gone."""
   # A name of this process's own: several may write the same manifest.
   partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-  with partial.open("wb") as file:
-    yield file
-  commit(partial, path)
+  try:
+    with partial.open("wb") as file:
+      yield file
+    commit(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:

@@ -106,6 +106,7 @@ def test_a_file_that_breaks_off_leaves_the_one_before(tmp_path):
     file.write(b"[2")
     raise OSError("full")
   assert json.loads((tmp_path / "a.json").read_text()) == [1]
+  assert [path.name for path in tmp_path.iterdir()] == ["a.json"]  # and nothing that fills the disk
 
 
 @pytest.mark.parametrize(
