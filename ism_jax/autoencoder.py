@@ -210,20 +210,15 @@ NAMES = {
 OLD_NAMES = {**NAMES, "to_q": "query", "to_k": "key", "to_v": "value", "to_out": "proj_attn"}
 
 
-def load(
-  path: str | Path, dtype: str = "float32", config: AutoencoderConfig = AutoencoderConfig()
-) -> Autoencoder:
+def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> Autoencoder:
   """Reads an autoencoder from diffusers' safetensors file, under either naming of its attention.
-
-  Args:
-    dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
 
   Raises:
     UserError: the file is not there, or lacks a tensor of these sizes. `encode` and `decode` raise
       it for arrays of other channels, and sides that do not halve evenly.
   """
   weights = Weights(path)
-  network = nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+  network = nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0)))
   graphdef, state = nnx.split(network)
   old = "encoder.mid_block.attentions.0.query.weight" in weights
   shapes = nnx.to_pure_dict(state)
@@ -233,7 +228,7 @@ def load(
   def encode(params, images) -> tuple[jax.Array, jax.Array]:
     _check("images", images, config.channels, config.shrink)
     network = nnx.merge(graphdef, nnx.State(params))
-    moments = network.quant_conv(network.encoder(images)).astype(jnp.float32)
+    moments = network.quant_conv(network.encoder(images))
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
 
@@ -241,7 +236,7 @@ def load(
   def decode(params, latents) -> jax.Array:
     _check("latents", latents, config.latents, 1)
     network = nnx.merge(graphdef, nnx.State(params))
-    return network.decoder(network.post_quant_conv(latents / SCALE)).astype(jnp.float32)
+    return network.decoder(network.post_quant_conv(latents / SCALE))
 
   return Autoencoder(params, encode, decode)
 

@@ -274,5 +274,5 @@ def _load_decoder(file: str, mesh: jax.sharding.Mesh) -> tuple[Any, Callable]:
   """(parameters, decode) of a VAE."""
   from ism_jax import autoencoder
 
-  loaded = autoencoder.load(file, "float32")
+  loaded = autoencoder.load(file)
   return mesh_lib.replicate(loaded.params, mesh), loaded.decode

@@ -47,7 +47,6 @@ class ViTConfig:
   hidden: int
   patch: int
   stored: int
-  dtype: str = "float32"  # of the computation; parameters are float32
   offset: float = 0.0  # see the module's docstring
 
 
@@ -55,13 +54,13 @@ class Block(nnx.Module):
   """A pre-norm transformer block with layer scale."""
 
   def __init__(self, config: ViTConfig, *, rngs):
-    k, kwargs = config.width, {"rngs": rngs, "dtype": jnp.dtype(config.dtype)}
-    self.norm1 = nnx.LayerNorm(k, use_fast_variance=False, **kwargs)
-    self.query, self.key, self.value, self.out = (Dense(k, k, **kwargs) for _ in range(4))
+    k = config.width
+    self.norm1 = nnx.LayerNorm(k, use_fast_variance=False, rngs=rngs)
+    self.query, self.key, self.value, self.out = (Dense(k, k, rngs=rngs) for _ in range(4))
     self.layer_scale1 = nnx.Param(jnp.ones(k))
-    self.norm2 = nnx.LayerNorm(k, use_fast_variance=False, **kwargs)
+    self.norm2 = nnx.LayerNorm(k, use_fast_variance=False, rngs=rngs)
     gelu = functools.partial(nnx.gelu, approximate=False)
-    self.mlp = Mlp(k, config.hidden, k, gelu, **kwargs)
+    self.mlp = Mlp(k, config.hidden, k, gelu, rngs=rngs)
     self.layer_scale2 = nnx.Param(jnp.ones(k))
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,8 +68,8 @@ class Block(nnx.Module):
     y = self.norm1(x)
     heads = [f(y).reshape(b, l, -1, HEAD) for f in (self.query, self.key, self.value)]
     y = self.out(jax.nn.dot_product_attention(*heads).reshape(b, l, k))
-    x = x + self.layer_scale1[...].astype(x.dtype) * y
-    return x + self.layer_scale2[...].astype(x.dtype) * self.mlp(self.norm2(x))
+    x = x + self.layer_scale1[...] * y
+    return x + self.layer_scale2[...] * self.mlp(self.norm2(x))
 
 
 def cubic_matrix(size: int, out: int, offset: float) -> np.ndarray:
@@ -95,11 +94,11 @@ class ViT(nnx.Module):
   """Normalised images -> class tokens. The blocks are stacked and scanned over."""
 
   def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-    k, p, dtype = config.width, config.patch, jnp.dtype(config.dtype)
+    k, p = config.width, config.patch
     self.config = config
     self.cls_token = nnx.Param(jnp.zeros((1, 1, k)))
     self.position_embeddings = nnx.Param(jnp.zeros((1, 1 + config.stored**2, k)))
-    self.patch = nnx.Conv(3, k, (p, p), (p, p), padding="VALID", rngs=rngs, dtype=dtype)
+    self.patch = nnx.Conv(3, k, (p, p), (p, p), padding="VALID", rngs=rngs)
 
     @nnx.split_rngs(splits=config.depth)
     @nnx.vmap
@@ -122,13 +121,13 @@ class ViT(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     x = self.patch(x)
     b, rows, columns, k = x.shape
-    own = jnp.broadcast_to(self.cls_token[...], (b, 1, k)).astype(x.dtype)
+    own = jnp.broadcast_to(self.cls_token[...], (b, 1, k))
     x = jnp.concatenate([own, x.reshape(b, rows * columns, k)], axis=1)
-    x = x + self.positions(rows, columns).astype(x.dtype)  # [b, l, k]
+    x = x + self.positions(rows, columns)  # [b, l, k]
 
     graphdef, stacked = nnx.split(self.blocks)
     x, _ = jax.lax.scan(lambda x, block: (nnx.merge(graphdef, block)(x), None), x, stacked)
-    return self.norm(x[:, 0].astype(jnp.float32))
+    return self.norm(x[:, 0])
 
 
 # What Hugging Face calls them, and the attention's names in the published files.
@@ -155,7 +154,7 @@ OLD_NAMES = {
 }
 
 
-def read_config(weights: Weights, dtype: str = "float32", offset: float = 0.0) -> ViTConfig:
+def read_config(weights: Weights, offset: float = 0.0) -> ViTConfig:
   """The sizes of the encoder in a file, from its shapes.
 
   Raises:
@@ -186,7 +185,6 @@ def read_config(weights: Weights, dtype: str = "float32", offset: float = 0.0) -
     hidden=shapes[names["mlp"]][0],
     patch=shapes[names["patch"]][-1],
     stored=round((tokens - 1) ** 0.5),
-    dtype=dtype,
     offset=offset,
   )
 
@@ -223,11 +221,10 @@ def preprocess(images: jax.Array) -> jax.Array:
   return (x / 255 - jnp.array(MEAN)) / jnp.array(STD)
 
 
-def load(path: str | Path, dtype: str = "float32", offset: float = 0.0) -> tuple[dict, Callable]:
+def load(path: str | Path, offset: float = 0.0) -> tuple[dict, Callable]:
   """Reads a DINOv2 -> (params, apply); `apply(params, images uint8 [b, h, w, 3]) -> [b, k]`.
 
   Args:
-    dtype: of the computation, "float32" or "bfloat16".
     offset: of the position embedding's grid: 0, or 0.1 as in the authors' release.
 
   Raises:
@@ -235,7 +232,7 @@ def load(path: str | Path, dtype: str = "float32", offset: float = 0.0) -> tuple
       are not uint8 [b, h, w, 3].
   """
   weights = Weights(path)
-  config = read_config(weights, dtype, offset)
+  config = read_config(weights, offset)
   shapes, forward = make_network(config)
   params = read_params(weights, shapes, config.depth)
   return params, lambda params, images: forward(params, preprocess(images))

@@ -56,12 +56,12 @@ def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> Network:
   if name == "inception":
     from ism_jax import inception
 
-    params, apply = inception.load(file, "float32")
+    params, apply = inception.load(file)
   else:
     from ism_jax import dinov2
 
     # Published distances are of the authors' position grid, 0.1 larger than Hugging Face's.
-    params, apply = dinov2.load(file, "float32", offset=0.1)
+    params, apply = dinov2.load(file, offset=0.1)
 
   def features(params, images):
     out = apply(params, images)

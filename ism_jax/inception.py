@@ -216,9 +216,9 @@ class Inception(nnx.Module):
     x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
     x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
     x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-    spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1).astype(jnp.float32)
+    spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
     x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
-    pool = x.mean((1, 2), dtype=jnp.float32)
+    pool = x.mean((1, 2))
     return {"pool": pool, "spatial": spatial, "logits": pool @ self.fc.kernel[...]}
 
 
@@ -234,21 +234,18 @@ def fold(weights: Weights, name: str, shape: tuple[int, ...]) -> dict[str, jax.A
   return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
 
 
-def load(path: str | Path, dtype: str = "float32") -> tuple[dict, Callable]:
+def load(path: str | Path) -> tuple[dict, Callable]:
   """Reads FID-Inception -> (params, apply).
 
   `apply(params, images)` takes uint8 [b, h, w, 3] of any size and returns float32 arrays: "pool"
   [b, 2048], "spatial" [b, 2023] and "logits" [b, 1008] without the bias.
-
-  Args:
-    dtype: of the convolutions, "float32" or "bfloat16"; published numbers are float32.
 
   Raises:
     UserError: the file is not there, or lacks a tensor of this network; `apply` raises it for
       images that are not uint8 [b, h, w, 3].
   """
   weights = Weights(path)
-  network = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
+  network = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
   graphdef, state = nnx.split(network)
 
   def parameters(shapes: dict, name: str) -> dict:
@@ -263,7 +260,6 @@ def load(path: str | Path, dtype: str = "float32") -> tuple[dict, Callable]:
   @pretrained.full_precision
   def apply(params, images) -> dict[str, jax.Array]:
     check_images(images)
-    x = ((resize(images) - 128) / 128).astype(dtype)
-    return nnx.merge(graphdef, nnx.State(params))(x)
+    return nnx.merge(graphdef, nnx.State(params))((resize(images) - 128) / 128)
 
   return params, apply

@@ -65,9 +65,9 @@ class Dense(nnx.Linear):
 class Mlp(nnx.Module):
   """Two dense layers with an activation between them."""
 
-  def __init__(self, width: int, hidden: int, out: int, activation, *, rngs, dtype, **kwargs):
-    self.inner = Dense(width, hidden, rngs=rngs, dtype=dtype, **kwargs)
-    self.outer = Dense(hidden, out, rngs=rngs, dtype=dtype, **kwargs)
+  def __init__(self, width: int, hidden: int, out: int, activation, **kwargs):
+    self.inner = Dense(width, hidden, **kwargs)
+    self.outer = Dense(hidden, out, **kwargs)
     self.activation = activation
 
   def __call__(self, x: jax.Array) -> jax.Array:

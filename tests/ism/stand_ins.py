@@ -35,16 +35,16 @@ def project(kernel, images):
   return ((small.reshape(n, -1) - 128) / 16) @ kernel
 
 
-def load_inception(path, dtype="float32"):
-  params = {kind: jnp.asarray(weights(path, f), dtype) for kind, f in SIZES.items()}
+def load_inception(path):
+  params = {kind: jnp.asarray(weights(path, f)) for kind, f in SIZES.items()}
   return params, lambda p, images: {kind: project(kernel, images) for kind, kernel in p.items()}
 
 
-def load_dinov2(path, dtype="float32", offset=0.0):
-  return {"kernel": jnp.asarray(weights(path, 7), dtype)}, lambda p, x: project(p["kernel"], x)
+def load_dinov2(path, offset=0.0):
+  return {"kernel": jnp.asarray(weights(path, 7))}, lambda p, x: project(p["kernel"], x)
 
 
-def load_autoencoder(path, dtype="float32"):
+def load_autoencoder(path):
   """Latents [b, h, w, 4] -> images of eight times the side: the first three channels, repeated."""
 
   def decode(params, latents):

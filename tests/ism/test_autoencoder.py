@@ -26,11 +26,11 @@ def oracle():
 
 @pytest.fixture
 def load(oracle, tmp_path):
-  """(change of the tensors, dtype) -> the small autoencoder."""
+  """Change of the tensors -> the small autoencoder."""
 
-  def run(change=lambda tensors: tensors, dtype="float32"):
+  def run(change=lambda tensors: tensors):
     path = write(tmp_path / "vae.safetensors", change(tensors_of(oracle)))
-    return autoencoder.load(path, dtype, SMALL)
+    return autoencoder.load(path, SMALL)
 
   return run
 
@@ -58,14 +58,6 @@ def test_other_sizes_agree_with_diffusers(load, oracle):
   agrees(model, oracle, atol=1e-5)
   eager, _ = model.encode(model.params, oracle["image"])  # not jitted: the dicts' own order
   np.testing.assert_allclose(eager, oracle["mean"], rtol=0, atol=1e-5)
-
-
-def test_bfloat16_computes_coarsely_and_returns_float32(load, oracle):
-  model = load(dtype="bfloat16")
-  assert {a.dtype.name for a in jax.tree.leaves(model.params)} == {"float32"}
-  agrees(model, oracle, atol=0.1)
-  with pytest.raises(AssertionError):
-    agrees(model, oracle, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["linear", "convolution"])

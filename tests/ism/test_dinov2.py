@@ -21,10 +21,10 @@ OLD = {
 }
 
 
-def forward_of(path, **kwargs):
+def forward_of(path):
   """The file's parameters, and the network on normalised images."""
   weights = Weights(path)
-  config = dinov2.read_config(weights, **kwargs)
+  config = dinov2.read_config(weights)
   shapes, forward = dinov2.make_network(config)
   return config, dinov2.read_params(weights, shapes, config.depth), forward
 
@@ -56,13 +56,6 @@ def test_other_sizes_and_grids_agree_with_transformers(path, oracle, grid):
   image, cls = oracle[f"image_{grid}"], oracle[f"cls_{grid}"]
   np.testing.assert_allclose(jax.jit(forward)(params, image), cls, rtol=0, atol=1e-5)
   np.testing.assert_allclose(forward(params, image), cls, rtol=0, atol=1e-5)  # not jitted
-
-
-def test_bfloat16_computes_coarsely_and_returns_float32(path, oracle):
-  _, params, forward = forward_of(path, dtype="bfloat16")
-  cls = forward(params, oracle["image_0"])
-  assert cls.dtype == jnp.float32
-  assert 1e-4 < np.abs(cls - oracle["cls_0"]).max() < 0.1
 
 
 def test_both_namings_are_the_same_network(path, oracle, tmp_path):
