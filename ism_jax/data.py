@@ -106,18 +106,25 @@ def _in_memory(
   if channels not in (1, 3):
     raise UserError(f"data.channels={channels} must be 1 (grey) or 3 (RGB).")
   mode, names = "L" if channels == 1 else "RGB", images.names
+  # One array from the start: put together in the end, they would take the memory twice.
+  pixels = np.empty((images.size, side, side, channels), np.uint8)
+  labels, bad = [], []
   with ThreadPoolExecutor() as pool:
     read = pool.map(lambda i: _read(images, i, side, mode), range(images.size))
-    found = list(tqdm(read, total=images.size, desc="reading images", unit="img", disable=None))
+    read = tqdm(read, total=images.size, desc="reading images", unit="img", disable=None)
+    for i, (image, label) in enumerate(read):
+      if image is None:
+        bad.append(i)
+      else:
+        pixels[len(labels)] = image
+        labels.append(label)
 
   faults = Faults(max_faults, f"data.path={path!r}")
-  bad = [images.name(i) for i, (pixels, _) in enumerate(found) if pixels is None]
-  for name in bad:
-    faults.add(name, "it is no whole image")
+  for i in bad:
+    faults.add(images.name(i), "it is no whole image")
   if bad:
     logging.warning("skipped %d of %d images that cannot be read", len(bad), images.size)
-  kept = [item for item in found if item[0] is not None]
-  labels = np.array([label for _, label in kept], np.int32)
+  pixels, labels = pixels[: len(labels)], np.array(labels, np.int32)
   empty = [name for label, name in enumerate(names) if label not in labels]
   if empty:
     raise UserError(
@@ -127,8 +134,7 @@ def _in_memory(
     raise UserError(
       f"data.path={path!r}: an image has the label {labels.min()}; choose a split with labels."
     )
-  stacked = np.stack([pixels for pixels, _ in kept])
-  return Source(stacked, labels, names, _decode_bytes)
+  return Source(pixels, labels, names, _decode_bytes)
 
 
 def folder(root: str, side: int, channels: int, max_faults: int = LIMIT) -> Source:
