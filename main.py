@@ -216,16 +216,10 @@ def use_checkpoint(workdir: Path) -> None:
     return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)), devices)
 
   check_flags(config.method)
-  mode = getattr(module, f"{FLAGS.mode}_mode", None)
-  if mode is None:
-    raise UserError(
-      f"--mode={FLAGS.mode} is not there for config.method={config.method!r}; choose sample or "
-      "evaluate, which use the checkpoint where it is."
-    )
   default = workdir / ("exported" if FLAGS.mode == "export" else "generated")
   out = Path(FLAGS.out) if FLAGS.out else default
   check_writable(out, "--out")
-  mode(config, facts, load, FLAGS, out)
+  getattr(module, f"{FLAGS.mode}_mode")(config, facts, load, FLAGS, out)
   checkpoints.close()
 
 
