@@ -22,11 +22,9 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from ism_jax.images import UNREADABLE, center_crop, convert
+from ism_jax.images import SUFFIXES, UNREADABLE, center_crop, convert
 from train_jax.errors import UserError
 from train_jax.shards import whole_file
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class Images(NamedTuple):
