@@ -28,7 +28,6 @@ class Weights:
   Attributes:
     path: of the file or the folder.
     shapes: name -> shape.
-    metadata: the first file's strings.
   """
 
   def __init__(self, path: str | Path):
@@ -39,7 +38,6 @@ class Weights:
     """
     self.path = Path(path).expanduser()
     files = [_open(file) for file in _files(self.path)]
-    self.metadata = files[0].metadata() or {}
     self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     self.shapes = {
       name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
