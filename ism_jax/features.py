@@ -37,8 +37,8 @@ class FeatureExtractor(Protocol):
   def features(self, images: ArrayLike) -> np.ndarray:
     """Features [n, f] float64 of images [n, h, w, c]."""
 
-  def labels(self, images: ArrayLike) -> np.ndarray | None:
-    """Predicted classes [n] int of images [n, h, w, c]; None if it does not classify."""
+  def labels(self, images: ArrayLike) -> np.ndarray:
+    """Predicted classes [n] int of images [n, h, w, c]."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from train_jax import checksum
 
 PyTree = Any
 
-GROUP = 2**28  # bytes that are read back at a time
+GROUP = 2**28  # bytes that are read back at a time, or one array if that has more
 KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO)
 
 
@@ -81,7 +81,7 @@ def compare(name: str, found: dict[str, int], wanted: dict[str, int]) -> None:
 
 
 def _groups(tree: PyTree) -> Iterator[list[int]]:
-  """Numbers of this process's share of the leaves, as many at a time as fit into GROUP bytes."""
+  """Numbers of this process's share of the leaves, as many at a time as make up GROUP bytes."""
   leaves, group, size = jax.tree.leaves(tree), [], 0
   for i in range(jax.process_index(), len(leaves), jax.process_count()):
     group.append(i)
