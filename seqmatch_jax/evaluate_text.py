@@ -15,7 +15,6 @@ from seqmatch_jax.actions import Noise
 from seqmatch_jax.packing import Packed
 from seqmatch_jax.rollout import Rollout
 from seqmatch_jax.tokens import BACKSPACE, PAD
-from train_jax import mesh as mesh_lib
 
 
 def _exp(nats: float) -> float:
@@ -49,31 +48,6 @@ def likelihood(
   yield "perplexity/token", _exp(-log_likelihood / count)
   if characters > 0:
     yield "perplexity/character", _exp(-log_likelihood / characters)
-
-
-def generations(
-  generate: Callable,
-  params,
-  prompt: np.ndarray,
-  length: np.ndarray,
-  batch: int,
-  seed: int,
-  backspace: bool,
-  top_p: float | None = None,
-) -> Rollout:
-  """Goes on from prompts [m, p] at temperature 1, `batch` at a time; NumPy arrays.
-
-  The policy itself: it may type again what it has just erased. Where a good token was erased only
-  worse ones would be left otherwise, which are erased in their turn.
-  """
-  settings = {"retype": True, "top_p": top_p}
-  key, made = jax.random.key(seed), []
-  for start in range(0, len(prompt), batch):
-    row = np.arange(start, start + batch)
-    chosen = row % len(prompt)  # the last batch is filled: one shape, one compilation
-    out = generate(params, prompt[chosen], length[chosen], key, row, 1.0, backspace, **settings)
-    made.append([mesh_lib.fetch(x) for x in out])
-  return Rollout(*(np.concatenate(parts)[: len(prompt)] for parts in zip(*made, strict=True)))
 
 
 def measure(made: Rollout, name: str) -> Iterator[tuple[str, float]]:

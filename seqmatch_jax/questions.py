@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 
-from seqmatch_jax import data, evaluate, tokens
+from seqmatch_jax import data, evaluate, rollout, tokens
 from seqmatch_jax.actions import Noise
 from seqmatch_jax.data import Encoded, Example
 from seqmatch_jax.task import Asked, Task
@@ -90,13 +89,10 @@ def _evaluate(config, asked: Encoded, network, generate, loss_config, facts: dic
     few = asked if final else asked.first(max(len(asked.answer) // 4, 1))
 
     def actions(temperature, backspace, forced, seed):
-      if forced is None:  # an array in any case: one compilation serves all
-        forced = np.zeros((len(few.answer), facts["max_actions"]), np.int32)
-      key, row = jax.random.key(seed), np.arange(len(few.answer))
-      made = generate(
-        params, few.prompt, few.prompt_length, key, row, temperature, backspace, forced=forced
-      )
-      return mesh_lib.fetch(made.actions)
+      how = {"temperature": temperature, "allow_backspace": backspace, "forced": forced}
+      return rollout.in_batches(
+        generate, params, few.prompt, few.prompt_length, config.batch, jax.random.key(seed), **how
+      ).actions
 
     yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
     yield "log_likelihood/data", likelihood(params, few)

@@ -230,7 +230,7 @@ def make_settings(
 ) -> Settings:
   """The settings of a rollout, see `make_rollout`; of one type whatever they are given as."""
   if forced is None:
-    forced = jnp.full((len(row), config.max_actions), PAD, jnp.int32)
+    forced = np.full((len(row), config.max_actions), PAD, np.int32)  # jnp's would be compiled
   most = None
   if top_k is not None or top_p is not None:
     most = jnp.int32(top_k or np.iinfo(np.int32).max), jnp.float32(1 if top_p is None else top_p)
@@ -282,6 +282,31 @@ def make_rollout(
     return run(params, prompt, length, make_settings(config, key, row, *args, **kwargs))
 
   return rollout
+
+
+def in_batches(
+  generate: Callable,
+  params,
+  prompt: np.ndarray,
+  length: np.ndarray,
+  batch: int,
+  key: jax.Array,
+  forced: np.ndarray | None = None,
+  **settings,
+) -> Rollout:
+  """Goes on from any number of prompts [m, p], `batch` at a time; NumPy arrays.
+
+  Args:
+    generate: see `make_rollout`; `forced` [m, a] and `settings` are its last arguments.
+  """
+  made, m = [], len(prompt)
+  for start in range(0, m, batch):
+    row = np.arange(start, start + batch)
+    chosen = row % m  # the last batch is filled: one shape, one compilation
+    played = None if forced is None else forced[chosen]
+    out = generate(params, prompt[chosen], length[chosen], key, row, forced=played, **settings)
+    made.append([mesh_lib.fetch(x) for x in out])
+  return Rollout(*(np.concatenate(parts)[:m] for parts in zip(*made, strict=True)))
 
 
 def make_stream(

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from seqmatch_jax import rollout
 from seqmatch_jax.show import END, Screen, Typist, strokes
 from seqmatch_jax.task import Asked
 from seqmatch_jax.tokens import EOS, PAD, TextVocab, Vocab
@@ -55,18 +56,17 @@ def together(
     max_actions: of a generation.
   """
   size = min(batch, len(asked.texts))
-  free = np.full((size, max_actions), PAD, np.int32)
 
-  def run(start: int, forced):
-    row = np.arange(start, start + size)
-    chosen = np.minimum(row, len(asked.texts) - 1)  # the last batch is filled: one compilation
-    prompt, length = asked.prompt[chosen], asked.length[chosen]
-    made = generate(params, prompt, length, key, row, forced=forced, **settings)
-    return np.asarray(made.actions)[: len(asked.texts) - start]
+  def run(count: int, forced=None) -> np.ndarray:
+    prompt, length = asked.prompt[:count], asked.length[:count]
+    made = rollout.in_batches(generate, params, prompt, length, size, key, forced, **settings)
+    return made.actions
 
-  run(0, np.where(np.arange(max_actions) == 0, EOS, free))  # compiles, and ends at once
+  ended = np.full((size, max_actions), PAD, np.int32)
+  ended[:, 0] = EOS
+  run(size, ended)  # compiles, and ends at once
   start = time.perf_counter()
-  actions = np.concatenate([run(first, free) for first in range(0, len(asked.texts), size)])
+  actions = run(len(asked.texts))
   seconds = time.perf_counter() - start
   rows = zip(actions.tolist(), asked.prompt, asked.length, strict=True)
   return [strokes(row, vocab, prompt[:k].tolist()) for row, prompt, k in rows], seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from seqmatch_jax import (
@@ -12,6 +13,7 @@ from seqmatch_jax import (
   evaluate_text,
   packing,
   quality,
+  rollout,
   text_features,
   tokens,
 )
@@ -138,10 +140,12 @@ def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_confi
     yield from quality.variety(real, "real")
     known = quality.embed(real, vocab, features) if features else None
     prompt, length = beginnings(held, count)
+    key = jax.random.key(config.seed)
     for name, (backspace, top_p) in settings.items():
-      made = evaluate_text.generations(
-        generate, params, prompt, length, config.batch, config.seed, backspace, top_p
-      )
+      # The policy itself: it may type again what it has just erased. Where a good token was erased
+      # only worse ones would be left otherwise, which are erased in their turn.
+      how = {"temperature": 1.0, "allow_backspace": backspace, "retype": True, "top_p": top_p}
+      made = rollout.in_batches(generate, params, prompt, length, config.batch, key, **how)
       yield from evaluate_text.measure(made, name)
       texts = quality.Texts(made.tokens, length, made.length)
       yield from quality.variety(texts, name)

@@ -9,7 +9,14 @@ import pytest
 
 from seqmatch_jax import transformer
 from seqmatch_jax.actions import replay
-from seqmatch_jax.rollout import Rollout, RolloutConfig, make_rollout, make_stream, nucleus
+from seqmatch_jax.rollout import (
+  Rollout,
+  RolloutConfig,
+  in_batches,
+  make_rollout,
+  make_stream,
+  nucleus,
+)
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
 from seqmatch_jax.transformer import Network, TransformerConfig
 from train_jax.errors import UserError
@@ -370,3 +377,20 @@ def test_bad_limits_are_refused_in_a_sentence():
     RolloutConfig(max_length=4, max_actions=1, max_erasures=-1)
   with pytest.raises(UserError, match=r"prompts of 2 tokens do not fit into rollout.max_length=1"):
     constant([EOS], RolloutConfig(max_length=1, max_actions=1, max_erasures=0))
+
+
+def test_any_number_of_prompts_is_gone_on_from_a_batch_at_a_time():
+  def generate(params, prompt, length, key, row, forced, temperature):
+    assert len(prompt) == len(length) == 4 and key == "key" and temperature == 0.5
+    if forced is not None:
+      np.testing.assert_array_equal(forced, prompt + 1)
+    made = prompt * params, prompt + row[:, None], length, row > 5
+    return Rollout(*map(jnp.asarray, made))
+
+  prompt, length = np.arange(10, dtype=np.int32)[:, None], np.arange(10)
+  for forced in (None, prompt + 1):
+    made = in_batches(generate, 3, prompt, length, 4, "key", forced, temperature=0.5)
+    np.testing.assert_array_equal(made.actions, prompt * 3)
+    np.testing.assert_array_equal(made.tokens, prompt * 2)  # rows are numbered through
+    np.testing.assert_array_equal(made.length, length)
+    np.testing.assert_array_equal(made.finished, length > 5)

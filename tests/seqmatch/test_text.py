@@ -152,20 +152,6 @@ def test_erasures_are_counted():
   }
 
 
-def test_generations_are_made_a_batch_at_a_time_and_numbered_through():
-  def generate(params, prompt, length, key, row, temperature, backspace, retype, top_p):
-    assert len(prompt) == 4 and temperature == 1 and backspace and retype and top_p == 0.9
-    made = prompt * params, prompt + row[:, None], length, row > 5
-    return Rollout(*map(jax.numpy.asarray, made))
-
-  prompt = np.arange(10, dtype=np.int32)[:, None]
-  made = evaluate_text.generations(generate, 3, prompt, np.arange(10), 4, 0, True, 0.9)
-  np.testing.assert_array_equal(made.actions, prompt * 3)
-  np.testing.assert_array_equal(made.tokens, prompt * 2)
-  np.testing.assert_array_equal(made.length, np.arange(10))
-  np.testing.assert_array_equal(made.finished, np.arange(10) > 5)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, capsys):
   _, facts, state, _ = run
