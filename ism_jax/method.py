@@ -27,12 +27,12 @@ from ism_jax import (
   wavelet,
 )
 from ism_jax.protocol import check_number
-from train_jax import aot, json_files
+from train_jax import aot
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
 from train_jax.faults import LIMIT
-from train_jax.metrics import table, watched
+from train_jax.metrics import report, watched
 from train_jax.step import Method, no_augment
 
 
@@ -332,8 +332,4 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
       print(f"{name + ':':<8} {out / f'evaluation_{name}.png'}")
     else:
       results[name] = value
-  print(f"step {step}, seed {flags.seed}; docs/METRICS.md says what is what")
-  print(table(results))
-  record = {"step": step, "seed": flags.seed, "samples": config.eval.samples, **results}
-  (out / "evaluation.json").write_text(json_files.dumps(record, indent=1))
-  print(f"numbers: {out / 'evaluation.json'}")
+  report({"step": step, "seed": flags.seed, "samples": config.eval.samples}, results, out)

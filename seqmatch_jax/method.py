@@ -23,10 +23,10 @@ from ml_collections import ConfigDict
 from seqmatch_jax import buffer, export, loss, model, questions, rollout, sample, show, text, tokens
 from seqmatch_jax.actions import Noise, tree
 from seqmatch_jax.model import make_given, make_network  # noqa: F401  main.py asks for them here
-from train_jax import aot, json_files, lora
+from train_jax import aot, lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.metrics import table, watched
+from train_jax.metrics import report, watched
 from train_jax.step import Method
 
 
@@ -258,12 +258,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   results = dict(watched(run(params, step, True), active=jax.process_index() == 0))
   if jax.process_index():  # every process has all of it
     return
-  print(f"step {step}, seed {flags.seed}, {asked} examples; docs/METRICS.md says what is what")
-  print(table(results))
-  out.mkdir(parents=True, exist_ok=True)
-  record = {"step": step, "seed": flags.seed, "examples": asked, **results}
-  (out / "evaluation.json").write_text(json_files.dumps(record, indent=1))
-  print(f"numbers: {out / 'evaluation.json'}")
+  report({"step": step, "seed": flags.seed, "examples": asked}, results, out)
 
 
 def export_mode(config, facts: dict, load, flags, out: Path) -> None:

@@ -201,3 +201,13 @@ def table(results: dict[str, float]) -> str:
     )
     for line in lines
   )
+
+
+def report(facts: dict[str, int], results: dict[str, float], out: Path) -> None:
+  """Prints the numbers of an evaluation; writes them, with `facts` about it, as JSON into `out`."""
+  said = ", ".join(f"{name} {value}" for name, value in facts.items())
+  print(f"{said}; docs/METRICS.md says what is what\n{table(results)}")
+  out.mkdir(parents=True, exist_ok=True)
+  path = out / "evaluation.json"
+  path.write_text(json_files.dumps({**facts, **results}, indent=1))
+  print(f"numbers: {path}")
