@@ -107,8 +107,8 @@ def _tensors(
         tensor = lora.merged(block[layer], parts, weight)
       ends = np.cumsum(list(parts.values()))[:-1] if len(theirs) > 1 else []
       for name, part in zip(theirs, np.split(tensor, ends, axis=-1), strict=True):
-        turned = layout.turned and leaf == "kernel"
-        yield layout.prefix + layout.layer.format(i) + name, part.T if turned else part
+        transposed = layout.transposed and leaf == "kernel"
+        yield layout.prefix + layout.layer.format(i) + name, part.T if transposed else part
 
 
 def _rows(ours: np.ndarray, vocab: TextVocab, backspace: np.ndarray) -> np.ndarray:

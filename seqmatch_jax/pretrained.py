@@ -42,14 +42,14 @@ class Layout(NamedTuple):
     tops: our names of tensors that are there once -> theirs.
     layer: prefix of a layer's tensors, with its number.
     blocks: our names of tensors of a block -> theirs, side by side.
-    turned: whether their matrices are [out, in].
+    transposed: whether their matrices are [out, in].
   """
 
   prefix: str
   tops: dict[str, str]
   layer: str
   blocks: dict[str, tuple[str, ...]]
-  turned: bool
+  transposed: bool
 
 
 def _affine(ours: str, theirs: str, first: str) -> dict[str, tuple[str, ...]]:
@@ -74,7 +74,7 @@ LAYOUTS = {
       **_affine("up", "mlp.c_fc", "kernel"),
       **_affine("down", "mlp.c_proj", "kernel"),
     },
-    turned=False,
+    transposed=False,
   ),
   "llama": Layout(
     "model.",
@@ -88,7 +88,7 @@ LAYOUTS = {
       "gate_up.kernel": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
       "down.kernel": ("mlp.down_proj.weight",),
     },
-    turned=True,
+    transposed=True,
   ),
 }
 OUTPUT = "lm_head.weight"
@@ -207,8 +207,8 @@ def read(
   prefix = layout.prefix if known else ""
 
   def matrix(name: str, inputs: int, outputs: int) -> Lazy:
-    if layout.turned:
-      return lazy.turned(lazy.stored(weights, name, (outputs, inputs)))
+    if layout.transposed:
+      return lazy.transposed(lazy.stored(weights, name, (outputs, inputs)))
     return lazy.stored(weights, name, (inputs, outputs))
 
   def block(ours: str, theirs: tuple[str, ...], number: int) -> Lazy:
@@ -220,7 +220,7 @@ def read(
     outputs = parts if len(names) > 1 else [sum(parts)]
     inputs = sizes.hidden if layer == "down" else sizes.width
     pairs = zip(names, outputs, strict=True)
-    return lazy.beside([matrix(name, inputs, size) for name, size in pairs])
+    return lazy.concatenated([matrix(name, inputs, size) for name, size in pairs])
 
   tensors = {
     f"blocks.{ours}": lazy.stacked([block(ours, theirs, i) for i in range(sizes.depth)])
@@ -239,7 +239,7 @@ def read(
   if not sizes.tied:
     rows = _rows(weights, OUTPUT, sizes, vocab)
     output = lazy.stored(weights, OUTPUT, (rows, sizes.width))
-    tensors["out.kernel"] = lazy.turned(lazy.rows(output, vocab.hf_ids))
+    tensors["out.kernel"] = lazy.transposed(lazy.rows(output, vocab.hf_ids))
   return {**tensors, **_erase(weights, output, vocab, bias)}
 
 

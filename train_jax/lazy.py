@@ -1,8 +1,8 @@
 """Tensors that are read piece by piece, as the devices of a mesh ask for their shares.
 
-A parameter here is often several tensors of a file: layers stacked, matrices side by side, turned,
-or with rows in another order. `Lazy` composes such views; what is read at a time is one slice of
-one tensor, so that no host ever holds a model.
+A parameter here is often several tensors of a file: layers stacked, matrices concatenated,
+transposed, or with rows in another order. `Lazy` composes such views; what is read at a time is one
+slice of one tensor, so that no host ever holds a model.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def stored(weights: Weights, name: str, shape: tuple[int, ...]) -> Lazy:
   return Lazy(tuple(shape), fill)
 
 
-def turned(inner: Lazy) -> Lazy:
+def transposed(inner: Lazy) -> Lazy:
   """The transpose of a matrix."""
   return Lazy(inner.shape[::-1], lambda out, index: inner.fill(out.T, index[::-1]))
 
 
-def beside(parts: Sequence[Lazy]) -> Lazy:
+def concatenated(parts: Sequence[Lazy]) -> Lazy:
   """Tensors side by side along the last axis."""
   ends = np.cumsum([part.shape[-1] for part in parts]).tolist()
 

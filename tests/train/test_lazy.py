@@ -34,8 +34,8 @@ def agrees(view, whole):
 
 
 def test_stacks_of_turned_matrices_side_by_side(stored):
-  a, b = lazy.turned(stored("a")), lazy.turned(stored("b"))
-  agrees(lazy.beside([a, b]), np.concatenate([A.T, B.T], 1))
+  a, b = lazy.transposed(stored("a")), lazy.transposed(stored("b"))
+  agrees(lazy.concatenated([a, b]), np.concatenate([A.T, B.T], 1))
   agrees(lazy.stacked([b, a]), np.stack([B.T, A.T]))
 
 
@@ -43,7 +43,7 @@ def test_rows_in_another_order(stored):
   numbers = np.array([-1, 5, 2, -1, 0, 2])
   expected = np.where(numbers[:, None] >= 0, A[numbers], 0)
   agrees(lazy.rows(stored("a"), numbers), expected)
-  agrees(lazy.turned(lazy.rows(stored("a"), numbers)), expected.T)
+  agrees(lazy.transposed(lazy.rows(stored("a"), numbers)), expected.T)
 
 
 def test_int8_of_any_part_is_that_of_the_whole(stored):
