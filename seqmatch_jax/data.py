@@ -184,7 +184,7 @@ class Encoded:
     return np.broadcast_to(self.alphabet, self.candidates.shape)
 
 
-def _rows(texts: Sequence[list[int]]) -> np.ndarray:
+def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:
   """Lists of ids as the rows of one array, PAD after them."""
   rows = np.full((len(texts), max(map(len, texts))), PAD, np.int32)
   for row, text in zip(rows, texts, strict=True):
@@ -208,7 +208,7 @@ def encode_prompts(texts: Sequence[str], vocab: Vocab, context: int):
       f"the prompt {tokens.short(texts[long])} has {len(rows[long]) - 1} tokens, and the context "
       f"of {context} tokens holds {context - 2} before an answer; shorten it."
     )
-  return _rows(rows), np.array([len(row) for row in rows], np.int32)
+  return padded(rows), np.array([len(row) for row in rows], np.int32)
 
 
 def encode(examples: Sequence[Example], vocab: Vocab, context: int) -> Encoded:
@@ -231,7 +231,7 @@ def encode(examples: Sequence[Example], vocab: Vocab, context: int) -> Encoded:
 
   alphabet = members("".join(x.answer for x in examples))
   candidates = np.stack([members(x.candidates) for x in examples]) & alphabet
-  return Encoded(prompt, prompt_length, _rows([[*x, EOS] for x in answers]), alphabet, candidates)
+  return Encoded(prompt, prompt_length, padded([[*x, EOS] for x in answers]), alphabet, candidates)
 
 
 def row_nodes(data: Encoded, noise: Noise, batch: int, lanes: int) -> int:

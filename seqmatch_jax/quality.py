@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqmatch_jax import diversity
+from seqmatch_jax import data, diversity
 from seqmatch_jax.mauve import mauve
 from seqmatch_jax.packing import Packed
 from seqmatch_jax.text_features import Features
-from seqmatch_jax.tokens import BOS, EOS, PAD
+from seqmatch_jax.tokens import BOS, EOS
 
 N = 4  # tokens of the n-grams
 
@@ -35,13 +35,9 @@ class Texts(NamedTuple):
 
 def real(held: Packed, piece: np.ndarray) -> Texts:
   """Held-out pieces as they are."""
-  found = [text[text != EOS] for text in held.texts(piece)]
-  length = np.array([1 + len(text) for text in found])
-  tokens = np.full((len(found), length.max()), PAD, np.int32)
-  tokens[:, 0] = BOS
-  for row, text in zip(tokens, found, strict=True):
-    row[1 : 1 + len(text)] = text
-  return Texts(tokens, held.prompts(piece)[1], length)
+  rows = [[BOS, *text[text != EOS]] for text in held.texts(piece)]
+  length = np.array([len(row) for row in rows])
+  return Texts(data.padded(rows), held.prompts(piece)[1], length)
 
 
 def variety(texts: Texts, name: str) -> Iterator[tuple[str, float]]:
