@@ -20,7 +20,7 @@ class TransformerConfig:
   depth: int
   heads: int
   hidden: int  # of the SwiGLU, or of GPT-2's layer
-  dtype: str = "float32"  # of the computation, logits too; parameters are float32
+  dtype: str = "float32"  # of the computation; parameters and logits are float32
   remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
   family: str = "llama"  # or gpt2

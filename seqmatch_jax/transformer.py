@@ -91,6 +91,29 @@ def put(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_slice(cache, new.swapaxes(0, 1), (0, start, 0))
 
 
+@jax.custom_vjp
+def output(x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """x [b, s, k] @ matrix [k, v] -> [b, s, v] float32, whatever the dtype of the two.
+
+  The products are summed in float32 and stay so: rounded to bfloat16, one greedy choice in ten or
+  twenty would be between equal logits, and rewards are differences of logits. The gradients are
+  products in the dtype of the two, as every other layer's: of float32 with bfloat16 they would be
+  computed in float32.
+  """
+  rows = x.reshape(-1, x.shape[-1])
+  logits = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
+  return logits.reshape(*x.shape[:-1], -1)
+
+
+def _output_backward(kept, gradient):
+  x, matrix = kept
+  rows, gradient = (a.reshape(-1, a.shape[-1]).astype(x.dtype) for a in (x, gradient))
+  return (gradient @ matrix.T).reshape(x.shape), rows.T @ gradient
+
+
+output.defvjp(lambda x, matrix: (output(x, matrix), (x, matrix)), _output_backward)
+
+
 def make_norm(config: TransformerConfig, rngs) -> nnx.Module:
   """A norm over the width, as the family has it."""
   shared = {"epsilon": config.epsilon, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
@@ -203,11 +226,12 @@ class Transformer(nnx.Module):
     return self.norm(x), cache
 
   def logits(self, x):
-    """x [b, s, k], normalised -> [b, s, v], computed in config.dtype and given as float32."""
-    logits = (self.embed.attend(x) if self.config.tied else self.out(x)).astype(jnp.float32)
+    """x [b, s, k], normalised -> [b, s, v] float32."""
+    matrix = self.embed.embedding[...].T if self.config.tied else self.out.kernel[...]
+    logits = output(x, matrix.astype(x.dtype))
     if self.config.erase:
-      erase = jnp.arange(self.config.vocab) == BACKSPACE
-      logits = jnp.where(erase, self.erase(x).astype(jnp.float32), logits)
+      own = output(x, self.erase.kernel[...].astype(x.dtype)) + self.erase.bias[...]
+      logits = jnp.where(jnp.arange(self.config.vocab) == BACKSPACE, own, logits)
     return logits
 
 

@@ -280,6 +280,33 @@ def test_bfloat16_is_close_to_float32(small, by_hand):
     assert 1e-4 < error < 0.05  # it is another precision, but the same function
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_not_rounded_to_bfloat16(tied, by_hand):
+  network, params = make(replace(SMALL, dtype="bfloat16", tied=tied, erase=True))
+  x = np.asarray(network.features(params, *by_hand), np.float64)
+  matrix = params["embed"]["embedding"].T if tied else params["out"]["kernel"]
+  erase = params["erase"]["kernel"].astype(jnp.bfloat16).astype(np.float64)
+  exact = x @ matrix.astype(jnp.bfloat16).astype(np.float64)
+  exact[..., BACKSPACE] = (x @ erase)[..., 0] + params["erase"]["bias"]
+  np.testing.assert_allclose(network.apply(params, *by_hand), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_gradient_of_the_output_layer(dtype, tolerance):
+  rng = np.random.default_rng(0)
+  shapes = (2, 3, 8), (8, 5), (2, 3, 5)
+  x, matrix, weight = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+  def gradient(product):
+    return jax.grad(lambda pair: jnp.sum(jnp.sin(product(*pair)) * weight))((x, matrix))
+
+  exact = gradient(lambda x, matrix: x.astype("float32") @ matrix.astype("float32"))
+  for found, wanted in zip(gradient(transformer.output), exact, strict=True):
+    assert found.dtype == dtype
+    error = np.linalg.norm((found - wanted).astype("float32")) / np.linalg.norm(wanted.astype("f4"))
+    assert error < tolerance
+
+
 def test_each_layer_has_its_own_first_values():
   params = jax.jit(transformer.make_network(SMALL).init)(KEY)
   kernel = params["blocks"]["qkv"]["kernel"]
