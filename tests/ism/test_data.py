@@ -56,6 +56,13 @@ def test_digits():
   np.testing.assert_array_equal(source.images([3])[0], source.pixels[3] / 8 - 1)
 
 
+def test_made_up_images_show_their_class_as_their_grey():
+  source = data.made_up(40, (8, 8, 3), classes=4)
+  np.testing.assert_array_equal(source.labels, np.arange(40) % 4)
+  grey = source.images(np.arange(40)).mean((1, 2, 3))
+  np.testing.assert_allclose(grey, (63.5 + 32 * source.labels) / 127.5 - 1, atol=0.1)
+
+
 def test_each_epoch_has_every_image_once():
   n = 100  # not a multiple of the batch: a batch spans two epochs
   index = data.batches(numbered(n), BATCH, seed=0)
@@ -72,6 +79,8 @@ def test_the_seed_names_the_order():
   first = data.batches(source, 100, seed=0)(3)
   np.testing.assert_array_equal(data.batches(source, 100, seed=0)(3), first)
   assert np.mean(data.batches(source, 100, seed=1)(3) == first) < 0.1
+  second_epoch = data.batches(source, 100, seed=0)(13)
+  assert np.mean(data.batches(source, 100, seed=1)(3) == second_epoch) < 0.1
 
 
 def test_image_and_label_stay_together():
