@@ -1,14 +1,18 @@
 """Saving: one good step stays on disk, whatever happens."""
 
 import dataclasses
+import errno
+import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.train.stored_steps import flip_bit, make_state, meta_of, remove_item
-from train_jax import stored
+from train_jax import saver, stored
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.saver import SaveError, check_writable
@@ -17,7 +21,10 @@ from train_jax.saver import SaveError, check_writable
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def test_only_the_newest_are_kept(tmp_path, states, restore, differences):
+@pytest.mark.parametrize("killed", [False, True])
+def test_only_the_newest_are_kept(tmp_path, states, restore, differences, monkeypatch, killed):
+  if killed:  # before a file of the older one was deleted: it is none any more, all the same
+    monkeypatch.setattr(saver, "shutil", SimpleNamespace(rmtree=lambda *args, **kwargs: None))
   checkpoints = Checkpoints(tmp_path, keep=1)
   for step, state in states.items():
     checkpoints.save(state, meta_of(step))
@@ -27,7 +34,7 @@ def test_only_the_newest_are_kept(tmp_path, states, restore, differences):
   assert differences(restore(tmp_path)[0], states[2]) == []
 
 
-def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore, differences, log):
+def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore):
   """Nor does a step that is found damaged when it is read back, right after its save."""
   checkpoints = Checkpoints(tmp_path, keep=2)
   for step in (1, 2, 3):
@@ -38,9 +45,12 @@ def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore, differenc
   (tmp_path / "checkpoints" / "9").mkdir()
   checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(4)), meta_of(4))
   checkpoints.wait()
-  checkpoints.close()
   assert checkpoints.steps() == [9, 4, 3, 2]
-  assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name == "1"] == []
+  # What lies in the way of a save is replaced by it.
+  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(9)), meta_of(9))
+  checkpoints.wait()
+  checkpoints.close()
+  assert int(restore(tmp_path)[0].step) == 9
 
 
 def test_step_that_reads_back_wrong_is_reported_and_deletes_nothing(
@@ -60,6 +70,26 @@ def test_step_that_reads_back_wrong_is_reported_and_deletes_nothing(
   checkpoints.close()
   assert checkpoints.steps() == [2, 1] and (workdir / "damaged" / "3").is_dir()
   assert len(log) == 1
+
+
+def test_save_that_fails_at_once_is_an_error_until_one_succeeds(workdir, states, monkeypatch, log):
+  """Before it goes on in the background."""
+
+  def fail(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  checkpoints = Checkpoints(workdir)
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.AsyncCheckpointer, "save", fail)
+    checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(3)), meta_of(3))
+  for _ in range(2):
+    with pytest.raises(SaveError, match=r"step 3 could not be saved \(No space left on device\)"):
+      checkpoints.wait()
+  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(4)), meta_of(4))
+  for _ in range(2):
+    checkpoints.wait()
+  checkpoints.close()
+  assert checkpoints.steps() == [4, 2] and len(log) == 1
 
 
 def test_what_a_killed_save_or_deletion_left_is_removed(workdir, states):
