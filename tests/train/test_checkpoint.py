@@ -41,6 +41,7 @@ def test_nothing_saved_is_none(tmp_path, abstract):
 
 def test_foreign_empty_directory_is_skipped(workdir, restore, states, differences, log):
   (workdir / "checkpoints" / "9").mkdir()
+  assert Checkpoints(workdir).require_meta()["step"] == 2
   state, _ = restore(workdir)
   assert differences(state, states[2]) == []
   assert len(log) == 1 and str(workdir / "checkpoints" / "9") in log[0]
