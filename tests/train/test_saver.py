@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.train.stored_steps import flip_bit, make_state, meta_of, remove_item
+from tests.train.stored_steps import empty_file, flip_bit, make_state, meta_of, remove_item
 from train_jax import saver, stored
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
@@ -40,8 +40,8 @@ def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore):
   for step in (1, 2, 3):
     checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(step)), meta_of(step))
     checkpoints.wait()
-  for step in (2, 3):
-    remove_item(tmp_path / "checkpoints" / str(step))
+  for step, damage in ((2, remove_item), (3, empty_file)):
+    damage(tmp_path / "checkpoints" / str(step))
   (tmp_path / "checkpoints" / "9").mkdir()
   checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(4)), meta_of(4))
   checkpoints.wait()

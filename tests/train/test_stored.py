@@ -1,9 +1,11 @@
 """Damage of a stored step: any bit, any file; it is seen, and the step before it restored."""
 
 import random
+import re
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.train.stored_steps import (
@@ -15,6 +17,7 @@ from tests.train.stored_steps import (
   remove_meta,
   truncate,
 )
+from train_jax import checksum, stored
 
 # Where one array cannot be read, Orbax leaves the reads of the others hanging.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -64,3 +67,18 @@ def test_damaged_step_is_named_and_the_one_before_restored(
   assert differences(state, states[1]) == []
   assert meta["position"] == 10
   assert len(log) == 1 and f"{step} is damaged" in log[0]
+
+
+@pytest.mark.parametrize("group", [1, stored.GROUP], ids=["one by one", "together"])
+def test_every_array_is_read_back(saved, states, monkeypatch, group):
+  monkeypatch.setattr(stored, "GROUP", group)
+  step = saved / "checkpoints" / "2"
+  items = {f"ema_{name}": average for name, average in states[2].ema.items()}
+  abstract = jax.eval_shape(lambda: items)
+  sums = {name: checksum.checksums(tree) for name, tree in items.items()}
+  stored.read_back(step, abstract, sums)
+  for name, wanted in sums.items():
+    for path, value in wanted.items():
+      others = {**sums, name: {**wanted, path: value ^ 1}}
+      with pytest.raises(stored.DamagedError, match=re.escape(f"checksum of {name}{path} ")):
+        stored.read_back(step, abstract, others)
