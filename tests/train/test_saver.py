@@ -37,15 +37,13 @@ def test_only_the_newest_are_kept(tmp_path, states, restore, differences, monkey
 def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore):
   """Nor does a step that is found damaged when it is read back, right after its save."""
   checkpoints = Checkpoints(tmp_path, keep=2)
-  for step in (1, 2, 3):
+  (tmp_path / "checkpoints" / "9").mkdir(parents=True)
+  for step in (1, 2, 3, 4, 5):
     checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(step)), meta_of(step))
     checkpoints.wait()
-  for step, damage in ((2, remove_item), (3, empty_file)):
-    damage(tmp_path / "checkpoints" / str(step))
-  (tmp_path / "checkpoints" / "9").mkdir()
-  checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(4)), meta_of(4))
-  checkpoints.wait()
-  assert checkpoints.steps() == [9, 4, 3, 2]
+    if damage := {3: empty_file, 4: remove_item}.get(step):
+      damage(tmp_path / "checkpoints" / str(step))
+  assert checkpoints.steps() == [9, 5, 4, 3, 2]
   # What lies in the way of a save is replaced by it.
   checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(9)), meta_of(9))
   checkpoints.wait()
