@@ -142,6 +142,12 @@ def test_statistics_that_are_not_the_records_own_are_refused(stored, tmp_path):
       latents.open_set(str(top))
   change(top / "manifest.json", **manifest)
   latents.open_set(str(top))
+  write_set(tmp_path / "shifted", shift=0.8)  # a mean that is not about 0
+  latents.open_set(str(tmp_path / "shifted"))
+  whole = latents.open_set(str(stored[0])).read
+  doubled = lambda image, view: whole(image, view) * np.float16(1 + view.max())  # noqa: E731
+  with pytest.raises(UserError, match="do not have the statistics"):  # of mirror images only
+    latents._check_statistics("set", manifest, doubled, latents.STD_RANGE)
   # Records of another set beside this manifest.
   write_set(tmp_path / "other", gain=0.8, seed=1)
   for path in (tmp_path / "other").glob("*.array_record"):
@@ -150,7 +156,9 @@ def test_statistics_that_are_not_the_records_own_are_refused(stored, tmp_path):
     latents.open_set(str(top))
 
 
-@pytest.mark.parametrize("gain, shift", [(0.18215, 0.0), (1 / 0.18215, 0.0), (1.0, 1.2)])
+@pytest.mark.parametrize(
+  "gain, shift", [(0.18215, 0.0), (1 / 0.18215, 0.0), (1.0, 1.2), (1.0, -1.2)]
+)
 def test_latents_of_an_insane_scale_are_refused(gain, shift, tmp_path):
   write_set(tmp_path, gain, shift)
   with pytest.raises(UserError, match=r"must be within 1 of 0 and in data.std=\(0.5, 2.0\)"):
@@ -170,6 +178,12 @@ def test_sets_that_are_not_whole_are_refused(stored, tmp_path):
     with pytest.raises(UserError, match=r"00001-of-00003.array_record holds 0 whole records.*100"):
       latents.open_set(str(top))
   shard.write_bytes(content)
+  part = top / "latents-00001-of-00003.json"
+  labels = json.loads(part.read_text())["labels"]
+  change(part, labels=labels[:-1])
+  with pytest.raises(UserError, match=r"array_record holds 100 whole records .* says 99"):
+    latents.open_set(str(top))
+  change(part, labels=labels)
   change(top / "manifest.json", count=299)
   with pytest.raises(UserError, match=r"labels of 300 images and its manifest.json says 299"):
     latents.open_set(str(top))
@@ -205,7 +219,8 @@ def test_damaged_records_are_named_and_others_of_their_class_stand_in(
   stored, tmp_path, how, monkeypatch, caplog
 ):
   """The same ones in any order of reading, so for any number of processes and after a resume."""
-  monkeypatch.setattr(latents.time, "sleep", lambda seconds: None)
+  pauses = []
+  monkeypatch.setattr(latents.time, "sleep", pauses.append)
   top, posterior = copy(stored, tmp_path), stored[1]
   bad, stand_in = (3, 10, 294, 298), {3: 17, 10: 17, 294: 0, 298: 4}  # i % 7 is the class
   spoil(top, posterior, bad, how)
@@ -216,11 +231,17 @@ def test_damaged_records_are_named_and_others_of_their_class_stand_in(
     for example, row in zip(index, mean, strict=True):
       image = stand_in.get(example // 2, example // 2)
       np.testing.assert_array_equal(row, posterior[image, example % 2, 0])
+    assert len(pauses) == 2 * len(bad)  # none is waited for again
+    pauses.clear()
     for image in bad:
       assert sum(f"cannot read image {image} (" in text for text in caplog.messages) == 1
   latents.open_set(str(top), max_faults=4).rows(order)
   with pytest.raises(UserError, match=r"more than data.max_faults=3 records of data.path="):
     latents.open_set(str(top), max_faults=3).rows(order)
+  opened = latents.open_set(str(top), max_faults=COUNT)
+  spoil(top, posterior, range(24, COUNT, 7), how)  # of the class of 3 and 10 only 17 is left
+  for row in opened.rows(2 * np.arange(3, COUNT, 7))["mean"]:
+    np.testing.assert_array_equal(row, posterior[17, 0, 0])
 
 
 def test_a_record_of_other_numbers_or_length_is_damaged(stored, tmp_path, monkeypatch, caplog):
@@ -232,14 +253,14 @@ def test_a_record_of_other_numbers_or_length_is_damaged(stored, tmp_path, monkey
   records["posterior"][1, 1, 0, 2, 2, 2] = np.nan  # in one view, of two
   records["label"][2] = 5
   rows = [row.tobytes() for row in records]
-  rows[3] = rows[3][:-2]
+  rows[3], rows[5] = rows[3][:-2], 2 * rows[5]
   writer = ArrayRecordWriter(str(top / "latents-00000-of-00003.array_record"), "group_size:1")
   for row in rows:
     writer.write(row)
   writer.close()
-  found = latents.open_set(str(top)).rows(2 * np.arange(5))["mean"]
-  np.testing.assert_array_equal(found, posterior[[0, 8, 9, 10, 4], 0, 0])
-  assert len(caplog.messages) == 3
+  found = latents.open_set(str(top)).rows(2 * np.arange(6))["mean"]
+  np.testing.assert_array_equal(found, posterior[[0, 8, 9, 10, 4, 12], 0, 0])
+  assert len(caplog.messages) == 4
 
 
 def test_a_read_that_fails_once_is_tried_again(stored, monkeypatch, caplog):
@@ -325,6 +346,7 @@ def test_made_up_latents_are_like_real_ones():
   rows = source.rows(np.arange(128))
   scaled = latents.SCALE * rows["mean"].astype(np.float64)
   np.testing.assert_allclose(scaled.std(), 1, atol=0.05)
+  assert np.all(rows["std"] > 0) and np.all(rows["std"] < 0.5)  # small beside the means' own 5.5
   np.testing.assert_array_equal(rows["mean"][0::2], rows["mean"][1::2, :, ::-1])
   assert set(source.labels.tolist()) == set(range(10))
 
