@@ -82,3 +82,12 @@ def test_every_array_is_read_back(saved, states, monkeypatch, group):
       others = {**sums, name: {**wanted, path: value ^ 1}}
       with pytest.raises(stored.DamagedError, match=re.escape(f"checksum of {name}{path} ")):
         stored.read_back(step, abstract, others)
+
+
+def test_processes_share_the_arrays_out(states, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  read = []
+  for process in range(3):
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    read += [leaf for group in stored._groups(states[2]) for leaf in group]
+  assert sorted(read) == list(range(len(jax.tree.leaves(states[2]))))
