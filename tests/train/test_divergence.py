@@ -104,10 +104,14 @@ def test_seeds_of_the_data_are_the_same_every_time_and_never_twice():
   assert len(set(seeds)) == 150 and min(seeds) >= 0 and max(seeds) < 2**31
 
 
-def test_divergence_before_the_first_save_says_that_none_is_there(tmp_path, train, method):
-  bad = stream_with(poison(range(99)), method)
+def test_divergence_before_the_first_save_says_that_none_is_there(
+  tmp_path, train, method, stream_that
+):
+  seen = []
+  bad = stream_that(seen.append, stream_with(poison(range(99)), method))
   with pytest.raises(loop.DivergedError, match="none was saved yet"):
     train(tmp_path, method=bad, steps=20, save_every=10, max_skipped=3)
+  assert max(seen) == 4  # noticed two steps later, and not when a save is due
 
 
 def test_spike_is_logged_once_and_written(tmp_path, train, method, lines):
