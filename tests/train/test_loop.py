@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train_jax import checksum, loop
+from train_jax import checksum, loop, metrics
 from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
@@ -55,17 +55,27 @@ def test_fresh_run_begins_with_given_parameters_and_a_resumed_one_does_not(
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)], ids=["1x1", "4x2"])
 def test_step_is_compiled_once_also_after_resume(tmp_path, train, make_mesh, monkeypatch, shape):
+  """And the memory of a state is the next one's: there may be no room for two."""
   monkeypatch.setattr("train_jax.mesh.SMALL", 1)
-  jit, jitted = jax.jit, []
+  jit, jitted, gone = jax.jit, [], []
 
   def spy(function, **kwargs):
     compiled = jit(function, **kwargs)
-    if function.__name__ == "train_step":
-      jitted.append(compiled)
-    return compiled
+    if function.__name__ != "train_step":
+      return compiled
+    jitted.append(compiled)
+
+    def call(state, *rest):
+      made = compiled(state, *rest)
+      large = (state.params, state.opt_state, state.ema)
+      gone.append(all(array.is_deleted() for array in jax.tree.leaves(large)))
+      return made
+
+    return call
 
   monkeypatch.setattr(jax, "jit", spy)
   train(tmp_path, mesh=make_mesh(*shape), steps=2)
+  assert gone == [True, True]
   train(tmp_path, mesh=make_mesh(*shape), steps=4)
   assert [step._cache_size() for step in jitted] == [1, 1]
 
@@ -138,16 +148,22 @@ def test_end_that_cannot_be_saved_is_an_error(tmp_path, train, load, full_disk):
   assert train(tmp_path, steps=4)
 
 
-def test_evaluates_the_slow_average_on_time(tmp_path, train, method, load, lines):
-  seen = []
+def test_evaluates_the_slow_average_on_time(tmp_path, train, method, load, lines, monkeypatch):
+  seen, laps, restart = [], [], metrics.StepClock.restart
 
   def evaluate(params, step, final):
     seen.append((step, final))
     yield "norm", float(jnp.linalg.norm(params["layer"]["kernel"]))
     yield "grid", np.full((4, 6, 3), step, np.uint8)
 
+  def spy(self, step):
+    laps.append(step)
+    restart(self, step)
+
+  monkeypatch.setattr(metrics.StepClock, "restart", spy)
   train(tmp_path, method=method._replace(evaluate=evaluate), steps=5, eval_every=2)
   assert seen == [(2, False), (4, False), (5, True)]
+  assert laps == [0, 2, 4, 5]  # saves and evaluations are not timed as steps
   found = [(line["step"], line["eval/norm"]) for line in lines(tmp_path) if "eval/norm" in line]
   assert [step for step, _ in found] == [2, 4, 5]
   kernel = load(tmp_path)[0].ema["sample"]["layer"]["kernel"]
