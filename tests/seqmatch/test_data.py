@@ -60,6 +60,7 @@ def test_the_official_files(official):
     ("q1\na1\nq2\n", "line 3: the last question has no answer"),
     ("q1\na1\n\na2\n", "line 3: the question is blank"),
     ("q1\na1\nq2\n \nq3\na3\n", "line 4: the answer is blank"),
+    ("q1\n \n", "line 2: the answer is blank"),
   ],
 )
 def test_malformed_files_name_the_line(tmp_path, text, message):
@@ -169,7 +170,8 @@ def test_two_sum_that_cannot_be(numbers, modulus, message):
 
 # --- tokens ---------------------------------------------------------------------------------------
 
-TOY = tuple(Example(f"q{i}?", str(i * i), "789") for i in range(10, 110))
+# Of the candidates for a wrong token, `q` is in no answer.
+TOY = tuple(Example(f"q{i}?", str(i * i), "789q") for i in range(10, 110))
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +346,14 @@ def test_lanes_hold_the_same_questions_in_fewer_rows(toy):
   halves = [next(data.stream(toy, noise, BATCH, rows, 0, 0, 2)) for rows in (slice(4), slice(4, 8))]
   for name, whole in packed.items():
     np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), whole)
+
+
+def test_batches_of_lanes_have_one_width(toy):
+  noise = Noise(1.0, 4)
+  batches = itertools.islice(data.stream(toy, noise, BATCH, slice(0, 8), 0, 0, lanes=2), 30)
+  used = [(batch["token"] != PAD).sum(1).max() for batch in batches]
+  width = data.row_nodes(toy, noise, BATCH, 2)
+  assert 0.9 * width < max(used) <= width
 
 
 def test_a_batch_that_is_too_wide_is_widened_and_not_cut(toy, monkeypatch):

@@ -121,10 +121,26 @@ def test_damage_is_named(source, tmp_path):
   np.save(path, np.load(tmp_path / "out" / "tokens-00000-of-00003.npy")[:-1])
   with pytest.raises(UserError, match="do not belong together"):
     documents.open_set(str(tmp_path / "out"))
+  path.write_bytes(whole)
+  lengths = tmp_path / "out" / "lengths-00001-of-00003.npy"
+  kept = np.load(lengths)
+  np.save(lengths, kept[:-1])  # more tokens than they say
+  with pytest.raises(UserError, match="do not belong together"):
+    documents.open_set(str(tmp_path / "out"))
+  kept[-1] -= 1  # a token less in both
+  np.save(lengths, kept)
+  np.save(path, np.load(path)[:-1])
+  with pytest.raises(UserError, match=r"are not those of its manifest.json; encode again"):
+    documents.open_set(str(tmp_path / "out"))
   for broken in (b"[]", b"\xff\xfe"):
     (tmp_path / "out" / "manifest.json").write_bytes(broken)
     with pytest.raises(UserError, match=r"manifest.json is damaged; encode the texts again"):
       documents.open_set(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("size", [5, 2**16, 2**16 + 1, 2**17])
+def test_the_largest_token_can_be_stored(size):
+  assert int(np.array(size - 1).astype(documents.token_type(size))) == size - 1
 
 
 def test_held_out_documents_are_spread_and_not_trained_on():
@@ -134,8 +150,11 @@ def test_held_out_documents_are_spread_and_not_trained_on():
   held = [int(text) for text in texts_of(test, vocab)]
   assert len(held) == 10 and max(np.diff(held)) < 100 and held[0] > 0
   assert sorted(held + [int(text) for text in texts_of(train, vocab)]) == list(range(1000))
-  train, test = documents.encode_texts(texts, vocab).split(999)
-  assert len(set(texts_of(test, vocab)) | set(texts_of(train, vocab))) == 1000
+  few = documents.encode_texts(corpus.from_list([f"{i:04d}" for i in range(9)], "text"), vocab)
+  for count in range(1, 9):
+    train, test = few.split(count)
+    assert len(test.length) == count
+    assert sorted(texts_of(test, vocab) + texts_of(train, vocab)) == texts_of(few, vocab)
   with pytest.raises(UserError, match=r"data.tests=1000 must be at least 1 and less than the 1000"):
     documents.encode_texts(texts, vocab).split(1000)
 

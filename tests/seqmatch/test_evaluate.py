@@ -61,14 +61,17 @@ def test_one_wrong_token_is_forced_after_a_right_beginning():
   wrong[:, [A, B, C]] = True
   forced = evaluate.force_error(np.random.default_rng(0), answer, wrong, 9)
   assert forced.shape == (400, 9)
-  places = []
+  places, instead_of_b = [], set()
   for got, right in zip(forced, answer, strict=True):
     length = np.sum(got != PAD)
     places.append(length - 1)
     assert np.all(got[: length - 1] == right[: length - 1])
     assert got[length - 1] in {A, B, C} - {right[length - 1]}
+    if right[length - 1] == B:
+      instead_of_b.add(int(got[length - 1]))
     assert np.all(got[length:] == PAD)
   assert set(places[:200]) == {0, 1, 2, 3} and set(places[200:]) == {0, 1}
+  assert instead_of_b == {A, C}
   wrong[:] = np.arange(7) == A  # where the right one is the only one, none is forced
   for got, right in zip(
     evaluate.force_error(np.random.default_rng(0), answer, wrong, 9), answer, strict=True
@@ -91,6 +94,8 @@ def test_likelihood_of_a_uniform_policy(encoded):
   # All but <pad> and <bos>; <backspace> too after the first of an answer's three actions.
   legal = vocab.size - 2
   assert found == pytest.approx(-np.mean(np.log([legal - 1, legal, legal])), rel=1e-6)
+  found = evaluate.make_likelihood(apply, LossConfig("chi2", 0.5, 0.9, False), 8)(1.0, known)
+  assert found == pytest.approx(-np.log(legal - 1), rel=1e-6)
 
 
 def test_likelihood_does_not_depend_on_the_batch(encoded):

@@ -61,6 +61,7 @@ def byte_level(folder, **config):
   )
   made.train_from_iterator(TEXT, trainer)
   made.enable_truncation(3)
+  made.enable_padding(length=40)
   made.save(str(folder / "tokenizer.json"))
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
   return folder
@@ -101,9 +102,21 @@ def test_a_tokenizers_tokens_follow_the_special_ones_in_its_own_order(tmp_path):
   assert vocab.hf_ids.tolist() == [-1, 0, 1, -1, *range(2, vocab.hf_size)]
   made = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
   made.no_truncation()
+  made.no_padding()
   ids = vocab.encode(TEXT[0])
   assert len(ids) > 3
   assert vocab.hf_ids[ids].tolist() == made.encode(TEXT[0], add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("words, size", [({"a": 0}, 2), ({"a": 0, "b": 9}, 10)], ids=str)
+def test_numbers_of_tokens_may_be_added_or_left_out(words, size, tmp_path):
+  made = Tokenizer(models.WordLevel(words, "a"))
+  made.add_special_tokens(["<end>"])
+  made.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+  vocab = TextVocab.from_file(tmp_path)
+  assert vocab.hf_size == size and vocab.size == 4 + size - 1
+  assert [vocab.decode(vocab.encode(word)) for word in words] == list(words)
 
 
 def test_one_token_that_begins_and_ends_texts_becomes_two(tmp_path):
