@@ -116,8 +116,8 @@ def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
 
   def generate(temperature, allowed, forced, seed):
     calls.append((temperature, allowed, forced is not None))
-    if forced is None:
-      return known.answer
+    if forced is None:  # without the <backspace> that it has learned it is lost
+      return known.answer if allowed == backspace else np.full_like(known.answer, EOS)
     length = np.sum(forced != PAD, axis=1)
     rest = [
       [*f[:n], BACKSPACE, *right[n - 1 :]] if allowed else [*f[:n], *right[n:]]
@@ -131,5 +131,8 @@ def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
     assert found[f"recovery/{name}"] == float(backspace)
     assert found[f"finished/{name}"] == 1
     assert (f"forbidden/{name}" in found) == backspace
+    # Erasures are those of its own actions, not of what it does about a forced error.
+    assert found.get(f"forbidden/{name}", 0) == found.get(f"rate/{name}", 0) == 0
+  assert {temperature for temperature, *_ in calls} == {0.0, 0.5, 1.0}
   assert {allowed for _, allowed, _ in calls} == ({True, False} if backspace else {False})
   assert known.nodes(Noise()) >= 11

@@ -207,6 +207,8 @@ def test_by_rows_splits_rows_where_a_mesh_is_known():
   split = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns)
   assert split.sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)
   np.testing.assert_array_equal(split, plain + 1)
+  few = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns[:4])
+  assert few.sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)  # a row for each part
   odd = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns[:6])
   np.testing.assert_array_equal(odd, plain[:6] + 1)
 
