@@ -84,11 +84,11 @@ def test_devices_share_the_images_out(linear_sampler, make_mesh, shape):
     jax.debug.inspect_array_sharding(x, callback=lambda s: seen.append(s.shard_shape(x.shape)))
     return linear(params, x, *rest)
 
-  mesh = make_mesh(*shape)
+  mesh, labels = make_mesh(*shape), np.arange(11) % 3
   shared = sample.make_sampler(watched, SHAPE, mesh)
-  images = shared(mesh_lib.replicate(jnp.float32(-1.5), mesh), 7, LABELS, 0.0, 2, batch=8)
+  images = shared(mesh_lib.replicate(jnp.float32(-1.5), mesh), 7, labels, 0.0, 2, batch=8)
   assert seen[0] == (-(-8 // mesh.size), *SHAPE)
-  np.testing.assert_array_equal(images, linear_sampler(jnp.float32(-1.5), 7, LABELS, 0.0, 2))
+  np.testing.assert_array_equal(images, linear_sampler(jnp.float32(-1.5), 7, labels, 0.0, 2))
 
 
 def test_one_compilation_serves_every_number_of_steps():
@@ -115,6 +115,21 @@ def test_progress_counts_images(linear_sampler):
 def test_any_seed_will_do(linear_sampler):
   large = linear_sampler(jnp.float32(0), 3_000_000_000, LABELS, 0.0, 1)
   assert not np.allclose(large, linear_sampler(jnp.float32(0), 0, LABELS, 0.0, 1), atol=0.1)
+
+
+def test_what_is_not_finite_is_seen_even_if_the_decoder_hides_it(make_mesh):
+  large = np.array([0, 1, 0, 0, -1, 0, 0, 0], np.int32)
+
+  def network(params, x, t, d, label, w):
+    value = jnp.array([0, jnp.inf, -jnp.inf])[label]  # -1 is the last
+    return jnp.where(jnp.eye(4)[..., None] > 0, column(value), 0 * x)
+
+  decoder = jnp.float32(0.5), lambda gain, x: jnp.tanh(gain * x)
+  draw = sample.make_image_sampler(network, SHAPE, make_mesh(2, 4), 7, decoder)
+  numbers, images, finite = draw({}, large, 0.0, 1, 3)
+  np.testing.assert_array_equal(numbers, np.arange(3, 11))
+  np.testing.assert_array_equal(finite, large == 0)
+  assert np.all(images[1, 0, 0] == 255) and np.all(images[4, 0, 0] == 0)
 
 
 def test_pixels_are_rounded_to_nearest_and_clipped():
