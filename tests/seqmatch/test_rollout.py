@@ -112,6 +112,7 @@ def forced_actions():
   forced[1::3, :3] = A, B, X
   forced[2::3, 4] = D
   forced[5, :5] = A, X, A, X, A  # what the model itself would not type again
+  forced[9, :3] = A, EOS, B  # and what comes after the end is not played
   return forced
 
 
@@ -341,6 +342,7 @@ def naive_nucleus(logits, top_k, top_p):
 def test_nucleus_is_that_of_a_loop(top_k, top_p):
   logits = np.random.default_rng(0).normal(0, 2, (40, 20)).astype(np.float32)
   logits[:, ::7] = -np.inf
+  logits[0, 3] = 200  # so sure that nothing else is needed, not even for all
   found = np.asarray(jax.jit(nucleus)(logits, top_k, top_p))
   for row, kept in zip(logits, found, strict=True):
     allowed = set(np.flatnonzero(np.isfinite(row)))
@@ -361,6 +363,22 @@ def test_actions_are_drawn_from_the_likeliest_that_are_legal(settings):
   share /= share.sum()
   count = np.bincount(made.actions[:, 0], minlength=VOCAB)
   assert 1 < len(kept) < 6 and np.all(np.abs(count - rows * share) <= 5 * np.sqrt(rows * share))
+
+
+def test_equally_likely_actions_are_kept_together():
+  score = np.log(np.array([[0.3, 0.1, 0.2, 0.1, 0.2, 0.1]], np.float32))
+  for top_k, top_p in ((2, 1.0), (6, 0.4)):
+    kept = nucleus(score, top_k, top_p)[0].tolist()
+    assert kept == [True, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("one", [{"top_k": 1}, {"top_p": 0.0}], ids=str)
+def test_the_likeliest_only_is_greedy_among_what_is_left(temperature, one):
+  # What was tried, or may not be erased any more, does not take the place of what is allowed.
+  few = RolloutConfig(max_length=10, max_actions=30, max_erasures=3)
+  made = constant([X, A, B, C, EOS], few, temperature=temperature, **one)
+  assert typed(made) == [A, X, B, X, C, X, EOS]
 
 
 def test_it_stops_when_every_row_has_ended():
