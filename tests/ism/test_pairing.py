@@ -20,8 +20,8 @@ from train_jax.errors import UserError
 N = 1024
 RNG = jax.random.key(3)
 FIRST = 5000  # noise numbers are names, not positions in the pool
-CONFIGS = {
-  f"{condition}/{solver}": PairingConfig(pool=1, condition=condition, solver=solver)
+CONFIGS = {  # from a weight of 0.5 on no pair crosses, whatever it is
+  f"{condition}/{solver}": PairingConfig(pool=1, condition=condition, weight=0.02, solver=solver)
   for condition in ("class", "none", "weight")
   for solver in ("sinkhorn", "exact")
 }
@@ -116,7 +116,7 @@ def test_weight_makes_crossing_dearer(pool, paired):
   weighted, blind = paired("weight/exact"), paired("none/exact")
   crossings = lambda p: np.mean(label[p - FIRST] != label)  # noqa: E731
   assert crossings(weighted) < crossings(blind)
-  price = PairingConfig(pool=1).weight * cost.mean() * (label[:, None] != label)
+  price = CONFIGS["weight/exact"].weight * cost.mean() * (label[:, None] != label)
   best = optimum(cost + price, [np.arange(N)])
   np.testing.assert_allclose(cost_of(weighted, cost + price), best, rtol=1e-5)
 
@@ -192,6 +192,15 @@ def test_groups_solved_together_cost_what_they_do_one_by_one(pool):
     assert run(together) == pytest.approx(one_by_one, rel=2e-3)  # ties fall as sums are rounded
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_images_that_are_noise_are_paired_with_it(name):
+  label = np.arange(12, dtype=np.int32) % 3
+  noise = np.arange(FIRST, FIRST + 12, dtype=np.int32)
+  wanted = np.roll(noise, 3)  # of the same class, and nobody's own
+  pixels = np.asarray(draw_noise(RNG, wanted, (4, 4, 1)))
+  np.testing.assert_array_equal(pairing.pair(CONFIGS[name], RNG, pixels, label, noise, 3), wanted)
+
+
 def test_absent_classes_and_a_class_of_one_row():
   label = np.array([4] * 17 + [1] + [2] * 5, np.int32)  # of 7 classes
   pixels = np.random.default_rng(0).normal(size=(23, 2, 2, 1)).astype(np.float32)
@@ -226,6 +235,20 @@ def test_duals_of_a_group_do_not_see_what_fills_it_up():
   plan = np.exp((f[:5, None] + g[:5] - mine) / (0.05 * mine.std()))
   for axis in (0, 1):
     np.testing.assert_allclose(plan.sum(axis), 1 / 5, atol=2e-3)
+
+
+def test_duals_of_one_row_are_finite():
+  cost = np.full((4, 4), 3, np.float32)
+  f, g = jax.jit(pairing.duals)(cost, np.arange(4) == 0)
+  np.testing.assert_allclose(f[0] + g[0], 3, rtol=1e-5)  # all of the mass is on the one pair
+
+
+@pytest.mark.parametrize("largest, width", [(1, 1), (4, 4), (5, 8), (8, 8), (9, 16)])
+def test_groups_are_as_wide_as_the_next_power_of_two(largest, width):
+  label = np.array([1] * largest + [3], np.int32)[::-1]
+  wanted = np.full((4, width), -1)
+  wanted[1, :largest], wanted[3, 0] = np.arange(1, largest + 1), 0
+  np.testing.assert_array_equal(pairing._groups(label, 4), wanted)
 
 
 round_to_permutation = jax.jit(pairing.round_to_permutation)
