@@ -26,6 +26,7 @@ from train_jax.errors import UserError
 PyTree = Any
 
 PATIENCE = 5.0  # seconds that training waits for the save before without saying so
+HALF, GONE = ".orbax-checkpoint-tmp", ".deleted"  # suffixes of what is being written, and deleted
 
 
 class SaveError(RuntimeError):
@@ -102,11 +103,9 @@ class Saver:
     self._saving: tuple[int, Future] | None = None
     self._failure = ""
 
-  def _leftovers(self) -> list[Path]:
-    """What saves and deletions left that did not come to their end."""
-    return [
-      p for p in self.directory.iterdir() if p.suffix in (".orbax-checkpoint-tmp", ".deleted")
-    ]
+  def _leftovers(self, *kinds: str) -> list[Path]:
+    """What saves (of the kind HALF) and deletions (GONE) left that did not come to their end."""
+    return [p for p in self.directory.iterdir() if p.suffix in kinds]
 
   def _open(self) -> str:
     """Why a process cannot write to the directory, "" if all can; cleans it up the first time."""
@@ -122,7 +121,7 @@ class Saver:
       self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
       self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
       logging.get_absl_logger().addFilter(_not_orbax)
-      self._remove(self._leftovers())
+      self._remove(self._leftovers(HALF, GONE))
     return ""
 
   def save(self, step: int, items: dict[str, PyTree], meta: dict) -> None:
@@ -184,7 +183,7 @@ class Saver:
       return ""
     self._failure = failure or self._sentence(step, "another process could not write its part")
     set_aside(self.directory, step)
-    self._remove(self._leftovers())
+    self._remove(self._leftovers(HALF))
     return self._failure
 
   def _finish_patiently(self) -> None:
@@ -209,16 +208,18 @@ class Saver:
   def _prune(self) -> None:
     """Deletes all but the newest `keep` steps, after one of them was read back.
 
-    What is not whole at first sight does not count, so that it pushes out nothing.
+    What is not whole at first sight does not count, so that it pushes out nothing. Writes of a save
+    that failed may have come after it was cleaned up.
     """
     if jax.process_index() == 0:
+      self._remove(self._leftovers(HALF))
       paths = [self.directory / str(step) for step in stored_steps(self.directory)]
       self._remove([path for path in paths if stored.looks_whole(path)][self._keep :])
 
   def _remove(self, paths: list[Path]) -> None:
     """Deletes directories in the background, renamed first: half a step must not look like one."""
     for path in paths if jax.process_index() == 0 else ():
-      target = path if path.suffix == ".deleted" else path.with_name(f"{path.name}.deleted")
+      target = path if path.suffix == GONE else path.with_name(path.name + GONE)
       try:
         path.rename(target)
       except OSError as err:

@@ -83,11 +83,14 @@ def test_save_that_fails_at_once_is_an_error_until_one_succeeds(workdir, states,
   for _ in range(2):
     with pytest.raises(SaveError, match=r"step 3 could not be saved \(No space left on device\)"):
       checkpoints.wait()
+  late = workdir / "checkpoints" / "3.orbax-checkpoint-tmp" / "state"  # a write that was under way
+  late.mkdir(parents=True)
   checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(4)), meta_of(4))
   for _ in range(2):
     checkpoints.wait()
   checkpoints.close()
   assert checkpoints.steps() == [4, 2] and len(log) == 1
+  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
 
 
 def test_what_a_killed_save_or_deletion_left_is_removed(workdir, states):
