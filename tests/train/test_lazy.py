@@ -33,7 +33,7 @@ def agrees(view, whole):
   np.testing.assert_array_equal(view[(slice(None),) * whole.ndim], whole)
 
 
-def test_stacks_of_turned_matrices_side_by_side(stored):
+def test_stacks_of_transposed_matrices_side_by_side(stored):
   a, b = lazy.transposed(stored("a")), lazy.transposed(stored("b"))
   agrees(lazy.concatenated([a, b]), np.concatenate([A.T, B.T], 1))
   agrees(lazy.stacked([b, a]), np.stack([B.T, A.T]))
