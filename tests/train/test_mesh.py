@@ -376,7 +376,9 @@ def test_devices_share_a_generation_out(make_mesh, monkeypatch, shape, n):
 
 
 @pytest.mark.parametrize("make", [ism_method, seqmatch_method])
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+  "shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 def test_sharded_steps_equal_unsharded(run, make_mesh, monkeypatch, make, shape):
   monkeypatch.setattr(mesh_lib, "SMALL", 64)
   alone, alone_losses = run(make, make_mesh(1, 1))
