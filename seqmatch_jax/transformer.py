@@ -95,8 +95,8 @@ def put(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 def output(x: jax.Array, matrix: jax.Array) -> jax.Array:
   """x [b, s, k] @ matrix [k, v] -> [b, s, v] float32, whatever the dtype of the two.
 
-  The products are summed in float32 and stay so: rounded to bfloat16, one greedy choice in ten or
-  twenty would be between equal logits, and rewards are differences of logits. The gradients are
+  The products are summed in float32 and stay so: rounded to bfloat16, the two best of some ten
+  thousand tokens are often equal, and rewards are differences of logits. The gradients are
   products in the dtype of the two, as every other layer's: of float32 with bfloat16 they would be
   computed in float32.
   """
