@@ -200,7 +200,7 @@ class Transformer(nnx.Module):
     if not config.tied:
       self.out = Dense(k, v, use_bias=False, kernel_init=normal, **shared)
     if config.erase:
-      self.erase = Dense(k, 1, kernel_init=normal, rngs=rngs, dtype=dtype)
+      self.erase = Dense(k, 1, kernel_init=normal, rngs=rngs)
 
   def __call__(self, token, position, mask, cache=None, start=None):
     """token, position [b, s], mask bool [b, s, s or l] -> normalised x [b, s, k], cache."""
