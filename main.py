@@ -190,7 +190,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     config_lib.check_same(known, saved["facts"], workdir)
 
   record = {"config": config.to_dict(), "facts": facts}
-  given = {} if saved else make_given(config, facts, devices)
+  given = functools.partial(make_given, config, facts, devices)
   check_writable(workdir)
   complete = loop.train(
     method, make_optimizer(config), dict(config.ema), settings, devices, workdir, record, given

@@ -24,7 +24,7 @@ import numpy as np
 
 from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import TextVocab
-from train_jax import json_files, lazy
+from train_jax import json_files, lazy, mesh
 from train_jax.errors import UserError
 from train_jax.lazy import Lazy
 from train_jax.state import dotted, flatten
@@ -254,7 +254,7 @@ def place(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
       scale = f"{name.removesuffix('kernel')}scale"
       tensors[name], tensors[scale] = lazy.quantised(tensors[name])
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf, sharding: tensors[dotted(path)].place(sharding, leaf.dtype),
+    lambda path, leaf, sharding: mesh.place(tensors[dotted(path)], sharding, leaf.dtype),
     shapes,
     shardings,
   )

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from train_jax.weights import Weights
@@ -41,20 +40,6 @@ class Lazy:
     out = np.empty([s.stop - s.start for s in index], self.dtype)
     self.fill(out, index)
     return out
-
-  def place(self, sharding, dtype) -> jax.Array:
-    """The whole as a global array of another dtype; each process reads its devices' shares.
-
-    One after the other, and once where several devices have the same.
-    """
-    view, owners = replace(self, dtype=dtype), {}
-    for device, index in sharding.addressable_devices_indices_map(self.shape).items():
-      owners.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
-    arrays = []
-    for bounds, devices in owners.items():
-      share = view[tuple(slice(*ends) for ends in bounds)]
-      arrays += [jax.device_put(share, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(self.shape, sharding, arrays)
 
 
 def stored(weights: Weights, name: str, shape: tuple[int, ...]) -> Lazy:

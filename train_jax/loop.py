@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -90,14 +91,15 @@ def train(
   mesh: jax.sharding.Mesh,
   workdir: Path,
   record: dict,
-  given: dict[str, np.ndarray] | None = None,
+  given: Callable[[], dict[str, Any]] = dict,
 ) -> bool:
   """Runs or resumes a run to its end; goes back to its last checkpoint once if it diverges.
 
   Args:
     decays: of the named EMAs; "sample" is the one that is evaluated.
     record: JSON saved with every checkpoint (the config and facts about the data).
-    given: parameters that step 0 begins with instead of drawn ones, by dotted name (see start.py).
+    given: called where a run begins at step 0, for the parameters that it begins with instead of
+      drawn ones, by dotted name (see start.py). They are not held on to.
 
   Returns:
     Whether the run is complete; False after SIGTERM or SIGINT, with everything saved.
@@ -111,7 +113,7 @@ def train(
     if not 0 <= decay < 1:
       raise UserError(f"ema.{name}={decay} must be at least 0 and below 1.")
   with Signals() as signals:
-    run = partial(_Run, method, tx, decays, config, mesh, workdir, record, given or {}, signals)
+    run = partial(_Run, method, tx, decays, config, mesh, workdir, record, given, signals)
     try:
       return run(rollbacks=0).train()
     except DivergedError as err:
@@ -141,7 +143,7 @@ class _Run:
   mesh: jax.sharding.Mesh
   workdir: Path
   record: dict
-  given: dict[str, np.ndarray]
+  given: Callable[[], dict[str, Any]]
   signals: Signals
   rollbacks: int
 
@@ -157,9 +159,12 @@ class _Run:
 
   def _begin(self, init: Callable) -> tuple[TrainState, int]:
     """State and position of the newest good step, or of step 0."""
-    found = self.checkpoints.restore(mesh_lib.lay_out(jax.eval_shape(init), self.mesh))
+    abstract = mesh_lib.lay_out(jax.eval_shape(init), self.mesh)
+    found = self.checkpoints.restore(abstract)
     if not found:
-      return init(mesh_lib.place(self.given, state_lib.flatten(self.shardings.params))), 0
+      wanted, given = state_lib.flatten(abstract.params), self.given()
+      place = {n: mesh_lib.place(a, wanted[n].sharding, wanted[n].dtype) for n, a in given.items()}
+      return init(place), 0
     state, meta = found
     if self.rollbacks > (before := meta.get("rollbacks", 0)):
       state = dataclasses.replace(state, skipped=0 * state.skipped)

@@ -216,12 +216,23 @@ def fetch(array: jax.Array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def place(arrays: dict[str, np.ndarray], shardings: dict[str, NamedSharding]) -> dict:
-  """Arrays that every process can read -> global arrays, laid out as `shardings` says by name."""
-  return {
-    name: jax.make_array_from_callback(a.shape, shardings[name], a.__getitem__)
-    for name, a in arrays.items()
-  }
+def place(array, sharding: NamedSharding, dtype) -> jax.Array:
+  """An array as a global one of another layout and dtype; all processes must call it.
+
+  Args:
+    array: global; or one that every process can read, such as `lazy.Lazy`. Of that each process
+      reads its devices' shares, one after the other, once where several devices have the same.
+  """
+  if isinstance(array, jax.Array):
+    return jax.device_put(array.astype(dtype), sharding)
+  owners: dict[tuple, list] = {}
+  for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+    owners.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
+  parts = []
+  for bounds, devices in owners.items():
+    share = np.asarray(array[tuple(slice(*ends) for ends in bounds)], dtype)
+    parts += [jax.device_put(share, device) for device in devices]
+  return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 def to_local(array: jax.Array) -> np.ndarray:

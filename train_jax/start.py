@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train_jax import exported
+from train_jax import exported, lazy
 from train_jax.checkpoint import Checkpoints
 from train_jax.config import flatten as flatten_config
 from train_jax.errors import UserError
-from train_jax.mesh import fetch
+from train_jax.lazy import Lazy
 from train_jax.state import flatten
 from train_jax.weights import Weights
 
@@ -27,12 +28,13 @@ class Trained(NamedTuple):
 
   Attributes:
     origin: where it was found, in words.
-    tensors: by dotted name.
+    tensors: by dotted name; of a run, global arrays on the mesh that it was read on. Of an exported
+      model they are read from its file when they are indexed.
     run: {"config": ..., "facts": ...} of its run; {} where a file does not say.
   """
 
   origin: str
-  tensors: dict[str, np.ndarray]
+  tensors: dict[str, np.ndarray | jax.Array | Lazy]
   run: dict[str, Any]
 
 
@@ -52,7 +54,7 @@ def read(
   where = Path(path).expanduser()
   if (where / exported.MODEL).is_file():
     record, stored = exported.load(where, method)
-    tensors = {name: stored.get(name, shape) for name, shape in stored.shapes.items()}
+    tensors = {name: lazy.stored(stored, name, shape) for name, shape in stored.shapes.items()}
     return Trained(f"{path} (step {record['step']})", tensors, record["run"])
   if where.is_file() and convert:
     return Trained(path, convert(Weights(where)), {})
@@ -70,8 +72,7 @@ def read(
     )
   params, step = checkpoints.restore_ema("sample", make_network(run["config"], run["facts"]), mesh)
   checkpoints.close()
-  tensors = {name: fetch(leaf) for name, leaf in flatten(params).items()}
-  return Trained(f"{path} (step {step})", tensors, run)
+  return Trained(f"{path} (step {step})", flatten(params), run)
 
 
 def check_alike(trained: Trained, run: dict[str, Any], same: Sequence[str]) -> None:
@@ -91,7 +92,7 @@ def check_alike(trained: Trained, run: dict[str, Any], same: Sequence[str]) -> N
       )
 
 
-def choose(trained: Trained, wanted, fresh: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+def choose(trained: Trained, wanted, fresh: Sequence[str]) -> tuple[dict[str, Any], str]:
   """(the tensors to begin with by dotted name, a line that says what was taken and what was not).
 
   Args:
@@ -108,7 +109,7 @@ def choose(trained: Trained, wanted, fresh: Sequence[str]) -> tuple[dict[str, np
   for name, leaf in wanted.items():
     shape = found[name].shape if name in found else None
     if shape == leaf.shape:
-      taken[name] = np.asarray(found[name], leaf.dtype)
+      taken[name] = found[name]
       continue
     told = "is not there" if shape is None else f"has the shape {shape} there"
     if not any(f"{name}.".startswith(f"{part}.") for part in fresh):

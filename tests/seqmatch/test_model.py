@@ -51,7 +51,8 @@ def first_step(config, mesh):
   tx = main.make_optimizer(config)
   init = state_lib.create(method, tx, {"sample": 0.9}, 0)
   shardings = mesh_lib.state_sharding(jax.eval_shape(init), mesh)
-  given = mesh_lib.place(main.make_given(config, facts, mesh), flatten(shardings.params))
+  where, given = flatten(shardings.params), main.make_given(config, facts, mesh)
+  given = {name: mesh_lib.place(a, where[name], a.dtype) for name, a in given.items()}
   state = jax.jit(init, out_shardings=shardings)(given)
   frozen = ()
   if method.frozen:

@@ -30,7 +30,7 @@ def tx():
 def train(method, tx, one_device, settings):
   """(workdir, method, mesh, given, **settings) -> what loop.train returns."""
 
-  def run(workdir, method=method, mesh=one_device, given=None, **kwargs):
+  def run(workdir, method=method, mesh=one_device, given=dict, **kwargs):
     return loop.train(method, tx, DECAYS, settings(**kwargs), mesh, workdir, RECORD, given)
 
   return run

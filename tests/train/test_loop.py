@@ -45,7 +45,7 @@ def test_fresh_run_begins_with_given_parameters_and_a_resumed_one_does_not(
 
   def run(steps, value):
     given = {"layer.kernel": np.full((4, 3), value, np.float32)}
-    assert train(tmp_path, mesh=make_mesh(*shape), given=given, steps=steps)
+    assert train(tmp_path, mesh=make_mesh(*shape), given=lambda: given, steps=steps)
     np.testing.assert_array_equal(given["layer.kernel"], value)  # its buffer was not donated
     return load(tmp_path)[0].extra["kernel"]  # as the last step found it
 

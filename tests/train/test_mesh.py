@@ -162,6 +162,27 @@ def test_batch_of_a_mesh_with_tensor_divides_over_its_groups():
     mesh_lib.check_batch(6, mesh)
 
 
+@pytest.mark.parametrize("names", [(), ("tensor",), (None, "fsdp"), ("fsdp", "tensor")])
+def test_what_is_placed_is_read_once_a_share(names):
+  whole, read = np.arange(24, dtype=np.float32).reshape(4, 6), []
+
+  class Stored:
+    shape = whole.shape
+
+    def __getitem__(self, index):
+      read.append(index)
+      return whole[index]
+
+  sharding = NamedSharding(mesh_lib.make_mesh(2, 2), P(*names))
+  placed = mesh_lib.place(Stored(), sharding, jnp.bfloat16)
+  assert len(read) == 2 ** len([name for name in names if name])
+  again = mesh_lib.place(placed, NamedSharding(mesh_lib.make_mesh(4), P("fsdp")), np.float32)
+  for found, dtype in ((placed, jnp.bfloat16), (again, np.float32)):
+    np.testing.assert_array_equal(np.asarray(found, np.float32), whole)
+    assert found.dtype == dtype
+  assert placed.sharding == sharding and again.sharding.spec == P("fsdp")
+
+
 def test_batch_is_laid_out_over_all_devices():
   mesh = mesh_lib.make_mesh(2)
   mesh_lib.check_batch(16, mesh)
