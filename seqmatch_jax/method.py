@@ -45,9 +45,10 @@ SAME = ("config.model.heads", "config.lora.alpha", "facts.symbols", "facts.token
 FRESH = ()
 
 
-def make_limits(facts: dict) -> rollout.RolloutConfig:
-  """The limits of a generation, which are among the facts."""
-  return rollout.RolloutConfig(**{k: facts[k] for k in rollout.RolloutConfig.__dataclass_fields__})
+def make_limits(config, facts: dict) -> rollout.RolloutConfig:
+  """The limits of a generation: numbers that are among the facts, and how the task's texts end."""
+  numbers = {name: facts[name] for name in ("max_length", "max_actions", "max_erasures")}
+  return rollout.RolloutConfig(**numbers, open_ended=task_of(config).OPEN_ENDED)
 
 
 def make_loss_config(config) -> loss.LossConfig:
@@ -102,7 +103,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   facts = model.make_facts(config, task.facts)
   model.read(config, facts)  # what does not fit is refused before anything is computed
   network = make_network(config, facts)
-  generate = rollout.make_rollout(network, make_limits(facts))  # inside the step
+  generate = rollout.make_rollout(network, make_limits(config, facts))  # inside the step
   schedule, memory = config.loss, config.buffer
 
   def init(key):
@@ -163,7 +164,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     yield from task.stream(noise, seed, max(position, schedule.warmup))
 
   evaluate = task.evaluate(
-    network, rollout.make_rollout(network, make_limits(facts), mesh), loss_config
+    network, rollout.make_rollout(network, make_limits(config, facts), mesh), loss_config
   )
 
   def measure(params, step: int, final: bool, *frozen):
@@ -177,7 +178,7 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
   """For `--mode=compile`: generation as `--mode=sample` does it, `config.batch` rows at a time."""
   mesh = model.mesh_of(config, list(mesh.devices.flat))
   network, prompt = make_network(config, facts), task_of(config).ask(config, facts, [], 1).prompt
-  generate = rollout.make_rollout(network, make_limits(facts))
+  generate = rollout.make_rollout(network, make_limits(config, facts))
   key = jax.eval_shape(jax.random.key, 0)
   shapes = jax.eval_shape(lambda key: lora.join(network.init(key), network.frozen(key)), key)
   params = mesh_lib.lay_out(shapes, mesh)
@@ -212,7 +213,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     "top_k": flags.top_k,
     "top_p": flags.top_p,
   }
-  network, limits = make_network(config, facts), make_limits(facts)
+  network, limits = make_network(config, facts), make_limits(config, facts)
   mesh = model.mesh_of(config)
   params, step = model.load_whole(config, facts, load, mesh)
   key = jax.random.key(flags.seed)
@@ -251,7 +252,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
     config.eval.features = flags.features
   network, loss_config = make_network(config, facts), make_loss_config(config)
   mesh = model.mesh_of(config)
-  generate = rollout.make_rollout(network, make_limits(facts), mesh)
+  generate = rollout.make_rollout(network, make_limits(config, facts), mesh)
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config, mesh)
   # Of the config as it was: drawn parameters are of its own seed.
   params, step = model.load_whole(trained, facts, load, mesh)

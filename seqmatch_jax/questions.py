@@ -15,6 +15,7 @@ from train_jax.faults import LIMIT
 
 TEMPERATURE = 0.0  # of a generation, where none is asked for
 RETYPE = False  # whether a sample may type again what it has erased
+OPEN_ENDED = False  # a full row is a whole answer: it ends, or is erased
 GAP = "  "  # between a prompt and what is typed, as it is shown
 SOURCES = ("files", "add_or_sub_in_base", "two_sum")
 

@@ -6,7 +6,7 @@ decoding does not retype what it has just erased, and that every trajectory ends
 
 - a token that was erased in a state is not typed again in that state;
 - after `max_erasures` of them a trajectory has no more <backspace>s;
-- a full row can only stop or erase.
+- a full row can only stop or erase; where texts are `open_ended` it ends there.
 
 Dimensions: b batch, p prompt, l text, a actions, e erasures, v vocabulary.
 """
@@ -36,11 +36,15 @@ class RolloutConfig:
     max_length: tokens in the text, prompt included.
     max_actions: tokens typed, <backspace>s and <eos> together.
     max_erasures: <backspace>s in one trajectory.
+    open_ended: whether a trajectory breaks off, without <eos>, where its row is full. Longer texts
+      are broken off so in training, and what to do there is not learned: a model that may only
+      stop or erase mostly erases, and fills the row again.
   """
 
   max_length: int
   max_actions: int
   max_erasures: int
+  open_ended: bool = False
 
   def __post_init__(self):
     for name, least in (("max_length", 1), ("max_actions", 1), ("max_erasures", 0)):
@@ -62,6 +66,11 @@ class Rollout(NamedTuple):
   tokens: jax.Array
   length: jax.Array
   finished: jax.Array
+
+
+def is_over(config: RolloutConfig, rollout: Rollout) -> jax.Array:
+  """bool [b]: which trajectories have come to their end before `max_actions`."""
+  return rollout.finished | (config.open_ended & (rollout.length >= config.max_length))
 
 
 class State(NamedTuple):
@@ -126,15 +135,14 @@ def nucleus(score: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 def make_steps(network: Network, config: RolloutConfig) -> tuple[Callable, Callable]:
   """Returns `begin(params, prompt, length) -> State`, and `advance`.
 
-  `advance(params, state, prompt_length, settings, until) -> State` goes on until every row has its
-  <eos>, or to action number `until`.
+  `advance(params, state, prompt_length, settings, until) -> State` goes on until every row is over,
+  or to action number `until`.
   """
   slots, memory = jnp.arange(config.max_length), jnp.arange(config.max_erasures)
 
   def act(state: State, logits, noise, prompt_length, settings: Settings) -> jax.Array:
     """The next action [b]: the one that is forced, or the best of those allowed."""
-    length, finished = state.rollout.length, state.rollout.finished
-    vocab = jnp.arange(logits.shape[-1])
+    length, vocab = state.rollout.length, jnp.arange(logits.shape[-1])
     rules = legal(length, prompt_length, config.max_length, len(vocab))
     here = (state.at == length[:, None])[..., None]
     tried = (here & (state.erased[..., None] == vocab)).any(1) & ~settings.retype  # [b, v]
@@ -146,7 +154,7 @@ def make_steps(network: Network, config: RolloutConfig) -> tuple[Callable, Calla
     choice = jnp.argmax(jnp.where(allowed, logits + noise, -jnp.inf), axis=-1)
     now = jax.lax.dynamic_index_in_dim(settings.forced, state.step, 1)  # [b, 1]
     action = jnp.where(jnp.take_along_axis(rules, now, 1), now, choice[:, None])[:, 0]
-    return jnp.where(finished, PAD, action)
+    return jnp.where(is_over(config, state.rollout), PAD, action)
 
   def update(state: State, action, top, cache) -> State:
     """The state after action [b]; `top` [b, 1] is what a <backspace> erases."""
@@ -210,7 +218,7 @@ def make_steps(network: Network, config: RolloutConfig) -> tuple[Callable, Calla
       return update(state, action, top, cache)
 
     def going(state: State) -> jax.Array:
-      return (state.step < until) & ~state.rollout.finished.all()
+      return (state.step < until) & ~is_over(config, state.rollout).all()
 
     return jax.lax.while_loop(going, body, state)
 
@@ -243,9 +251,9 @@ def make_rollout(
 ) -> Callable[..., Rollout]:
   """Returns `rollout(params, prompt, length, key, row, ...)`: continues prompts in one go.
 
-  It goes on until each has its <eos>, or `max_actions`. A row's trajectory depends on its prompt,
-  (key, row) and the settings: not on the batch. One compilation serves all settings, and another
-  one those with `top_k` or `top_p`. The arguments:
+  It goes on until each is over, see `is_over`, or has `max_actions`. A row's trajectory depends on
+  its prompt, (key, row) and the settings: not on the batch. One compilation serves all settings,
+  and another one those with `top_k` or `top_p`. The arguments:
 
     prompt: int32 [b, p], left-aligned; never erased.
     length: int32 [b], of the prompts.
@@ -326,9 +334,9 @@ def make_stream(
     state, done = begin(params, prompt, length), 0
     while done < config.max_actions:
       state = advance(params, state, length, settings, min(done + every, config.max_actions))
-      step, finished = int(state.step), bool(state.rollout.finished.all())
+      step, over = int(state.step), bool(is_over(config, state.rollout).all())
       yield np.asarray(state.rollout.actions)[:, done:step]  # a slice in JAX would be compiled
-      if finished:
+      if over:
         return
       done = step
 

@@ -25,6 +25,7 @@ from train_jax.errors import UserError
 
 TEMPERATURE = 1.0  # of a generation, where none is asked for
 RETYPE = True  # whether a sample may type again what it has erased
+OPEN_ENDED = True  # whether a generation that fills its row is broken off there, see rollout.py
 GAP = ""  # between a prompt and what is typed, as it is shown
 
 

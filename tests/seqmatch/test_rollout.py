@@ -289,6 +289,30 @@ def test_a_full_row_stops_or_erases():
   assert typed(constant([A, X], full)) == [EOS]
 
 
+def test_an_open_ended_text_is_broken_off_where_its_row_is_full(model):
+  """And goes on as it would otherwise until then, streamed or not."""
+  made = constant([A, X, B], RolloutConfig(4, 9, 3, open_ended=True))
+  assert typed(made) == [A, A] and not made.finished[0] and made.length[0] == 4
+  network, params, rollout = model
+  limits = replace(LIMITS, open_ended=True)
+  closed, broken = (
+    each(params, PROMPT, LENGTH, KEY, ROW) for each in (rollout, make_rollout(network, limits))
+  )
+  ends = 0
+  for row, actions in enumerate(np.asarray(closed.actions)):
+    length = LENGTH[row] + np.cumsum((actions > X).astype(int) - (actions == X))
+    full = np.flatnonzero(length == LIMITS.max_length)
+    kept = actions[: full[0] + 1] if len(full) else actions
+    assert typed(Rollout(*(x[row : row + 1] for x in broken))) == [a for a in kept if a != PAD]
+    assert broken.finished[row] == (not len(full))
+    ends += len(full) > 0
+  assert 0 < ends < ROWS
+  parts = make_stream(network, limits, 4)(params, PROMPT, LENGTH, KEY, ROW)
+  streamed = np.concatenate(list(parts), axis=1)
+  np.testing.assert_array_equal(streamed, broken.actions[:, : streamed.shape[1]])
+  assert np.all(broken.actions[:, streamed.shape[1] :] == PAD)
+
+
 def test_without_backspace_nothing_is_erased():
   assert typed(constant([X, EOS, A], allow_backspace=False)) == [EOS]
 
