@@ -25,9 +25,10 @@ def test_processes_that_see_other_data_are_named(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   gathered = []
 
-  def gather(mine):
+  def gather(mine):  # what process 2 gets, the second time from others that differ
     gathered.append(mine)
-    return np.stack([mine, mine, mine + np.uint32(len(gathered) - 1)])
+    others = mine + np.uint32(len(gathered) - 1)
+    return np.stack([others, others, mine])
 
   monkeypatch.setattr(multihost_utils, "process_allgather", gather)
   faults.check_same_everywhere({"examples": 3, "names": ["a"]})
