@@ -1,18 +1,31 @@
 """What is written, and what a resumed run finds in the file of the run before it."""
 
+import io
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from train_jax import metrics
 
 
 def lines(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(workdir):
+  """What TensorBoard finds in the newest of its files, after the file's own version."""
+  data, found = max(workdir.glob("events.out.tfevents.*")).read_bytes(), []
+  while data:  # a TFRecord: its length, a CRC of that, an event, a CRC of that
+    end = 12 + int.from_bytes(data[:8], "little")
+    found.append(Event.FromString(data[12:end]))
+    data = data[end + 4 :]
+  return found[1:]
 
 
 @pytest.fixture
@@ -28,7 +41,10 @@ def written(tmp_path):
 def test_one_json_line_a_call(written):
   assert [line["step"] for line in lines(written)] == [1, 2, 3, 4, 5]
   assert lines(written)[1] == {"step": 2, "loss": 0.5}
-  assert list(written.glob("events.out.tfevents.*"))
+  points = [
+    (e.step, e.summary.value[0].tag, e.summary.value[0].simple_value) for e in events(written)[1:]
+  ]
+  assert points == [(step, "loss", np.float32(1 / step)) for step in range(1, 6)]
 
 
 def test_resume_drops_the_steps_after_the_checkpoint(written):
@@ -38,6 +54,9 @@ def test_resume_drops_the_steps_after_the_checkpoint(written):
   writer.close()
   assert lines(written)[-1] == {"step": 4, "loss": 7.0}
   assert len(lines(written)) == 4
+  # TensorBoard drops what it has from the step of a START on.
+  start, point = events(written)
+  assert (start.step, start.session_log.status) == (4, SessionLog.START) and point.step == 4
 
 
 @pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6', "{", "\n"])
@@ -62,7 +81,21 @@ def test_line_is_on_disk_at_once(tmp_path):
   writer = metrics.MetricWriter(tmp_path, 0)
   writer.scalars(1, {"loss": 1})
   assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+  writer.scalars(2, {})  # an evaluation that was broken off at once
   writer.close()
+  assert len(lines(tmp_path)) == 1
+
+
+def test_tensorboard_sees_numbers_at_intervals(tmp_path, monkeypatch):
+  now, seen = [1000.0], []
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  writer = metrics.MetricWriter(tmp_path, 0)
+  for step, seconds in enumerate((0, 1, 18, 2)):
+    now[0] += seconds
+    writer.scalars(step, {"loss": 1})
+    seen.append(len(events(tmp_path)) - 1)
+  writer.close()
+  assert seen == [1, 1, 1, 4]
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
@@ -88,6 +121,11 @@ def test_picture_is_a_png_named_by_its_step(tmp_path):
   writer.close()
   assert path == tmp_path / "samples" / "00000012_grid.png"
   np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
+  event = events(tmp_path)[-1]
+  (value,) = event.summary.value
+  assert (event.step, value.tag) == (12, "grid")
+  found = Image.open(io.BytesIO(value.image.encoded_image_string))
+  np.testing.assert_array_equal(np.asarray(found), pixels)
 
 
 def test_clock_leaves_out_what_lies_between_laps(monkeypatch):
@@ -100,7 +138,9 @@ def test_clock_leaves_out_what_lies_between_laps(monkeypatch):
   clock.restart(20)  # after an evaluation
   now[0] = 50.5
   assert clock.lap(30) == pytest.approx(50)
-  assert clock.lap(30) >= 0  # no step since
+  now[0] = 52.5
+  assert clock.lap(40) == pytest.approx(200)
+  assert clock.lap(40) == 0  # no step since
 
 
 def test_table_has_a_row_for_each_setting_and_a_column_for_each_metric():
@@ -121,15 +161,27 @@ def test_full_disk_is_reported_once_and_nothing_is_lost_after_it(tmp_path, caplo
   """Nor does anything wait: TensorBoard's own writer does, for ever, from the tenth number on."""
   writer = metrics.MetricWriter(tmp_path, 0)
   file = writer._file
-  with suppress(OSError), Path("/dev/full").open("w") as writer._file:
-    for step in range(1, 31):
-      writer.scalars(step, {"loss": 1})
-  writer._file = file
-  writer.scalars(31, {"loss": 1})
+  for first in (1, 101):
+    with suppress(OSError), Path("/dev/full").open("w") as writer._file:
+      for step in range(first, first + 30):
+        writer.scalars(step, {"loss": 1})
+    writer._file = file
+    writer.scalars(first + 30, {"loss": 1})
   writer.close()
   said = [record.getMessage() for record in caplog.records]
-  assert said == ["numbers of step 1 cannot be written: No space left on device"]
-  assert lines(tmp_path)[-1] == {"step": 31, "loss": 1.0}
+  reason = "cannot be written: No space left on device"
+  assert said == [f"numbers of step {first} {reason}" for first in (1, 101)]
+  assert lines(tmp_path) == [{"step": step, "loss": 1.0} for step in (31, 131)]
+
+
+def test_terminal_on_a_full_disk_stops_no_bar(monkeypatch):
+  with suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:
+    monkeypatch.setattr(sys, "stderr", full)
+    with metrics.progress_bar(9, 4) as bar:
+      bar.write("a line\n", file=bar.fp)
+      bar.update()
+      bar.refresh()
+  assert (bar.n, bar.total) == (5, 9)
 
 
 def test_spikes_are_found_against_the_median_of_the_last():
@@ -138,13 +190,16 @@ def test_spikes_are_found_against_the_median_of_the_last():
   losses[[10, 300, 301, 600]] = 50  # the first comes before anything is usual
   losses += np.arange(1000) / 1000  # slow growth is none
   losses[700] = np.nan
+  losses[750:] += 20  # is one once, and usual after a while
+  losses[950] = 100
   spikes = metrics.Spikes()
   found = {i: usual for i, loss in enumerate(losses) if (usual := spikes.find(loss)) is not None}
-  assert list(found) == [300, 600]
+  assert list(found) == [300, 600, 750, 950]
   assert found[300] == np.median(losses[100:300])
 
 
-def test_spikes_of_a_constant_loss():
+@pytest.mark.parametrize("loss", [1.0, -1.0])
+def test_spikes_of_a_constant_loss(loss):
   spikes = metrics.Spikes()
-  assert [spikes.find(1.0) for _ in range(100)] == [None] * 100
-  assert spikes.find(1.005) is None and spikes.find(1.02) == 1.0
+  assert [spikes.find(loss) for _ in range(100)] == [None] * 100
+  assert spikes.find(loss + 0.005) is None and spikes.find(loss + 0.02) == loss
