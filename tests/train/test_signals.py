@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext, suppress
 
 import pytest
 
@@ -11,11 +12,15 @@ from train_jax import metadata, metrics, signals
 from train_jax.saver import SaveError
 
 
+def handlers():
+  return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_finishes_the_step_saves_and_stops(
   tmp_path, train, method, load, number, stream_that
 ):
-  before = signal.getsignal(number)
+  before = handlers()
 
   def act(position):
     if position == 4:
@@ -24,7 +29,7 @@ def test_signal_finishes_the_step_saves_and_stops(
   assert not train(tmp_path, method=stream_that(act, method), steps=8, save_every=100)
   state, meta = load(tmp_path)
   assert int(state.step) == meta["position"] == 5
-  assert signal.getsignal(number) is before
+  assert handlers() == before
 
 
 def test_run_goes_on_bit_exactly_after_a_signal(
@@ -46,6 +51,7 @@ def test_signal_at_the_last_step_lets_the_run_complete(tmp_path, train, method, 
       os.kill(os.getpid(), signal.SIGTERM)
 
   assert train(tmp_path, method=stream_that(act, method), steps=4)
+  assert (tmp_path / "samples" / "00000004_grid.png").exists()  # the last that is evaluated
 
 
 @pytest.mark.parametrize("when", ["evaluation", "logging"])
@@ -79,9 +85,10 @@ def test_signal_breaks_off_an_evaluation_but_not_the_last(
   def evaluate(params, step, final):
     yield "first", 1.0
     if step == 2:
-      os.kill(os.getpid(), signal.SIGTERM)
-      for _ in range(1000):  # a number that takes long: ten seconds
-        time.sleep(0.01)
+      with suppress(Exception):  # of a library that goes on whatever happens
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # a number that takes long: ten seconds
+          time.sleep(0.01)
       saved.append(step)
     yield "third", 3.0
 
@@ -95,18 +102,46 @@ def test_signal_breaks_off_an_evaluation_but_not_the_last(
   assert found == [{"eval/first"}, {"eval/first", "eval/third"}]
 
 
+def test_what_cannot_be_broken_off_is_the_last_of_an_evaluation(
+  tmp_path, train, method, lines, monkeypatch
+):
+  """Several processes must take part in each number, and break off none."""
+
+  def evaluate(params, step, final):
+    yield "first", 1.0
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield "second", 2.0
+    yield "third", 3.0
+
+  monkeypatch.setattr(signals.Signals, "breaking", lambda self: nullcontext())
+  assert not train(tmp_path, method=method._replace(evaluate=evaluate), steps=4, eval_every=2)
+  assert lines(tmp_path)[-1] == {"step": 2, "eval/first": 1.0, "eval/second": 2.0}
+
+
+def test_only_what_may_be_broken_off_is_and_at_once_after_a_signal():
+  before = handlers()
+  with signals.Signals() as found:
+    with found.breaking():
+      pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert found.received == ["SIGTERM"]
+    with pytest.raises(signals.Interrupted), found.breaking():
+      raise AssertionError("begun")
+  assert handlers() == before
+
+
 def test_second_signal_acts_at_once(tmp_path, train, method, stream_that):
   found = []
 
   def act(position):
     if position == 2:
       os.kill(os.getpid(), signal.SIGINT)
-      found.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+      found.extend(handlers())
 
-  before = signal.getsignal(signal.SIGINT)
+  before = handlers()
   assert not train(tmp_path, method=stream_that(act, method), steps=8)
   assert found == [signal.SIG_DFL] * 2  # not KeyboardInterrupt, which would wait for the save
-  assert signal.getsignal(signal.SIGINT) is before
+  assert handlers() == before
 
 
 def test_stop_that_cannot_be_saved_is_an_error(tmp_path, train, method, stream_that):
@@ -151,5 +186,7 @@ def test_only_google_machines_are_asked(tmp_path, monkeypatch, product, there):
   monkeypatch.setattr(metadata, "TPUS", ())
   monkeypatch.setattr(metadata, "PRODUCT", tmp_path / "product_name")
   assert not metadata.expected()
+  with signals.Signals():
+    assert not watchers()
   (tmp_path / "product_name").write_text(product)
   assert metadata.expected() is there
