@@ -25,9 +25,11 @@ def stream_with(change, method):
 
 
 def test_steps_that_are_not_finite_are_counted_and_passed_over(
-  tmp_path, train, load, method, lines
+  tmp_path, train, load, method, lines, caplog
 ):
   assert train(tmp_path, method=stream_with(poison({2, 3}), method), steps=6)
+  said = [text for text in caplog.messages if text.startswith("step")]
+  assert said == ["step 3: loss or gradient is not finite; it is not applied."]
   state, _ = load(tmp_path)
   assert int(state.extra["count"]) == 4 and int(state.step) == 6
   skipped = [line["skipped"] for line in lines(tmp_path) if "loss" in line]
@@ -119,4 +121,6 @@ def test_spike_is_logged_once_and_written(tmp_path, train, method, lines):
     return {**rows, "y": rows["y"] + (1000 if i in (70, 71, 90) else 0)}
 
   train(tmp_path, method=stream_with(change, method), steps=95, log_every=100, save_every=100)
-  assert [line["step"] for line in lines(tmp_path) if "spike/loss" in line] == [71, 91]
+  found = [line for line in lines(tmp_path) if "spike/loss" in line]
+  assert [line["step"] for line in found] == [71, 91]
+  assert all(line["spike/loss"] > 1e5 > 10 > line["spike/usual"] for line in found)

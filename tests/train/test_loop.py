@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -198,12 +199,16 @@ def test_logs_every_so_many_steps_and_the_last(tmp_path, train, lines, losses):
   assert {"loss", "noise", "grad_norm", "skipped", "milliseconds_per_step"} < set(first)
 
 
-def test_resume_says_so(tmp_path, train, capsys):
+def test_resume_says_so_and_the_bar_goes_on(tmp_path, train, capsys):
   train(tmp_path, steps=2)
-  assert "resumed" not in capsys.readouterr().out
+  out, bar = capsys.readouterr()
+  assert "resumed" not in out
+  assert re.search(r"compiling: +0%.* 0/2 .*training: 100%.* 2/2 .*, loss=", bar, re.DOTALL)
   train(tmp_path, steps=4)
-  said = f"resumed at step 2 of 4 from {tmp_path / 'checkpoints'}"
-  assert said in capsys.readouterr().out
+  out, bar = capsys.readouterr()
+  assert f"resumed at step 2 of 4 from {tmp_path / 'checkpoints'}" in out
+  assert re.search(r"compiling: +50%.* 2/4 .*training: 100%.* 4/4 .*, loss=", bar, re.DOTALL)
+  assert "skipped" not in bar
 
 
 def test_damaged_checkpoint_costs_one_interval_only(tmp_path, train, load, differences, losses):
