@@ -17,12 +17,12 @@ from train_jax import state as state_lib
 from train_jax.step import make_train_step
 
 FACTS = {"names": [str(i) for i in range(1000)], "shape": [32, 32, 4]}
-# DiT, table 1, and the released checkpoints: parameters, and billions of multiply-adds.
+# DiT, table 1, and the released checkpoints: parameters, billions of multiply-adds, heads.
 PUBLISHED = {
-  "S/2": (33e6, 6.06),
-  "B/2": (130e6, 23.01),
-  "L/2": (458e6, 80.71),
-  "XL/2": (675_129_632, 118.64),
+  "S/2": (33e6, 6.06, 6),
+  "B/2": (130e6, 23.01, 12),
+  "L/2": (458e6, 80.71, 16),
+  "XL/2": (675_129_632, 118.64, 16),
 }
 
 
@@ -62,6 +62,7 @@ def test_sizes_are_the_published_ones(option):
   published = PUBLISHED[option][0]
   assert found == published if option == "XL/2" else abs(found / published - 1) < 0.02
   assert more == 2 * (256 * width + width + width * width + width)
+  assert ism_imagenet256.get_config(option).model.heads == PUBLISHED[option][2]
 
 
 @pytest.mark.parametrize("option", PUBLISHED)
