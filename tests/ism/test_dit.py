@@ -135,6 +135,8 @@ def test_output_is_zero_at_first(first, small, inputs):
   output = apply(params, *inputs)
   assert output.shape == inputs[0].shape and output.dtype == jnp.float32
   np.testing.assert_array_equal(output, 0)
+  gates = params["blocks"]["modulation"], params["modulation"]  # so blocks change nothing
+  assert not any(np.any(a) for a in jax.tree.leaves(gates))
 
 
 def test_step_and_guidance_have_no_effect_at_first(first, small, inputs):
@@ -177,9 +179,15 @@ def test_each_layer_has_its_own_first_values(first):
   kernel = params["blocks"]["mlp"]["inner"]["kernel"]
   assert kernel.shape == (2, 16, 64)
   assert not np.any(kernel[0] == kernel[1])
-  # Xavier's limit is that of one layer; a fan-in that counted the layers would be smaller.
-  limit = np.sqrt(6 / (16 + 64))
-  assert 0.95 * limit < np.abs(kernel).max() <= limit
+
+  # As in DiT: Xavier's limit of one layer (a fan-in that counted the layers would be smaller), and
+  # what is no layer of the blocks or the patches by a normal distribution.
+  attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
+  for layer in (attention["qkv"], attention["out"], *mlp.values(), params["embed_patch"]):
+    limit = np.sqrt(6 / sum(layer["kernel"].shape[-2:]))
+    assert 0.95 * limit < np.abs(layer["kernel"]).max() <= limit
+  for drawn in (*jax.tree.leaves(params["embed_class"]), params["embed_time"]["inner"]["kernel"]):
+    np.testing.assert_allclose(np.std(drawn), 0.02, rtol=0.2)
 
 
 def test_every_step_size_and_strength_is_told_apart(small, inputs):
@@ -240,13 +248,22 @@ def test_bfloat16_is_close_to_float32(small, inputs):
   assert 1e-4 < error < 0.05  # it is another precision, but the same function
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cudnns_attention_is_given_up_where_there_is_no_gpu(dtype, monkeypatch):
+  config = replace(SMALL, dtype=dtype, attention="cudnn")
+  assert dit.for_inference(config) == replace(SMALL, dtype=dtype)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert dit.for_inference(config) == config
+
+
 def test_bad_sizes_are_refused_in_a_sentence():
   with pytest.raises(UserError, match=r"model.patch=3 does not divide the image side 8"):
     replace(SMALL, patch=3)
   with pytest.raises(UserError, match=r"model.width=20 must be a multiple of .*nearest is 16"):
     replace(SMALL, width=20, heads=4)
-  with pytest.raises(UserError, match=r"model.heads=0 must be at least 1"):
-    replace(SMALL, heads=0)
+  for name in ("patch", "width", "depth", "heads", "mlp_ratio"):
+    with pytest.raises(UserError, match=f"model.{name}=0 must be at least 1"):
+      replace(SMALL, **{name: 0})
   with pytest.raises(UserError, match=r"model.attention='flash' is unknown"):
     replace(SMALL, attention="flash")
   with pytest.raises(UserError, match=r"model.attention='cudnn' needs a 16-bit .*'float32'"):
