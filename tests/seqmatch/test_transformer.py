@@ -13,6 +13,8 @@ from seqmatch_jax.actions import tree
 from seqmatch_jax.tokens import BACKSPACE, BOS, PAD, SPECIAL
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax.errors import UserError
+from train_jax.lora import LoraConfig
+from train_jax.state import flatten
 
 VOCAB = 12
 SMALL = TransformerConfig(vocab=VOCAB, width=16, depth=2, heads=2, hidden=24)
@@ -283,7 +285,9 @@ def test_bfloat16_is_close_to_float32(small, by_hand):
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_are_not_rounded_to_bfloat16(tied, by_hand):
   network, params = make(replace(SMALL, dtype="bfloat16", tied=tied, erase=True))
-  x = np.asarray(network.features(params, *by_hand), np.float64)
+  x = network.features(params, *by_hand)
+  assert x.dtype == jnp.float32
+  x = np.asarray(x, np.float64)
   matrix = params["embed"]["embedding"].T if tied else params["out"]["kernel"]
   erase = params["erase"]["kernel"].astype(jnp.bfloat16).astype(np.float64)
   exact = x @ matrix.astype(jnp.bfloat16).astype(np.float64)
@@ -312,6 +316,25 @@ def test_each_layer_has_its_own_first_values():
   kernel = params["blocks"]["qkv"]["kernel"]
   assert kernel.shape == (2, 16, 48)
   assert not np.any(kernel[0] == kernel[1])
+  # As GPT-2's: what is added to the sum of 2 x 2 of them is drawn smaller by the root of that.
+  found = {
+    name: np.std(layer["kernel"]) for name, layer in params["blocks"].items() if "kernel" in layer
+  }
+  expected = {"qkv": 0.02, "out": 0.01, "gate_up": 0.02, "down": 0.01}
+  assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_adapters_and_erase_are_learned_and_the_rest_is_kept_as_the_base_says():
+  lora = LoraConfig(2, 4.0, ("q",), "int8")
+  network = transformer.make_network(replace(SMALL, erase=True, lora=lora))
+  learned, kept = (
+    {name: a.dtype for name, a in flatten(jax.eval_shape(draw, KEY)).items()}
+    for draw in (network.init, network.frozen)
+  )
+  names = ("blocks.qkv.q_a", "blocks.qkv.q_b", "erase.kernel", "erase.bias")
+  assert learned == dict.fromkeys(names, "float32")
+  assert kept["blocks.down.kernel"] == "int8" and kept["norm.scale"] == "float32"
+  assert kept["embed.embedding"] == kept["out.kernel"] == "bfloat16" and not kept.keys() & learned
 
 
 def test_at_the_size_of_llama_2_it_has_the_parameters_of_llama_2():
@@ -328,5 +351,8 @@ def test_bad_sizes_are_refused_in_a_sentence():
   for name in ("vocab", "width", "depth", "heads", "hidden"):
     with pytest.raises(UserError, match=f"model.{name}=0 must be at least 1"):
       replace(SMALL, **{name: 0})
+  few = transformer.make_network(replace(SMALL, family="gpt2", context=8))
+  with pytest.raises(UserError, match=r"9 tokens does not fit into the 8 positions"):
+    few.make_cache(1, 9)
   with pytest.raises(UserError, match=r"model.dtype='fp32' is unknown"):
     replace(SMALL, dtype="fp32")
