@@ -11,6 +11,7 @@
 Only training and compiling need a config: the others read the one saved with the checkpoint.
 """
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -34,6 +35,13 @@ config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.p
 flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, samples.")
 flags.DEFINE_enum(
   "mode", "train", ["train", "sample", "evaluate", "export", "encode", "compile"], "What to do."
+)
+flags.DEFINE_integer(
+  "step",
+  None,
+  "sample, evaluate, export: the checkpoint that is used (--config.keep_every keeps older ones); "
+  "default: the newest good one.",
+  lower_bound=1,
 )
 flags.DEFINE_integer(
   "num",
@@ -86,13 +94,13 @@ READ = {
   "train": "",
   "compile": "topology",
   "encode": "images side vae texts tokenizer shards out",
-  "sample ism": "num seed nfe guidance labels vae out",
-  "sample seqmatch": "num seed prompt prompts temperature top_k top_p stream out",
-  "evaluate ism": "num seed nfe guidance metrics reference inception dinov2 classes save_samples "
-  "vae out",
-  "evaluate seqmatch": "seed features out",
-  "export ism": "out",
-  "export seqmatch": "out",
+  "sample ism": "step num seed nfe guidance labels vae out",
+  "sample seqmatch": "step num seed prompt prompts temperature top_k top_p stream out",
+  "evaluate ism": "step num seed nfe guidance metrics reference inception dinov2 classes "
+  "save_samples vae out",
+  "evaluate seqmatch": "step seed features out",
+  "export ism": "step out",
+  "export seqmatch": "step out",
 }
 
 
@@ -175,7 +183,7 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
 def train(config: ConfigDict, workdir: Path) -> bool:
   """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
-  names = ("steps", "log_every", "eval_every", "save_every", "keep", "max_skipped", "seed")
+  names = {field.name for field in dataclasses.fields(loop.LoopConfig)} - {"clip"}
   settings = loop.LoopConfig(clip=config.optim.clip, **{name: config[name] for name in names})
   distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
@@ -204,16 +212,17 @@ def train(config: ConfigDict, workdir: Path) -> bool:
 
 
 def use_checkpoint(workdir: Path) -> None:
-  """Uses the newest good checkpoint in another mode: its own config, its `sample` average."""
+  """Uses the newest good checkpoint, or that of --step, in another mode: its config and average."""
   checkpoints = Checkpoints(workdir)
-  saved = checkpoints.require_meta()
+  saved = checkpoints.require_meta(FLAGS.step)
   config, facts = ConfigDict(saved["config"]), saved["facts"]
   config_lib.check_backend(FLAGS.config.backend if FLAGS.config else "")
   module = method_module(config)
 
   def load(devices):
     init = module.make_network(config, facts)[0]
-    return checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)), devices)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    return checkpoints.restore_ema("sample", abstract, devices, FLAGS.step)
 
   check_flags(config.method)
   default = workdir / ("exported" if FLAGS.mode == "export" else "generated")

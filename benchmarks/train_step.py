@@ -172,7 +172,7 @@ def in_loop(step: Step, rounds: int, steps: int) -> float:
           step.run(steps)
 
   total = steps * (rounds + 1) + 1  # the last one ends the last turn
-  settings = loop.LoopConfig(total, steps, 0, total, 1, step.config.optim.clip, 10, 0)
+  settings = loop.LoopConfig(total, steps, 0, total, 1, 0, step.config.optim.clip, 10, 0)
   method = step.method._replace(stream=stream, evaluate=lambda *_: ())
   with tempfile.TemporaryDirectory() as top:
     loop.train(method, step.tx, dict(step.config.ema), settings, step.mesh, Path(top), {})

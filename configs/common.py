@@ -15,7 +15,8 @@ def get_common() -> ml_collections.ConfigDict:
   config.log_every = 50
   config.eval_every = 1000  # 0: only at the end
   config.save_every = 1000
-  config.keep = 2  # checkpoints
+  config.keep = 2  # newest checkpoints
+  config.keep_every = 0  # steps between those that are kept for good as well; 0: none
   config.max_skipped = 10  # non-finite steps in a row before the run goes back, then stops
 
   config.optim = ml_collections.ConfigDict()

@@ -153,6 +153,7 @@ def settings():
       "eval_every": 0,
       "save_every": 2,
       "keep": 2,
+      "keep_every": 0,
       "clip": 1.0,
       "max_skipped": 3,
       "seed": 0,

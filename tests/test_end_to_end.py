@@ -141,6 +141,13 @@ def test_evaluation_needs_no_config(finished, tmp_path):
   assert "fd" in out and json.loads((tmp_path / "evaluation.json").read_text())["step"] == 12
 
 
+def test_an_older_step_is_evaluated(finished, tmp_path):
+  flags = ("--mode=evaluate", "--nfe=1", f"--out={tmp_path}")
+  code, _, err = call(f"--workdir={finished[0]}", *flags, "--step=9")
+  assert code == 0, err
+  assert json.loads((tmp_path / "evaluation.json").read_text())["step"] == 9
+
+
 def test_ctrl_c_while_sampling_is_no_traceback(finished, tmp_path):
   flags = ("--mode=sample", "--nfe=128", "--num=100000", f"--out={tmp_path}")
   # What bash starts in the background is deaf to Ctrl-C, and so is all that it starts.
@@ -166,6 +173,7 @@ def test_ctrl_c_while_sampling_is_no_traceback(finished, tmp_path):
     (("--config=configs/none.py",), ("configs/none.py", "ism_digits")),
     ((CONFIG, "--config.init_from=nowhere"), ("init_from='nowhere'", "exported")),
     ((CONFIG, "extra"), ("unexpected argument 'extra'",)),
+    ((CONFIG, "--step=3"), ("--step does nothing in --mode=train",)),
     ((CONFIG, "--seed=3"), ("--seed", "--mode=train", "--config.seed")),
     (("--mode=sample",), ("no checkpoint",)),
     ((), ("--config",)),
@@ -185,6 +193,7 @@ def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path):
   [
     ((*RUN, "--config.optim.lr=0.5"), ("optim.lr", "0.5")),
     (("--mode=sample", "--nfe=3"), ("nfe", "3")),
+    (("--mode=export", "--step=10"), ("--step=10 is not stored", "[12, 9]")),
     (("--mode=sample", "--guidance=9"), ("9", "0 to 2")),
     (("--mode=sample", "--labels=10"), ("label 10", "0 to 9")),
     (("--mode=sample", "--out=README.md"), ("--out=README.md cannot be written to",)),

@@ -51,11 +51,12 @@ class Checkpoints:
   Args:
     workdir: the run's directory.
     keep: how many of the newest steps are kept.
+    keep_every: steps that it divides are kept as well; 0: none.
   """
 
-  def __init__(self, workdir: str | Path, keep: int = 2):
+  def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
     self.directory = (Path(workdir) / "checkpoints").absolute()
-    self._saver = Saver(self.directory, keep)
+    self._saver = Saver(self.directory, keep, keep_every)
 
   def steps(self) -> list[int]:
     """Stored steps, newest first, good or not."""
@@ -110,8 +111,10 @@ class Checkpoints:
       stored.compare(name, checksum.checksums(found[name]), meta["checksums"][name])
     return found, meta
 
-  def require_meta(self) -> dict:
-    """`newest_meta`, or a UserError that says what was looked for."""
+  def require_meta(self, step: int | None = None) -> dict:
+    """`newest_meta`, or that of `step`; or a UserError that says what was looked for."""
+    if step is not None and self.steps():
+      return self._asked(step, {})[1]
     meta = self.newest_meta()
     if meta is None and self.steps():
       raise self._none_good()
@@ -154,6 +157,18 @@ class Checkpoints:
       raise self._none_good()
     return None
 
+  def _asked(self, step: int, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict]:
+    """Items and meta of `step`; UserError, on all processes, where one of them has it not whole."""
+    try:
+      return self._restore(step, abstract)
+    except DamagedError as err:
+      found = self.steps()
+      problem = f"is damaged: {err}" if step in found else "is not stored"
+      raise UserError(
+        f"--step={step} {problem}; choose one of {found} in {self.directory}, or leave it out for "
+        "the newest good one."
+      ) from err
+
   def _none_good(self) -> UserError:
     return UserError(
       f"none of the checkpoints {self.steps()} in {self.directory} can be restored; "
@@ -179,14 +194,17 @@ class Checkpoints:
     self._saver.good = meta["step"]
     return _state(items), meta
 
-  def restore_ema(self, name: str, abstract: PyTree, mesh: Mesh) -> tuple[PyTree, int]:
-    """One average of the newest good step, laid out on `mesh` by the rule, and that step's number.
+  def restore_ema(
+    self, name: str, abstract: PyTree, mesh: Mesh, step: int | None = None
+  ) -> tuple[PyTree, int]:
+    """One average of `step` or the newest good one, laid out on `mesh` by the rule; its number.
 
     Reads nothing else.
 
     Raises:
-      UserError: nothing is stored here, or nothing good.
+      UserError: nothing is stored here, or nothing good; or not `step`.
     """
-    self.require_meta()
-    items, meta, _ = self._newest({f"ema_{name}": mesh_lib.lay_out(abstract, mesh)})
+    self.require_meta(step)
+    wanted = {f"ema_{name}": mesh_lib.lay_out(abstract, mesh)}
+    items, meta = self._newest(wanted)[:2] if step is None else self._asked(step, wanted)
     return items[f"ema_{name}"], meta["step"]

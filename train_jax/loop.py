@@ -36,7 +36,8 @@ class LoopConfig:
     steps: optimiser steps of the whole run.
     log_every, eval_every, save_every: in steps; 0 turns evaluation during training off. Before each
       evaluation the state is saved as well.
-    keep: checkpoints kept.
+    keep: newest checkpoints kept.
+    keep_every: in steps; these are saved, and kept for good as well. 0: none.
     clip: global gradient norm, above 0.
     max_skipped: after this many non-finite steps in a row the run goes back to its last checkpoint,
       the second time it stops.
@@ -48,6 +49,7 @@ class LoopConfig:
   eval_every: int
   save_every: int
   keep: int
+  keep_every: int
   clip: float
   max_skipped: int
   seed: int
@@ -56,6 +58,8 @@ class LoopConfig:
     for name in ("steps", "log_every", "save_every", "keep", "max_skipped"):
       if getattr(self, name) < 1:
         raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+    if self.keep_every < 0:
+      raise UserError(f"keep_every={self.keep_every} must be at least 0; 0 keeps none for good.")
     if self.eval_every < 0:
       raise UserError(f"eval_every={self.eval_every} must be at least 0; 0 is only at the end.")
     if not self.clip > 0:
@@ -148,7 +152,7 @@ class _Run:
   rollbacks: int
 
   def __post_init__(self):
-    self.checkpoints = Checkpoints(self.workdir, self.config.keep)
+    self.checkpoints = Checkpoints(self.workdir, self.config.keep, self.config.keep_every)
     init = state_lib.create(self.method, self.tx, self.decays, self.config.seed)
     self.shardings = mesh_lib.state_sharding(jax.eval_shape(init), self.mesh)
     self.frozen = ()
@@ -214,7 +218,8 @@ class _Run:
       last = step == config.steps
       # Once a step: what is left without a save must not be broken off.
       stop = agree(bool(self.signals.received))
-      owed = owed or step % config.save_every == 0
+      kept = config.keep_every and step % config.keep_every == 0
+      owed = owed or step % config.save_every == 0 or kept
       due_eval = config.eval_every and step % config.eval_every == 0 and not last
       if owed or last or stop or due_eval:
         self._read(leave=0)

@@ -89,15 +89,15 @@ def set_aside(directory: Path, step: int) -> None:
 
 
 class Saver:
-  """Writes steps into `directory` and deletes all but the newest `keep`.
+  """Writes steps into `directory`; deletes all but the newest `keep` and those of `keep_every`.
 
   Attributes:
     good: the newest step that is known to be whole: restored, or read back after its save.
   """
 
-  def __init__(self, directory: Path, keep: int):
+  def __init__(self, directory: Path, keep: int, keep_every: int):
     self.directory, self.good = directory, None
-    self._keep = keep
+    self._keep, self._keep_every = keep, keep_every
     self._orbax: ocp.AsyncCheckpointer | None = None
     self._background: ThreadPoolExecutor | None = None
     self._saving: tuple[int, Future] | None = None
@@ -208,13 +208,16 @@ class Saver:
   def _prune(self) -> None:
     """Deletes all but the newest `keep` steps, after one of them was read back.
 
-    What is not whole at first sight does not count, so that it pushes out nothing. Writes of a save
-    that failed may have come after it was cleaned up.
+    Steps that `keep_every` divides stay beside them. What is not whole at first sight does not
+    count, so that it pushes out nothing. Writes of a save that failed may have come after it was
+    cleaned up.
     """
     if jax.process_index() == 0:
       self._remove(self._leftovers(HALF))
       paths = [self.directory / str(step) for step in stored_steps(self.directory)]
-      self._remove([path for path in paths if stored.looks_whole(path)][self._keep :])
+      older = [path for path in paths if stored.looks_whole(path)][self._keep :]
+      every = self._keep_every
+      self._remove([path for path in older if not every or int(path.name) % every])
 
   def _remove(self, paths: list[Path]) -> None:
     """Deletes directories in the background, renamed first: half a step must not look like one."""

@@ -103,6 +103,25 @@ def test_damaged_average_falls_back_and_moves_nothing(workdir, abstract, states,
   assert checkpoints.steps() == [2, 1]
 
 
+def test_a_step_that_is_asked_for_is_used_or_refused(workdir, abstract, states, differences):
+  average, checkpoints = abstract.ema["sample"], Checkpoints(workdir)
+  assert checkpoints.require_meta(1)["position"] == 10
+  found, step = checkpoints.restore_ema("sample", average, MESH, 1)
+  assert step == 1 and differences(found, states[1].ema["sample"]) == []
+  with pytest.raises(UserError, match=r"--step=7 is not stored; choose one of \[2, 1\] in"):
+    checkpoints.require_meta(7)
+  shutil.rmtree(workdir / "checkpoints" / "2" / "ema_sample")
+  with pytest.raises(UserError, match=r"--step=2 is damaged: .*; choose one of \[2, 1\] in"):
+    checkpoints.restore_ema("sample", average, MESH, 2)
+  gut(workdir / "checkpoints" / "1")
+  with pytest.raises(UserError, match="--step=1 is damaged"):
+    checkpoints.require_meta(1)
+  checkpoints.close()
+  assert checkpoints.steps() == [2, 1]
+  with pytest.raises(UserError, match="no checkpoint found"):
+    Checkpoints(workdir / "none").require_meta(1)
+
+
 def test_restores_on_another_mesh(saved, states, differences, make_mesh, monkeypatch):
   monkeypatch.setattr(mesh_lib, "SMALL", 64)
   mesh = make_mesh(2, 4)

@@ -67,6 +67,7 @@ def test_many_differences_are_counted_not_listed():
     {"eval_every": 7},
     {"save_every": 7},
     {"keep": 9},
+    {"keep_every": 9},
     {"max_skipped": 1},
     {"mesh": {"fsdp": 4}},
     {"eval": {"samples": 9}},

@@ -38,6 +38,11 @@ def test_checkpoint_holds_the_record_and_the_data_position(tmp_path, train, load
   assert Checkpoints(tmp_path).steps() == [3, 2]
 
 
+def test_steps_that_are_kept_for_good_are_saved_when_they_come(tmp_path, train):
+  train(tmp_path, steps=7, save_every=4, keep=1, keep_every=3)
+  assert Checkpoints(tmp_path).steps() == [7, 6, 3]
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)], ids=["1x1", "4x2"])
 def test_fresh_run_begins_with_given_parameters_and_a_resumed_one_does_not(
   tmp_path, train, load, make_mesh, monkeypatch, shape
@@ -229,6 +234,7 @@ def test_lengths_and_intervals_must_be_positive(settings, name):
 @pytest.mark.parametrize(
   "wrong, message",
   [
+    ({"keep_every": -1}, "keep_every=-1 must be at least 0"),
     ({"eval_every": -1}, "eval_every=-1 must be at least 0"),
     ({"clip": 0.0}, "optim.clip=0.0 must be above 0"),
     ({"clip": -1.0}, "optim.clip=-1.0 must be above 0"),

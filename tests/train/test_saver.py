@@ -34,6 +34,22 @@ def test_only_the_newest_are_kept(tmp_path, states, restore, differences, monkey
   assert differences(restore(tmp_path)[0], states[2]) == []
 
 
+def test_steps_that_keep_every_divides_stay_beside_the_newest(tmp_path, states):
+  """And take no place of theirs; nor are they deleted where the number of those is lowered."""
+
+  def save(*steps, **kwargs):
+    checkpoints = Checkpoints(tmp_path, **kwargs)
+    for step in steps:
+      checkpoints.save(dataclasses.replace(states[1], step=jnp.int32(step)), meta_of(step))
+      checkpoints.wait()
+    checkpoints.close()
+    return checkpoints.steps()
+
+  assert save(1, 3, 4, 5, 6, 7, keep=2, keep_every=3) == [7, 6, 3]
+  assert save(8, 9, 10, keep=1, keep_every=3) == [10, 9, 6, 3]
+  assert save(11, keep=2) == [11, 10]  # for good is until the run is told otherwise
+
+
 def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore):
   """Nor does a step that is found damaged when it is read back, right after its save."""
   checkpoints = Checkpoints(tmp_path, keep=2)
