@@ -12,6 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
+from train_jax.checkpoint import Checkpoints
 
 
 def read(workdir: Path, steps: int) -> dict[str, float] | None:
@@ -45,6 +46,10 @@ def run(
       name = "_".join(re.findall(r"\w+", variant))
       workdir = out / f"{name}_seed{seed}"
       if read(workdir, config.steps) is None:
+        # Gone on with, it would be the shorter run with more steps at a higher rate.
+        saved = Checkpoints(workdir).newest_meta()
+        if saved and (steps := saved["config"]["steps"]) != config.steps:
+          sys.exit(f"{workdir} holds a run of {steps} steps; give another --out.")
         print(f"\n{variant}, seed {seed} -> {workdir}", flush=True)
         if not main.train(config, workdir):
           sys.exit(130)

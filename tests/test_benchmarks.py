@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_every_table_of_the_performance_page_is_a_benchmark():
   names = [line[5:-4] for line in text.splitlines() if line.startswith("<!-- ")]
   assert "report" in names and names[1::2] == ["end"] * (len(names) // 2)
   assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names[::2])
+
+
+def test_an_ablation_goes_on_with_no_shorter_run(monkeypatch, tmp_path):
+  monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  ablation = importlib.import_module("ablation")
+  saved = SimpleNamespace(newest_meta=lambda: {"config": {"steps": 3}})
+  monkeypatch.setattr(ablation, "Checkpoints", lambda workdir: saved)
+  with pytest.raises(SystemExit, match=f"{tmp_path}/a_seed0 holds a run of 3 steps; give another"):
+    ablation.run(tmp_path, ["a"], [0], lambda *_: SimpleNamespace(steps=6))
 
 
 @pytest.mark.slow

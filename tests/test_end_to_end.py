@@ -191,7 +191,7 @@ def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path):
 @pytest.mark.parametrize(
   "flags, words",
   [
-    ((*RUN, "--config.optim.lr=0.5"), ("optim.lr", "0.5")),
+    ((*RUN, "--config.batch=16"), ("batch", "16")),
     (("--mode=sample", "--nfe=3"), ("nfe", "3")),
     (("--mode=export", "--step=10"), ("--step=10 is not stored", "[12, 9]")),
     (("--mode=sample", "--guidance=9"), ("9", "0 to 2")),

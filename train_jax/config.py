@@ -28,6 +28,18 @@ FREE = (
   "model.unroll",
   "model.attention",
 )
+# A run may go on with other values of these too, and says so. None has a part in the structure of
+# the optimiser's state.
+TOLD = (
+  "steps",
+  "optim.lr",
+  "optim.warmup",
+  "optim.final",
+  "optim.b1",
+  "optim.b2",
+  "optim.weight_decay",
+  "optim.clip",
+)
 BOUND = ("eval.erasures",)  # not free after all: the size of a replay buffer depends on it
 
 
@@ -92,13 +104,17 @@ def explain_unknown_key(key: str, config: dict) -> str:
 def check_same(config: dict, saved: dict, workdir) -> None:
   """Raises UserError, saying what differs, if `config` must not go on from a run of `saved`.
 
-  Keys that `saved` does not have are of a newer version, and are told.
+  What differs in TOLD is printed by process 0. Keys that `saved` does not have are of a newer
+  version, and are told.
   """
   new, old = flatten(config), flatten(saved)
-  differ = [
-    f"{key}: {value!r} there, {new.get(key)!r} here"
+  changed = [
+    key
     for key, value in sorted(old.items())
     if new.get(key) != value and (not key.startswith(FREE) or key in BOUND)
+  ]
+  differ = [
+    f"{key}: {old[key]!r} there, {new.get(key)!r} here" for key in changed if key not in TOLD
   ]
   if differ:
     raise UserError(
@@ -107,6 +123,8 @@ def check_same(config: dict, saved: dict, workdir) -> None:
       "choose another --workdir (with init_from= this one, to train it further), or set these as "
       "they were there."
     )
+  for key in changed if jax.process_index() == 0 else ():
+    print(f"goes on with {key}={new.get(key)!r} ({old[key]!r} before)", flush=True)
   added = [key for key in sorted(new.keys() - old.keys()) if not key.startswith(FREE)]
   if added:
     known = ", ".join(f"{key}={new[key]!r}" for key in added)

@@ -111,7 +111,8 @@ def train(
   Raises:
     DivergedError: `max_skipped` non-finite steps in a row, for the second time.
     SaveError: the run is at its end, and its state could not be saved.
-    UserError: checkpoints are there but none is good; or a decay is not in [0, 1).
+    UserError: checkpoints are there but none is good, or one of a later step than `config.steps`;
+      or a decay is not in [0, 1).
   """
   for name, decay in decays.items():
     if not 0 <= decay < 1:
@@ -170,11 +171,16 @@ class _Run:
       place = {n: mesh_lib.place(a, wanted[n].sharding, wanted[n].dtype) for n, a in given.items()}
       return init(place), 0
     state, meta = found
+    if (step := int(state.step)) > self.config.steps:  # its evaluation would be called this run's
+      raise UserError(
+        f"steps={self.config.steps} is less than the {step} that the run in {self.workdir} has "
+        "taken; choose at least as many, or another --workdir."
+      )
     if self.rollbacks > (before := meta.get("rollbacks", 0)):
       state = dataclasses.replace(state, skipped=0 * state.skipped)
     self.rollbacks = max(self.rollbacks, before)
     if jax.process_index() == 0:
-      reached = f"resumed at step {int(state.step)} of {self.config.steps}"
+      reached = f"resumed at step {step} of {self.config.steps}"
       print(f"{reached} from {self.checkpoints.directory}", flush=True)
     return state, meta["position"]
 
@@ -244,7 +250,8 @@ class _Run:
       raise DivergedError(
         f"loss or gradient was not finite for {self.log.skipped} steps in a row, from step {first} "
         f"on; none was applied. The last good checkpoint: {good or 'none was saved yet'}. Lower "
-        "optim.lr, or look at the data of those steps.",
+        "optim.lr, with which the same command goes on from there, or look at the data of those "
+        "steps.",
         self.rollbacks,
       )
 

@@ -42,9 +42,20 @@ def test_same_config_goes_on():
 def test_other_config_is_refused_and_says_what_differs():
   saved = {**CONFIG, "model": {"width": 16, "depth": 2}}
   with pytest.raises(UserError) as err:
-    config.check_same({**CONFIG, "steps": 6}, saved, "runs/a")
+    config.check_same({**CONFIG, "seed": 6}, {**saved, "seed": 5}, "runs/a")
   assert "--workdir=runs/a" in str(err.value)
-  assert "(model.depth: 2 there, None here; steps: 5 there, 6 here)" in str(err.value)
+  assert "(model.depth: 2 there, None here; seed: 5 there, 6 here)" in str(err.value)
+
+
+def test_a_run_may_be_lengthened_and_its_optimiser_changed_and_says_so(capsys):
+  config.check_same(CONFIG, CONFIG, "w")
+  assert capsys.readouterr().out == ""
+  config.check_same({**CONFIG, "steps": 9, "optim": {"lr": 0.05, "clip": 1.0}}, CONFIG, "w")
+  said = ["goes on with optim.lr=0.05 (0.1 before)", "goes on with steps=9 (5 before)"]
+  assert capsys.readouterr().out.splitlines() == said
+  with pytest.raises(UserError, match=r"config \(seed: 1 there, 2 here\); choose"):
+    config.check_same({**CONFIG, "steps": 9, "seed": 2}, {**CONFIG, "seed": 1}, "w")
+  assert capsys.readouterr().out == ""
 
 
 def test_a_run_of_an_older_version_goes_on_and_new_keys_are_told(caplog):
@@ -89,14 +100,14 @@ def test_what_does_not_change_learning_may_differ(free, caplog):
     {"batch": 8},
     {"ema": {"sample": 0.5}},
     {"eval": {"erasures": 9}},
-    {"optim": {"lr": 0.2, "clip": 1.0}},
-    {"data": {"path": "b"}},
+    {"optim": {"mu_dtype": "bfloat16"}},
+    {"data": {"side": 16}},
     {"model": {"width": 32}},
   ],
 )
 def test_what_changes_learning_may_not(bound):
   saved = CONFIG | {"seed": 0, "batch": 4, "ema": {"sample": 0.9}, "eval": {"erasures": 8}}
-  saved |= {"data": {"path": "a"}}
+  saved |= {"data": {"side": 8}, "optim": {"mu_dtype": "float32"}}
   with pytest.raises(UserError, match=next(iter(bound))):
     config.check_same(saved | bound, saved, "w")
 

@@ -46,6 +46,7 @@ def test_too_many_in_a_row_again_stop_the_run_and_name_the_last_checkpoint(
   sentence = str(err.value)
   assert "not finite for 3 steps in a row, from step 6 on" in sentence
   assert f"last good checkpoint: {tmp_path / 'bad' / 'checkpoints' / '4'}" in sentence
+  assert "Lower optim.lr, with which the same command goes on" in sentence
   assert Checkpoints(tmp_path / "bad").steps() == [4, 2]
   train(tmp_path / "good", steps=4)
   (state, _), (good, _) = load(tmp_path / "bad"), load(tmp_path / "good")

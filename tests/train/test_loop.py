@@ -225,6 +225,13 @@ def test_damaged_checkpoint_costs_one_interval_only(tmp_path, train, load, diffe
   assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_a_run_is_not_shorter_than_what_it_has_taken(tmp_path, train):
+  assert train(tmp_path, steps=4) and train(tmp_path, steps=4)
+  with pytest.raises(UserError, match=r"steps=3 is less than the 4 that the run in .* has taken"):
+    train(tmp_path, steps=3)
+  assert Checkpoints(tmp_path).steps() == [4, 2]
+
+
 @pytest.mark.parametrize("name", ["steps", "log_every", "save_every", "keep", "max_skipped"])
 def test_lengths_and_intervals_must_be_positive(settings, name):
   with pytest.raises(UserError, match=f"{name}=0 must be at least 1"):

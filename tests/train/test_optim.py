@@ -76,3 +76,13 @@ def test_first_moments_may_be_kept_in_bfloat16():
 def test_unknown_type_of_moments_is_refused():
   with pytest.raises(UserError, match=r"optim.mu_dtype='float8' is unknown; choose"):
     optim.adamw(lambda _: 1.0, 0.9, 0.99, 0.0, "float8")
+
+
+def test_numbers_that_may_change_when_a_run_goes_on_do_not_shape_the_state():
+  params = {"kernel": jnp.ones((2, 2))}
+
+  def state(b1, b2, decay, **kwargs):
+    return jax.eval_shape(optim.adamw(optim.schedule(**kwargs), b1, b2, decay).init, params)
+
+  before = state(0.9, 0.99, 0.0, lr=1e-3, warmup=10, steps=100, final=0.1)
+  assert state(0.0, 0.0, 0.1, lr=1e-4, warmup=0, steps=900, final=1.0) == before
