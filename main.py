@@ -69,6 +69,11 @@ flags.DEFINE_float(
   "top_p", None, "sample text: only of the likeliest that have this probability.", 0, 1
 )
 flags.DEFINE_bool("stream", False, "sample text: show each as it is typed and erased.")
+flags.DEFINE_string(
+  "pretrained",
+  None,
+  "sample, evaluate, export text: where the folder of the run's config.pretrained is now.",
+)
 flags.DEFINE_string("features", None, "evaluate text: a run or a folder, whose features MAUVE has.")
 flags.DEFINE_list("metrics", None, "evaluate images: of fid, sfid, fd_dinov2, is, pr.")
 flags.DEFINE_string("reference", None, "evaluate images: ADM .npz, or a folder of images.")
@@ -95,12 +100,12 @@ READ = {
   "compile": "topology",
   "encode": "images side vae texts tokenizer shards out",
   "sample ism": "step num seed nfe guidance labels vae out",
-  "sample seqmatch": "step num seed prompt prompts temperature top_k top_p stream out",
+  "sample seqmatch": "step num seed prompt prompts temperature top_k top_p stream pretrained out",
   "evaluate ism": "step num seed nfe guidance metrics reference inception dinov2 classes "
   "save_samples vae out",
-  "evaluate seqmatch": "step seed features out",
+  "evaluate seqmatch": "step seed features pretrained out",
   "export ism": "step out",
-  "export seqmatch": "step out",
+  "export seqmatch": "step pretrained out",
 }
 
 
@@ -225,6 +230,8 @@ def use_checkpoint(workdir: Path) -> None:
     return checkpoints.restore_ema("sample", abstract, devices, FLAGS.step)
 
   check_flags(config.method)
+  if FLAGS.pretrained:
+    config, facts = module.moved(config, facts, FLAGS.pretrained)
   default = workdir / ("exported" if FLAGS.mode == "export" else "generated")
   out = Path(FLAGS.out) if FLAGS.out else default
   check_writable(out, "--out")

@@ -66,7 +66,7 @@ class Latents:
     labels: int32 [2 n], of the examples.
     names: one name for each class.
     shape: (h, w, c) of one latent.
-    vae: SHA-256 of the autoencoder's file; "" for made-up latents.
+    vae, manifest: SHA-256 of the autoencoder's file and of manifest.json; "" for made-up latents.
   """
 
   read: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -74,6 +74,7 @@ class Latents:
   names: tuple[str, ...]
   shape: tuple[int, int, int]
   vae: str
+  manifest: str
 
   def images(self, index) -> np.ndarray:
     """The scaled posterior means, float32 [b, h, w, c]: what noise is paired with.
@@ -108,7 +109,7 @@ def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
     return np.stack([chosen, np.full_like(chosen, 0.1)])
 
   names = tuple(map(str, range(classes)))
-  return Latents(read, np.repeat(label, 2), names, shape, "")
+  return Latents(read, np.repeat(label, 2), names, shape, "", "")
 
 
 def _read_json(path: Path) -> dict:
@@ -260,7 +261,8 @@ def open_set(path: str, std: tuple[float, float] = STD_RANGE, max_faults: int = 
     )
   _check_statistics(path, manifest, read, std)
   names = tuple(manifest["names"])
-  return Latents(read, np.repeat(labels, 2), names, shape, manifest["vae"])
+  digest = sha256(top / "manifest.json")
+  return Latents(read, np.repeat(labels, 2), names, shape, manifest["vae"], digest)
 
 
 def decoding(sample: Callable, path: str, expected: str) -> Callable:

@@ -190,7 +190,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   }
   in_latents = isinstance(source, latents.Latents)
   if in_latents:
-    facts["vae"] = source.vae
+    facts |= {"vae": source.vae, "manifest_sha256": source.manifest}
   init, apply = make_network(config, facts)
   noise_rng = jax.random.fold_in(jax.random.key(config.seed), 2)
 

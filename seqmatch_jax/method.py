@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from seqmatch_jax import buffer, export, loss, model, questions, rollout, sample, show, text, tokens
 from seqmatch_jax.actions import Noise, tree
-from seqmatch_jax.model import make_given, make_network  # noqa: F401  main.py asks for them here
+from seqmatch_jax.model import make_given, make_network, moved  # noqa: F401  main.py asks for them here
 from train_jax import aot, lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError

@@ -23,6 +23,7 @@ from train_jax.errors import UserError
 from train_jax.lazy import Lazy
 from train_jax.state import flatten
 from train_jax.step import Frozen
+from train_jax.weights import Weights
 
 
 def with_tokenizer(config):
@@ -37,7 +38,7 @@ def with_tokenizer(config):
 
 
 def make_facts(config, facts: dict) -> dict:
-  """`facts` of the data, and the sizes of the pretrained decoder, if there is one.
+  """`facts` of the data, and what identifies the pretrained decoder, if there is one.
 
   Raises:
     UserError: the folder is not one, or the data have other tokens than it, or longer texts.
@@ -49,9 +50,31 @@ def make_facts(config, facts: dict) -> dict:
         f"pretrained={config.pretrained!r} has a tokenizer that these data were not encoded with; "
         "encode them with it, or leave data.tokenizer empty."
       )
-    facts = {**facts, "sizes": sizes}
+    weights = Weights(config.pretrained).digest()
+    facts = {**facts, "sizes": sizes, "weights_sha256": weights}
   make_sizes(config, facts).check_length(max(facts["max_length"], config.data.context))
   return facts
+
+
+def moved(config, facts: dict, folder: str) -> tuple:
+  """`config` and `facts` of a trained run whose pretrained decoder is in `folder` now.
+
+  Raises:
+    UserError: the run has none, or what is there is another one.
+  """
+  if not config.get("pretrained"):
+    raise UserError(f"--pretrained={folder} is read by runs that began from one; leave it out.")
+  config = config.copy_and_resolve_references()
+  config.pretrained = folder
+  path = TextVocab.from_file(folder).path
+  here = make_facts(config, {**facts, "tokenizer": {**facts["tokenizer"], "path": path}})
+  for name in ("sizes", "weights_sha256"):
+    if here[name] != facts.get(name, here[name]):  # older runs do not know the weights'
+      raise UserError(
+        f"--pretrained={folder} is not what the run began from: its {name} are {here[name]}, and "
+        f"those of the run {facts[name]}; give that folder."
+      )
+  return config, here
 
 
 def make_sizes(config, facts: dict) -> TransformerConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import jax
 
 from seqmatch_jax import data, evaluate, rollout, tokens
@@ -65,6 +67,7 @@ def make_task(config, mesh) -> Task:
   facts = {
     **tokens.to_facts(vocab),
     "examples": len(train),
+    "examples_sha256": hashlib.sha256(repr(train).encode()).hexdigest(),
     "max_length": max(x.nodes(Noise()) for x in (known, asked)),
     "max_actions": answers + 2 * erasures,
     "max_erasures": erasures,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import jax
 import numpy as np
 
@@ -107,6 +109,7 @@ def make_task(config, mesh) -> Task:
   facts = {
     **tokens.to_facts(vocab),
     "documents": len(train.length),
+    "lengths_sha256": hashlib.sha256(train.length.tobytes()).hexdigest(),  # in order
     "max_length": most,
     "max_actions": most + 2 * erasures,
     "max_erasures": erasures,

@@ -140,8 +140,13 @@ class TextVocab:
 
   @classmethod
   def from_facts(cls, facts: dict) -> TextVocab:
-    """The vocabulary that `facts` described; UserError if its file is another one now."""
+    """The vocabulary that `facts` described; UserError if its file is another one now, or gone."""
     vocab = cls(**facts)
+    if not Path(vocab.path).is_file():
+      raise UserError(
+        f"the tokenizer {vocab.path} is not there; put it back, or give --pretrained=FOLDER if the "
+        "run's pretrained folder was moved."
+      )
     if (found := sha256(vocab.path)) != vocab.sha256:
       raise UserError(
         f"{vocab.path} has the SHA-256 {found[:12]}... and this run was made with "

@@ -23,6 +23,7 @@ FREE = (
   "mesh.",
   "eval.",
   "data.max_faults",
+  "tokenizer.path",  # of the facts
   "init_from",
   "model.remat",
   "model.unroll",
@@ -40,6 +41,8 @@ TOLD = (
   "optim.weight_decay",
   "optim.clip",
 )
+# The same, from one path to another: whether the same is there is said by the facts about the data.
+PATHS = ("data.path", "data.train", "data.test", "data.tokenizer", "pretrained")
 BOUND = ("eval.erasures",)  # not free after all: the size of a replay buffer depends on it
 
 
@@ -104,8 +107,8 @@ def explain_unknown_key(key: str, config: dict) -> str:
 def check_same(config: dict, saved: dict, workdir) -> None:
   """Raises UserError, saying what differs, if `config` must not go on from a run of `saved`.
 
-  What differs in TOLD is printed by process 0. Keys that `saved` does not have are of a newer
-  version, and are told.
+  What differs in TOLD and PATHS is printed by process 0. Keys that `saved` does not have are of a
+  newer version, and are told.
   """
   new, old = flatten(config), flatten(saved)
   changed = [
@@ -114,7 +117,9 @@ def check_same(config: dict, saved: dict, workdir) -> None:
     if new.get(key) != value and (not key.startswith(FREE) or key in BOUND)
   ]
   differ = [
-    f"{key}: {old[key]!r} there, {new.get(key)!r} here" for key in changed if key not in TOLD
+    f"{key}: {old[key]!r} there, {new.get(key)!r} here"
+    for key in changed
+    if key not in TOLD and not (key in PATHS and old[key] and new.get(key))
   ]
   if differ:
     raise UserError(

@@ -314,9 +314,17 @@ def made(stored):
 def test_a_method_on_latents_knows_its_autoencoder(made):
   method, facts = made
   assert facts.pop("examples") == 2 * COUNT
+  assert len(facts.pop("manifest_sha256")) == 64
   assert facts == {"names": list("abcdefg"), "shape": list(SHAPE), "vae": "vae hash"}
   assert method.augment is latents.draw
   assert list(method.evaluate(None, 1, True)) == []  # nothing to draw with
+
+
+def test_a_set_is_known_by_its_manifest_wherever_it_lies(stored, source, tmp_path):
+  copied = shutil.copytree(stored[0], tmp_path / "copied")
+  assert latents.open_set(f"{copied}/").manifest == source.manifest
+  write_set(tmp_path / "other", seed=1)
+  assert latents.open_set(str(tmp_path / "other")).manifest != source.manifest
 
 
 def test_noise_is_paired_with_the_latents_that_are_trained_on(made, source):

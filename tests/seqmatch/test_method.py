@@ -114,6 +114,22 @@ def test_baselines_keep_no_buffer(options):
   np.testing.assert_allclose(metrics["loss"], metrics["nll"], rtol=1e-6)
 
 
+def test_other_questions_have_other_facts(tmp_path, one_device):
+  found = []
+  for name, content in (
+    ("a", "1+2\n3\n2+2\n4\n"),
+    ("b", "1+2\n3\n2+2\n4\n"),
+    ("c", "1+2\n3\n2+1\n4\n"),
+  ):
+    (tmp_path / name).write_text(content * 2)
+    files = {"data__train": str(tmp_path / name), "data__test": str(tmp_path / "a")}
+    config = get_config("", data__source="files", data__lanes=1, **files)
+    found.append(questions.make_task(config, one_device).facts)
+  assert found[0] == found[1] and found[0]["examples"] == found[2]["examples"]
+  assert found[0].pop("examples_sha256") != found[2].pop("examples_sha256")
+  assert found[0] == found[2]
+
+
 def test_the_loss_does_not_depend_on_the_lanes(one_device):
   batches, losses = [], []
   for lanes in (1, 2):

@@ -1,6 +1,7 @@
 """Pretrained decoders in runs: what is learned, what is frozen, programs without weights."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -105,6 +106,27 @@ def test_what_is_learned_is_given_and_the_rest_is_frozen(get_config, capsys):
   everything = get_config()
   assert model.make_frozen(everything, facts) is None
   assert len(model.make_given(everything, facts)) == len(frozen_names(frozen)) + 2
+
+
+def test_a_pretrained_folder_may_be_moved_and_not_be_another(get_config, folder, tmp_path):
+  config, facts = get_config(rank=2), json.loads(json.dumps(facts_of(get_config())))
+  there = shutil.copytree(folder, tmp_path / "there")
+  found, its_facts = model.moved(config, facts, str(there))
+  assert found.pretrained == str(there) and config.pretrained == str(folder)
+  assert its_facts["tokenizer"].pop("path") == str(there / "tokenizer.json")
+  del facts["tokenizer"]["path"]
+  assert its_facts == facts
+  # One that was tuned further has the same sizes and tokenizer.
+  tensors = hf_folder.tensors("gpt2")
+  tensors["transformer.h.1.mlp.c_fc.weight"] = tensors["transformer.h.1.mlp.c_fc.weight"] + 1e-3
+  other = hf_folder.write(tmp_path / "other", "gpt2", parameters=tensors)
+  with pytest.raises(UserError, match=r"other is not what the run began from: its weights_sha256"):
+    model.moved(config, facts, str(other))
+  del facts["weights_sha256"]  # of an older version
+  assert model.moved(config, facts, str(other))[0].pretrained == str(other)
+  config.pretrained = ""
+  with pytest.raises(UserError, match=r"--pretrained=x is read by runs that began from one"):
+    model.moved(config, facts, "x")
 
 
 def frozen_names(frozen):

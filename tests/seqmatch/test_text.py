@@ -166,6 +166,23 @@ def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, caps
   assert "top_p 0.9" in (tmp_path / "generations.html").read_text()
 
 
+def test_other_texts_have_other_facts(config, tmp_path):
+  found = []
+  for name, words in (("a", "ab cd"), ("b", "ab dc"), ("c", "abc d")):
+    folder = tmp_path / name
+    folder.mkdir()
+    for i, word in enumerate(words.split()):
+      (folder / f"{i}.txt").write_text(word)
+    (folder / "2.txt").write_text("held out")
+    (folder / "3.txt").write_text("more")
+    other = config.copy_and_resolve_references()
+    other.data.path, other.data.tests, other.data.prompt = str(folder), 1, 1
+    found.append(text.make_task(other, mesh_lib.make_mesh(devices=jax.devices()[:1])).facts)
+  assert found[0] == found[1]  # it is not a digest of all there is
+  assert found[0]["documents"] == found[2]["documents"]
+  assert found[0]["lengths_sha256"] != found[2]["lengths_sha256"]
+
+
 def test_stored_documents_are_the_same_run(run, config, corpus_file, tmp_path):
   method, facts, _, _ = run
   flags = SimpleNamespace(texts=corpus_file, out=str(tmp_path), tokenizer=None, shards=2)

@@ -167,6 +167,9 @@ def test_a_vocabulary_is_made_again_from_its_facts_and_from_no_other_file(tmp_pa
     file.write("\n")
   with pytest.raises(UserError, match=r"tokenizer.json has the SHA-256 .* put the tokenizer of"):
     TextVocab.from_facts(facts)
+  (tmp_path / "tokenizer.json").unlink()
+  with pytest.raises(UserError, match=r"tokenizer.json is not there; .* --pretrained=FOLDER"):
+    TextVocab.from_facts(facts)
 
 
 def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):

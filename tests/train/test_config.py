@@ -70,6 +70,24 @@ def test_many_differences_are_counted_not_listed():
     config.check_same(dict.fromkeys("abcde", 0), dict.fromkeys("abcde", 5), "w")
 
 
+def test_paths_may_be_others_and_the_facts_say_whether_the_same_is_there(capsys):
+  saved = {"data": {"path": "/x", "tokenizer": ""}, "pretrained": "gpt2"}
+  config.check_same({"data": {"path": "/x/", "tokenizer": ""}, "pretrained": "b"}, saved, "w")
+  said = [
+    "goes on with data.path='/x/' ('/x' before)",
+    "goes on with pretrained='b' ('gpt2' before)",
+  ]
+  assert capsys.readouterr().out.splitlines() == said
+  for other in ({**saved, "pretrained": ""}, {**saved, "data": {"path": "/x", "tokenizer": "t"}}):
+    with pytest.raises(UserError, match=r"'' (there|here)"):  # that is no path
+      config.check_same(other, saved, "w")
+  facts = {"documents": 5, "tokenizer": {"path": "a", "sha256": "1"}}
+  config.check_same({**facts, "tokenizer": {"path": "b", "sha256": "1"}}, facts, "w")
+  assert capsys.readouterr().out == ""
+  with pytest.raises(UserError, match=r"tokenizer\.sha256"):
+    config.check_same({**facts, "tokenizer": {"path": "b", "sha256": "2"}}, facts, "w")
+
+
 @pytest.mark.parametrize(
   "free",
   [

@@ -63,3 +63,24 @@ def test_a_folder_is_its_files_and_parts_are_read(tmp_path):
   (tmp_path / "model.safetensors.index.json").unlink()
   with pytest.raises(UserError, match=r"model.safetensors' cannot be read"):
     Weights(tmp_path)
+
+
+def test_a_digest_is_of_names_shapes_and_first_rows_in_any_files(tmp_path):
+  def digest(*files):
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    for i, tensors in enumerate(files):
+      save(folder / f"{i}.safetensors", tensors, {})
+    names = {name: f"{i}.safetensors" for i, tensors in enumerate(files) for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return Weights(folder).digest()
+
+  a, b = np.arange(12.0).reshape(3, 4), np.float32(7)
+  whole = digest({"a": a, "b": b})
+  assert digest({"b": b}, {"a": a}) == whole
+  first, last = a.copy(), a.copy()
+  first[0, 3] += 1e-6
+  last[2, 3] += 1
+  assert digest({"a": last, "b": b}) == whole  # reading all of it would take too long
+  others = {"a": first, "b": b}, {"c": a, "b": b}, {"a": a.reshape(6, 2), "b": b}, {"a": a}
+  assert len({whole, *map(digest, others)}) == 5
