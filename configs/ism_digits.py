@@ -33,10 +33,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.depth = 4
   config.model.heads = 4
   config.model.qk_norm = False
-  config.model.dtype = "float32"
+  config.model.dtype = "float32"  # or bfloat16
   config.model.remat = "none"  # or products, block: what the backward pass computes again
   config.model.unroll = True
-  config.model.attention = "xla"  # or cudnn: fused, for 16-bit dtypes on NVIDIA GPUs
+  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.loss = ml_collections.ConfigDict()
   config.loss.shares = (4, 1, 3)  # velocity, guidance and consistency rows of every 8

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.depth = 2
   config.model.heads = 4
   config.model.hidden = 384
-  config.model.dtype = "float32"
+  config.model.dtype = "float32"  # or bfloat16
   config.model.remat = "none"
   config.model.unroll = True
 

@@ -46,17 +46,17 @@ class DiTConfig:
   dtype: str = "float32"  # of the computation; parameters are float32
   remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
-  attention: str = "xla"  # or cudnn: fused, for 16-bit dtypes on NVIDIA GPUs
+  attention: str = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   def __post_init__(self):
     check_dtype(self.dtype)
     check_remat(self.remat)
     if self.attention not in ("xla", "cudnn"):
       raise UserError(f"model.attention={self.attention!r} is unknown; choose 'xla' or 'cudnn'.")
-    if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
+    if self.attention == "cudnn" and self.dtype != "bfloat16":
       raise UserError(
-        f"model.attention='cudnn' needs a 16-bit model.dtype, and it is {self.dtype!r}; choose "
-        "model.dtype='bfloat16' or model.attention='xla'."
+        f"model.attention='cudnn' needs model.dtype='bfloat16', and it is {self.dtype!r}; choose "
+        "that, or model.attention='xla'."
       )
     for name in ("patch", "width", "depth", "heads", "mlp_ratio"):
       if getattr(self, name) < 1:

@@ -21,13 +21,16 @@ REMAT = {
 }
 
 
-DTYPES = ("float32", "bfloat16", "float16")  # of a network's computation
+DTYPES = ("float32", "bfloat16")  # of a network's computation
 
 
 def check_dtype(name: str) -> None:
   """Raises UserError for a `model.dtype` that isn't one of DTYPES."""
   if name not in DTYPES:
-    raise UserError(f"model.dtype={name!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    raise UserError(
+      f"model.dtype={name!r} is none of {', '.join(DTYPES)}; choose one of them (in float16 small "
+      "gradients would be 0, as no loss is scaled here)."
+    )
 
 
 def check_remat(kind: str) -> None:

@@ -266,10 +266,10 @@ def test_bad_sizes_are_refused_in_a_sentence():
       replace(SMALL, **{name: 0})
   with pytest.raises(UserError, match=r"model.attention='flash' is unknown"):
     replace(SMALL, attention="flash")
-  with pytest.raises(UserError, match=r"model.attention='cudnn' needs a 16-bit .*'float32'"):
+  with pytest.raises(UserError, match=r"model.attention='cudnn' needs .*'bfloat16', .*'float32'"):
     replace(SMALL, attention="cudnn")
   with pytest.raises(UserError, match=r"model.remat='True' is unknown; .* none, products, block"):
     replace(SMALL, remat="True")
-  for dtype in ("fp32", "int8"):
-    with pytest.raises(UserError, match=f"model.dtype='{dtype}' is unknown; .* float32, bfloat16,"):
+  for dtype in ("fp32", "int8", "float16"):
+    with pytest.raises(UserError, match=f"model.dtype='{dtype}' is none of float32, bfloat16; ch"):
       replace(SMALL, dtype=dtype)

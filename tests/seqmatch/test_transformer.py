@@ -354,5 +354,5 @@ def test_bad_sizes_are_refused_in_a_sentence():
   few = transformer.make_network(replace(SMALL, family="gpt2", context=8))
   with pytest.raises(UserError, match=r"9 tokens does not fit into the 8 positions"):
     few.make_cache(1, 9)
-  with pytest.raises(UserError, match=r"model.dtype='fp32' is unknown"):
-    replace(SMALL, dtype="fp32")
+  with pytest.raises(UserError, match=r"model.dtype='float16' is none of float32, bfloat16; .* 0"):
+    replace(SMALL, dtype="float16")
