@@ -198,15 +198,20 @@ def stream(
     {"label": int32 [b], "noise": int32 [b]} and `source.rows`: "image" float32 [b, h, w, c].
   """
   index = batches(source, batch, seed)
-  # One pool is paired ahead on a thread: its cost hides behind the steps of the pool before it.
-  with ThreadPoolExecutor(1, thread_name_prefix="pairing") as ahead:
+
+  def load(position: int) -> dict[str, np.ndarray]:
+    mine = index(position)[rows]
+    return {**source.rows(mine), "label": source.labels[mine]}
+
+  # A pool is paired ahead and a batch read ahead, each on a thread: behind the steps before it.
+  with ThreadPoolExecutor(1, "pairing") as pairing, ThreadPoolExecutor(1, "reading") as reading:
     number, offset = divmod(position, pool)
-    waiting = ahead.submit(noise_of_pool, number)
+    paired, loaded = pairing.submit(noise_of_pool, number), reading.submit(load, position)
     while True:
-      noise = waiting.result().reshape(pool, batch)
-      waiting = ahead.submit(noise_of_pool, number + 1)
+      noise = paired.result().reshape(pool, batch)
+      paired = pairing.submit(noise_of_pool, number + 1)
       for i in range(offset, pool):
-        mine = index(number * pool + i)[rows]
-        labels = source.labels[mine]
-        yield {**source.rows(mine), "label": labels, "noise": noise[i, rows]}
+        ready = loaded.result()
+        loaded = reading.submit(load, number * pool + i + 1)
+        yield {**ready, "noise": noise[i, rows]}
       number, offset = number + 1, 0

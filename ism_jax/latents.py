@@ -20,8 +20,10 @@ Dimensions: n images, b batch, h w latent, c channel.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,9 @@ from train_jax.weights import sha256
 VERSION = 1  # of the layout above
 MEAN_LIMIT = 1.0  # of a channel of scaled latents
 STD_RANGE = (0.5, 2.0)  # sd-vae-ft-mse on ImageNet: about 0.7 to 1
+UNREADABLE = (OSError, RuntimeError, ValueError)  # what reading a damaged record raises
+THREADS = 32  # that read: across a network a record takes milliseconds, nearly all of them waiting
+AT_ONCE = 8  # rows that a thread reads before another call may have its turn
 
 
 def record_dtype(shape: tuple[int, int, int]) -> np.dtype:
@@ -127,6 +132,8 @@ def make_reader(
 ) -> Callable:
   """Returns `read(image, view)`, see `Latents`: random access, nothing is kept in memory.
 
+  Threads read the rows of a call, and several threads may call.
+
   In the place of a record that cannot be read comes the next of its class that can: which one is a
   function of the files alone, so that batches stay full and are the same for any number of
   processes and after a resume.
@@ -174,7 +181,7 @@ def make_reader(
     for pause in (0.1, 1.0):
       try:
         return read_one(image)
-      except (OSError, RuntimeError, ValueError):  # a disk across a network, perhaps
+      except UNREADABLE:  # a disk across a network, perhaps
         time.sleep(pause)
     return read_one(image)
 
@@ -188,17 +195,37 @@ def make_reader(
       if candidate not in bad:
         try:
           return read_with_patience(candidate)
-        except (OSError, RuntimeError, ValueError) as err:
+        except UNREADABLE as err:
           bad.add(candidate)
           faults.add(f"image {candidate}", " ".join(str(err).split()))
     raise UserError(
       f"no image of the class {label[image]} in {files[0].parent} can be read; mend it."
     )
 
+  def read_part(out: np.ndarray, image: np.ndarray, view: np.ndarray, part: range) -> list[int]:
+    """Fills the rows `part` of `out`; returns those that it could not read."""
+    left = []
+    for i in part:
+      try:
+        out[:, i] = read_one(image[i])[view[i]]
+      except UNREADABLE:
+        left.append(i)
+    return left
+
+  pool, one_at_a_time = ThreadPoolExecutor(THREADS, thread_name_prefix="latents"), threading.Lock()
+
   def read(image: np.ndarray, view: np.ndarray) -> np.ndarray:
-    out = np.empty((2, len(image), *shape), np.float16)
-    for i, (number, side) in enumerate(zip(image.tolist(), view.tolist(), strict=True)):
-      out[:, i] = read_or_another(number)[side]
+    n = len(image)
+    out, image, view = np.empty((2, n, *shape), np.float16), image.tolist(), view.tolist()
+    # Not all of a large call at once: a pool for the pairing must not hold up the next batch.
+    for start in range(0, n, THREADS * AT_ONCE):
+      rows = range(start, min(start + THREADS * AT_ONCE, n))
+      parts = [rows[i::THREADS] for i in range(min(THREADS, len(rows)))]
+      lefts = pool.map(functools.partial(read_part, out, image, view), parts)
+      # These are rare. One after the other, so that each is waited for and counted once.
+      for i in sorted(i for left in lefts for i in left):
+        with one_at_a_time:
+          out[:, i] = read_or_another(image[i])[view[i]]
     return out
 
   return read

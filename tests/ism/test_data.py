@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -136,6 +137,27 @@ def test_a_failed_pairing_is_not_silent():
 
   with pytest.raises(RuntimeError, match="no pairing today"):
     next(data.stream(numbered(100), BATCH, slice(0, BATCH), 0, 0, fail, 1))
+
+
+def test_a_batch_is_read_ahead_and_its_error_comes_in_its_turn():
+  source, calls, second = numbered(100), [], threading.Event()
+
+  class Failing(data.Source):
+    def rows(self, index):
+      calls.append(index)
+      if len(calls) == 2:
+        second.set()
+      if len(calls) == 3:
+        raise UserError("no third batch")
+      return super().rows(index)
+
+  failing = Failing(**vars(source))
+  batches = data.stream(failing, BATCH, slice(0, BATCH), 0, 0, reversed_pools(3), pool=3)
+  first = next(batches)
+  assert second.wait(60)  # nobody asked for it yet
+  assert_same([first, next(batches)], take(2, source, pool=3))
+  with pytest.raises(UserError, match="no third batch"):
+    next(batches)
 
 
 # --- folders --------------------------------------------------------------------------------------

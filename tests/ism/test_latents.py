@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -277,6 +278,20 @@ def test_a_read_that_fails_once_is_tried_again(stored, monkeypatch, caplog):
   monkeypatch.setattr(latents.np, "frombuffer", fail)
   np.testing.assert_array_equal(source.rows(np.arange(4))["mean"], expected)
   assert pauses == [0.1, 1.0] and not caplog.messages
+
+
+def test_the_records_of_a_call_are_read_by_threads(source, monkeypatch):
+  """Four at a time wait for each other: read one after the other, none would come."""
+  expected, frombuffer = source.rows(np.arange(32))["mean"], np.frombuffer
+  meeting = threading.Barrier(4)
+
+  def meet(*args):
+    meeting.wait(timeout=30)
+    return frombuffer(*args)
+
+  monkeypatch.setattr(latents.time, "sleep", lambda seconds: None)
+  monkeypatch.setattr(latents.np, "frombuffer", meet)
+  np.testing.assert_array_equal(source.rows(np.arange(32))["mean"], expected)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
