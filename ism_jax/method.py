@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -171,6 +172,20 @@ def _check(config, source: data.Source) -> None:
     raise UserError(f"eval.samples={config.eval.samples} must be at least 16.")
 
 
+def _warn_of_few_rows(config, mesh: jax.sharding.Mesh) -> None:
+  """Says so, once, where the rows of a device are no whole groups of loss.shares."""
+  parts, group = mesh_lib.batch_parts(mesh), sum(config.loss.shares)
+  rows = config.batch // parts
+  if rows % group and jax.process_index() == 0:
+    logging.warning(
+      "batch=%d is %d rows for each of the %s, and loss.shares=%s deals out groups of %d: rows "
+      "move between devices and are filled up, up to 2.8 times the work; choose a batch that is a "
+      "multiple of %d, or put part of the devices in mesh.tensor.",
+      *(config.batch, rows, mesh_lib.parts_in_words(mesh)),
+      *(tuple(config.loss.shares), group, group * parts),
+    )
+
+
 def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """Returns the method and the facts about its data that sampling needs (class names, shape).
 
@@ -181,6 +196,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   pair_config = pairing.PairingConfig(**config.pairing)
   source = make_source(config)
   _check(config, source)
+  _warn_of_few_rows(config, mesh)
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
   facts = {

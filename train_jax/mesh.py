@@ -183,13 +183,18 @@ def batch_parts(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def parts_in_words(mesh: Mesh) -> str:
+  """What has a part of a batch each, in a message."""
+  n = batch_parts(mesh)
+  return f"{n} devices" if n == mesh.size else f"{n} groups of {mesh.shape['tensor']} devices"
+
+
 def check_batch(batch: int, mesh: Mesh) -> None:
   """Raises UserError unless the global batch divides over the devices."""
   n = batch_parts(mesh)
   if batch < 1 or batch % n:
-    what = f"{n} devices" if n == mesh.size else f"{n} groups of {mesh.shape['tensor']} devices"
     raise UserError(
-      f"batch={batch} is not divisible by the {what}; "
+      f"batch={batch} is not divisible by the {parts_in_words(mesh)}; "
       f"choose a multiple of {n}, such as {max(n, batch // n * n)}."
     )
 

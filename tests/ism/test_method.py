@@ -239,6 +239,23 @@ def test_bad_configs_are_refused_in_a_sentence(changes, message):
     build(get_config(**changes))
 
 
+@pytest.mark.parametrize(("batch", "tensor", "warned"), [(16, 1, 1), (32, 1, 0), (16, 2, 0)])
+def test_a_part_of_a_group_on_a_device_is_warned_of_once(
+  batch, tensor, warned, monkeypatch, caplog
+):
+  mesh = mesh_lib.make_mesh(tensor=tensor, devices=jax.devices()[:4])
+  ism.make_method(get_config(batch=batch), mesh)
+  found = [text for text in caplog.messages if "rows for each" in text]
+  assert len(found) == warned
+  if warned:
+    assert "batch=16 is 4 rows for each of the 4 devices, and loss.shares=" in found[0]
+    assert "a multiple of 32, or put part of the devices in mesh.tensor" in found[0]
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    caplog.clear()
+    ism.make_method(get_config(batch=batch), mesh)
+    assert not caplog.messages
+
+
 def save_images(root, counts):
   rng = np.random.default_rng(0)
   for name, count in counts.items():
