@@ -194,6 +194,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """
   loss_config = make_loss_config(config, classes=0)
   pair_config = pairing.PairingConfig(**config.pairing)
+  pairing.check_size(pair_config, config.batch)
   source = make_source(config)
   _check(config, source)
   _warn_of_few_rows(config, mesh)

@@ -16,6 +16,7 @@ Dimensions: n pool, g groups (classes), m rows of a group, h w image, c channel,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,6 +33,8 @@ from scipy.optimize import linear_sum_assignment
 
 from ism_jax.path import draw_noise
 from train_jax.errors import UserError
+
+PAIR_BYTES = 8  # of a pair in a problem while it is solved: XLA holds two float32 matrices
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,23 @@ class PairingConfig:
         )
     if self.pool < 0:
       raise UserError(f"pairing.pool={self.pool} must be at least 0 (0 is random pairing).")
+
+
+def check_size(config: PairingConfig, batch: int) -> None:
+  """Raises UserError if one blind problem of a pool takes over half of the first device's memory.
+
+  The other half is for the step, beside which it is solved. 16 GiB where the size is not known.
+  """
+  n = 0 if config.condition == "class" else config.pool * batch
+  size = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**34) // 2
+  if PAIR_BYTES * n**2 > size:
+    raise UserError(
+      f"pairing.pool={config.pool} batches of {batch} rows are one problem of {n} with "
+      f"pairing.condition={config.condition!r}, which takes {PAIR_BYTES * n**2 / 2**30:.0f} GiB on "
+      f"one device and may take {size / 2**30:.0f}; choose pairing.pool="
+      f"{math.isqrt(size // PAIR_BYTES) // batch} or less (0 is random pairing), or "
+      "pairing.condition=class."
+    )
 
 
 def squared_distances(x: jax.Array, z: jax.Array) -> jax.Array:

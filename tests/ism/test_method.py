@@ -226,6 +226,7 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"loss__class_dropout": 1.5}, r"loss.class_dropout=1.5 is a probability"),
     ({"guidance__zero": -0.1}, r"guidance.zero=-0.1 is a probability"),
     ({"pairing__condition": "labels"}, r"pairing.condition='labels' is unknown"),
+    ({"pairing__pool": 10**6, "pairing__condition": "none"}, r"pool=1000000 batches of 16 rows"),
     ({"eval__nfe": (1, 5)}, r"nfe=5 was not trained"),
     ({"eval__guidance": (0.0, 9.0)}, r"guidance=9 is outside the trained range"),
     ({"eval__samples": 10}, r"eval.samples=10 must be at least 16"),

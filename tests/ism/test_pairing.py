@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -315,3 +316,32 @@ def test_relative_cost(pool, paired):
 def test_bad_settings_are_refused_in_a_sentence(changes, message):
   with pytest.raises(UserError, match=message):
     replace(PairingConfig(pool=1), **changes)
+
+
+@pytest.mark.parametrize("condition", ["none", "weight"])
+@pytest.mark.parametrize("solver", ["sinkhorn", "exact"])
+def test_a_blind_problem_takes_the_memory_that_is_checked(condition, solver):
+  n, kinds = 2048, (jnp.float32, jnp.int32, jnp.int32, jnp.int32)
+  shapes = ((n, 2, 2, 1), (n,), (n,), (1, n))
+  rows = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, kinds, strict=True)]
+  solve = pairing._solver(PairingConfig(1, condition, solver=solver), 1)
+  found = solve.lower(jax.random.key(0), *rows).compile().memory_analysis()
+  pairs = (found.temp_size_in_bytes + found.output_size_in_bytes) / n**2
+  assert 0.9 * pairing.PAIR_BYTES < pairs < 1.1 * pairing.PAIR_BYTES
+
+
+@pytest.mark.parametrize(
+  ("stats", "fits", "message"),
+  [
+    (None, 16, r"pool=17 batches of 2048 .* of 34816 .* takes 9 GiB .* may take 8; .*pool=16 or"),
+    ({"bytes_limit": 2**37}, 45, r"pool=46 batches of 2048 .* takes 66 GiB .* may take 64; "),
+  ],
+)
+def test_a_blind_pool_that_does_not_fit_is_refused(stats, fits, message, monkeypatch):
+  device = SimpleNamespace(memory_stats=lambda: stats)
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  for condition in ("none", "weight"):
+    pairing.check_size(PairingConfig(fits, condition), 2048)
+    with pytest.raises(UserError, match=message + ".*or pairing.condition=class"):
+      pairing.check_size(PairingConfig(fits + 1, condition), 2048)
+  pairing.check_size(PairingConfig(10 * fits), 2048)
