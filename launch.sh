@@ -12,11 +12,11 @@
 #
 #   --on=local:N            N processes on this machine, a GPU each if it has GPUs
 #   --on=slurm:NODES        submits a job of one process a node; SBATCH_OPTIONS='--gpus-per-node=8 --time=24:00:00'
-#   --on=tpu:NAME:ZONE      all workers of a TPU VM: copies this directory, installs, starts, shows worker 0's log
+#   --on=tpu:NAME:ZONE      all workers of a TPU VM: copies the program, installs, starts, shows worker 0's log
 #   --on=gke:KIND:TOPOLOGY  prints a JobSet for kubectl, such as gke:tpu-v5-lite-podslice:4x4; IMAGE=registry/name
-#                           has this directory at /app, the volume claim CLAIM (default runs) is its runs/
+#                           has the program at /app, the volume claim CLAIM (default runs) is its runs/
 #
-# Many processes need a --workdir that all of them see. START_LIMIT=50 is how many seconds they wait for each other,
+# Many processes need data and a --workdir that all of them see; neither is copied. START_LIMIT=50 is how many seconds they wait for each other,
 # PORT the coordinator's port.
 #
 # ACCELERATOR=cpu|cuda12|cuda13|tpu overrides what is detected; PYTHON=/path/to/python3.11 and VENV=DIR
@@ -139,12 +139,15 @@ PROCESS_HOSTS=\$(scontrol show hostnames | paste -sd,) && srun --kill-on-bad-exi
 }
 
 run_tpu() {
-  local vm=$1 zone=$2 tree again ssh
+  local vm=$1 zone=$2 tree again ssh program
   shift 2
   tree="${TMPDIR:-/tmp}/ism-jax.tgz"
   again=$(quote env "START_LIMIT=$limit" "JAX_COORDINATOR_PORT=$port" ./launch.sh "$@")
   ssh=(gcloud compute tpus tpu-vm ssh "$vm" "--zone=$zone")
-  run tar -czf "$tree" --exclude=./.venv --exclude=./.git --exclude=./.cache --exclude=./runs .
+  # By name: a data set may lie beside it.
+  program=(launch.sh main.py pyproject.toml requirements*.txt ./*_jax configs tools benchmarks tests docs README.md .ci)
+  [[ -z "$config" || "$config" == configs/* || ! -f "${config%%:*}" ]] || program+=("${config%%:*}")
+  run tar -czf "$tree" --exclude=__pycache__ "${program[@]}"
   run gcloud compute tpus tpu-vm scp "$tree" "$vm:ism-jax.tgz" "--zone=$zone" --worker=all
   run "${ssh[@]}" --worker=all --command 'mkdir -p ism-jax && tar -xzf ism-jax.tgz -C ism-jax && cd ism-jax && ./launch.sh install'
   # The run outlives this connection.

@@ -5,7 +5,9 @@ The interpreter of its environment is a script that writes down how it was calle
 
 import os
 import shlex
+import shutil
 import subprocess
+import tarfile
 import time
 import tomllib
 from pathlib import Path
@@ -29,14 +31,14 @@ def machine(tmp_path):
   python.write_text(PYTHON)
   python.chmod(0o755)
 
-  def run(*args, smi: str = "", **env):
+  def run(*args, smi: str = "", launcher=ROOT / "launch.sh", **env):
     if smi:
       tool = tools / "nvidia-smi"
       tool.write_text(f"#!/bin/sh\necho '| NVIDIA-SMI 1.2   CUDA Version: {smi}   |'\n")
       tool.chmod(0o755)
     path = f"{tools}:/usr/bin:/bin"
     return subprocess.run(
-      [ROOT / "launch.sh", *args],
+      [launcher, *args],
       env={"PATH": path, "HOME": str(tmp_path), "VENV": str(venv), **env},
       capture_output=True,
       text=True,
@@ -248,7 +250,7 @@ def test_tpu_copies_installs_starts_and_shows(machine):
   env = {"PORT": "2222", "TMPDIR": "/tmp"}
   done = machine("--on=tpu:pod:us-east5-a", "--dry-run", "configs/ism_digits.py", "-x=a b", **env)
   pack, copy, install, start, show = map(shlex.split, done.stdout.splitlines())
-  assert pack[:3] == ["tar", "-czf", "/tmp/ism-jax.tgz"] and "--exclude=./runs" in pack
+  assert pack[:3] == ["tar", "-czf", "/tmp/ism-jax.tgz"]
   tpu = ["gcloud", "compute", "tpus", "tpu-vm"]
   everywhere = ["--zone=us-east5-a", "--worker=all"]
   assert copy == [*tpu, "scp", "/tmp/ism-jax.tgz", "pod:ism-jax.tgz", *everywhere]
@@ -257,6 +259,31 @@ def test_tpu_copies_installs_starts_and_shows(machine):
   wanted = "env START_LIMIT=50 JAX_COORDINATOR_PORT=2222 ./launch.sh configs/ism_digits.py '-x=a b'"
   assert f"nohup {wanted} >run.log 2>&1" in start[-1]
   assert show[4:-2] == ["ssh", "pod", "--zone=us-east5-a", "--worker=0"] and "tail" in show[-1]
+
+
+def test_the_program_is_copied_and_what_lies_beside_it_is_not(machine, tmp_path):
+  checkout = tmp_path / "checkout"
+  checkout.mkdir()
+  own = [path.name for path in ROOT.glob("*_jax")]
+  own += ["configs", "tools", "benchmarks", "tests", "docs", ".ci"]
+  for name in (*own, "imagenet", "latents", "runs", ".git", ".venv"):
+    (checkout / name / "__pycache__").mkdir(parents=True)
+    for file in ("here.py", "__pycache__/here.pyc"):
+      (checkout / name / file).touch()
+  files = ["main.py", "pyproject.toml", "README.md", "requirements.txt", "requirements-test.txt"]
+  for name in (*files, "mine.py"):
+    (checkout / name).touch()
+  shutil.copy(ROOT / "launch.sh", checkout)
+  gcloud = tmp_path / "tools" / "gcloud"
+  gcloud.write_text("#!/bin/sh\n")
+  gcloud.chmod(0o755)
+  for config, more in (("configs/here.py", []), ("mine.py:debug", ["mine.py"])):
+    args = ("--on=tpu:pod:zone", config)
+    done = machine(*args, launcher=checkout / "launch.sh", TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "ism-jax.tgz") as tree:
+      found = [os.path.normpath(file.name) for file in tree if file.isfile()]
+    assert sorted(found) == sorted([*files, *more, "launch.sh", *(f"{top}/here.py" for top in own)])
 
 
 def test_commands_for_the_workers_are_shell(machine, tmp_path):
