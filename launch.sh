@@ -11,13 +11,14 @@
 # --on=PLACE before any of these runs it elsewhere, as many processes; --dry-run prints the commands instead:
 #
 #   --on=local:N            N processes on this machine, a GPU each if it has GPUs
-#   --on=slurm:NODES        submits a job of one process a node; SBATCH_OPTIONS='--gpus-per-node=8 --time=24:00:00'
+#   --on=slurm:NODES        submits a job of one process a node; SBATCH_OPTIONS='--exclusive --gpus-per-node=8 --time=1-0'
+#                           (--exclusive is all cores of a node, --cpus-per-task=N some; Slurm's default is one)
 #   --on=tpu:NAME:ZONE      all workers of a TPU VM: copies the program, installs, starts, shows worker 0's log
 #   --on=gke:KIND:TOPOLOGY  prints a JobSet for kubectl, such as gke:tpu-v5-lite-podslice:4x4; IMAGE=registry/name
 #                           has the program at /app, the volume claim CLAIM (default runs) is its runs/
 #
-# Many processes need data and a --workdir that all of them see; neither is copied. START_LIMIT=50 is how many seconds they wait for each other,
-# PORT the coordinator's port.
+# Many processes need data and a --workdir that all of them see; neither is copied. START_LIMIT=50 is how many seconds
+# they wait for each other, PORT the coordinator's port.
 #
 # ACCELERATOR=cpu|cuda12|cuda13|tpu overrides what is detected; PYTHON=/path/to/python3.11 and VENV=DIR
 # override the interpreter and the environment.
@@ -132,10 +133,12 @@ run_slurm() {
   read -ra options <<<"${SBATCH_OPTIONS:-}"
   again=$(quote ./launch.sh "$@")
   run mkdir -p runs
-  # Slurm's TERM comes early enough for a last checkpoint.
+  # Slurm's TERM comes early enough for a last checkpoint. Since Slurm 22.05 srun inherits no --cpus-per-task; where
+  # the job has --cpus-per-gpu, only as an option does it go before that.
   run sbatch "--nodes=$nodes" --ntasks-per-node=1 "--job-name=$name" "--output=runs/%x-%j.log" --signal=TERM@120 \
     "${options[@]}" --wrap "./launch.sh install && export START_LIMIT=$limit JAX_COORDINATOR_PORT=$port \
-PROCESS_HOSTS=\$(scontrol show hostnames | paste -sd,) && srun --kill-on-bad-exit=1 $again"
+PROCESS_HOSTS=\$(scontrol show hostnames | paste -sd,) && \
+srun --kill-on-bad-exit=1 --cpus-per-task=\${SLURM_CPUS_PER_TASK:-\$SLURM_CPUS_ON_NODE} $again"
 }
 
 run_tpu() {

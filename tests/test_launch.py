@@ -242,8 +242,16 @@ def test_slurm_submits_a_process_a_node(machine):
   install, export, srun = words[words.index("--wrap") + 1].split(" && ")
   assert install == "./launch.sh install"
   assert {"START_LIMIT=90", "JAX_COORDINATOR_PORT=2222"} < set(export.split())
-  again = ["./launch.sh", "configs/ism_digits.py", "--prompt=a b"]
-  assert shlex.split(srun) == ["srun", "--kill-on-bad-exit=1", *again]
+  for given, cores in (({}, "64"), ({"SLURM_CPUS_PER_TASK": "16"}, "16")):
+    echo = subprocess.run(
+      ["sh", "-c", f"srun() {{ printf '%s\\n' \"$@\"; }}; {srun}"],
+      env={"SLURM_CPUS_ON_NODE": "64", **given},
+      capture_output=True,
+      text=True,
+    )
+    again = ["./launch.sh", "configs/ism_digits.py", "--prompt=a b"]
+    options = ["--kill-on-bad-exit=1", f"--cpus-per-task={cores}"]
+    assert echo.stdout.splitlines() == [*options, *again]
 
 
 def test_tpu_copies_installs_starts_and_shows(machine):
