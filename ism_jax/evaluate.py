@@ -20,7 +20,7 @@ from PIL import Image
 
 from ism_jax import fid
 from ism_jax.features import FeatureExtractor
-from ism_jax.sample import to_uint8
+from ism_jax.sample import BATCH, to_uint8
 from train_jax.metrics import progress_bar
 
 matplotlib.use("Agg")
@@ -194,7 +194,7 @@ def write_samples(
   chief = jax.process_index() == 0
   # One batch with one step pays for the compilation, so that the speeds below are the sampler's
   # own.
-  sample(params, seed, labels[:1], 0.0, 1)
+  sample(params, seed, labels[:BATCH], 0.0, 1)
   groups = []
   for nfe, w in settings:
     bar = progress_bar(len(labels), 0, chief, unit="img", desc=f"nfe={nfe} w={w:g}")

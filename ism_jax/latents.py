@@ -33,6 +33,7 @@ import numpy as np
 
 from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
+from ism_jax.sample import batch_size
 from train_jax import json_files
 from train_jax.errors import UserError
 from train_jax.faults import LIMIT, Faults
@@ -313,9 +314,9 @@ def decoding(sample: Callable, path: str, expected: str) -> Callable:
   @functools.wraps(sample)
   def decoded(*args, **kwargs) -> np.ndarray:
     latents = sample(*args, **kwargs)
-    images = []
-    for start in range(0, len(latents), 16):
-      rows = np.minimum(np.arange(start, start + 16), len(latents) - 1)  # the last one is filled up
+    images, batch = [], batch_size(len(latents), 16)
+    for start in range(0, len(latents), batch):
+      rows = np.minimum(np.arange(start, start + batch), len(latents) - 1)  # the last: filled up
       images.append(np.asarray(decode(model.params, latents[rows]))[: len(latents) - start])
     return np.concatenate(images)
 

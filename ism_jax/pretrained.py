@@ -83,18 +83,17 @@ class Pretrained:
     nfe: int = 4,
     guidance: float = 0.0,
     seed: int = 0,
-    batch: int = 256,
+    batch: int = sample.BATCH,
   ) -> np.ndarray:
     """One image for each label, those of `--mode=sample` at the same seed.
 
-    Bit for bit where that uses one device too; several share a batch out and may round otherwise.
+    Bit for bit where that draws as many, on one device; else they may be rounded otherwise.
 
     Args:
       labels: [n] classes by number.
       nfe: number of steps, a power of two up to 128.
       guidance: strength w, 0 for none.
-      batch: images at a time, always so many; less is faster for a few images, and rounds
-        differently.
+      batch: images at a time, at most; less takes less memory.
 
     Returns:
       float32 [n, h, w, c], around [-1, 1]; latents, if that is what the model makes and no

@@ -18,6 +18,16 @@ from jax.sharding import Mesh
 from ism_jax.path import draw_noise, seen_step
 from train_jax import mesh as mesh_lib
 
+BATCH = 256  # images at a time, at most
+
+
+def batch_size(n: int, most: int) -> int:
+  """How many of n to make at a time: the power of two that holds them, if it is not above `most`.
+
+  So a few cost little, and all numbers share few compilations.
+  """
+  return min(most, 1 << (n - 1).bit_length())
+
 
 def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Array:
   """x0 [b, h, w, c] noise -> images, in `nfe` equal steps x <- x + d s(x, t, d, c, w).
@@ -38,8 +48,8 @@ def make_sampler(
 ) -> Callable:
   """Returns `sample(params, seed, labels, w, nfe, batch, progress)` for images of `shape`.
 
-  Image i depends on (seed, i, label, w, nfe) only: not on the batch size nor on how many are asked
-  for, and the same i starts from the same noise at every nfe and w.
+  Image i depends on (seed, i, label, w, nfe) only: but for rounding, not on the batch size nor on
+  how many are asked for. The same i starts from the same noise at every nfe and w.
 
   Args:
     mesh: of the devices that share the images out; None for one.
@@ -52,9 +62,15 @@ def make_sampler(
 
   chunk = mesh_lib.jit(chunk, mesh)
 
-  def sample(params, seed: int, labels, w, nfe: int, batch: int = 256, progress=None) -> np.ndarray:
-    """labels [n] int, w a number or [n] -> float32 images [n, h, w, c], in [-1, 1] by training."""
+  def sample(
+    params, seed: int, labels, w, nfe: int, batch: int = BATCH, progress=None
+  ) -> np.ndarray:
+    """labels [n] int, w a number or [n] -> float32 images [n, h, w, c], in [-1, 1] by training.
+
+    They are made `batch` at a time; fewer, at once, see `batch_size`.
+    """
     labels = np.asarray(labels, np.int32)
+    batch = batch_size(len(labels), batch)
     w = np.broadcast_to(np.asarray(w, np.float32), labels.shape)
     rng, images = jax.random.key(seed), []
     for start in range(0, len(labels), batch):

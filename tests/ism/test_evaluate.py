@@ -131,12 +131,13 @@ def test_rows_are_named_in_english():
   assert evaluate.row_name(4, 0.25) == "4 steps, w=0.25"
 
 
-def test_written_samples(sample, source, tmp_path, capsys):
+def test_written_samples(sample, asked, source, tmp_path, capsys):
   labels = np.array([3, 1, 2, 3, 1], np.int32)
   settings = [(1, 0.0), (2, 0.0), (4, 0.5)]
   out = tmp_path / "new" / "folder"
   evaluate.write_samples(sample, None, source.names, settings, labels, 7, out)
 
+  assert asked[0] == (None, 7, 5, 0.0, 1)  # compiles what the speeds are of
   with np.load(out / "samples.npz") as saved:
     assert set(saved) == {"arr_0", "labels", "nfe", "guidance", "seed"}
     assert saved["arr_0"].shape == (15, 8, 8, 1) and saved["arr_0"].dtype == np.uint8

@@ -379,13 +379,16 @@ def test_made_up_latents_are_like_real_ones():
 
 @pytest.fixture
 def fake_autoencoder(monkeypatch):
-  """A decoder that repeats each latent's first three channels 8 x 8."""
+  """A decoder that repeats each latent's first three channels 8 x 8; returns the sizes it saw."""
+  sizes = []
 
   def decode(params, z):
+    sizes.append(len(z))
     return params * np.float32(0.1) * z[..., :3].repeat(8, 1).repeat(8, 2)
 
   fake = SimpleNamespace(params=np.float32(2), decode=decode)
   monkeypatch.setattr(latents.autoencoder, "load", lambda path: fake)
+  return sizes
 
 
 def test_samples_are_decoded_in_pieces(fake_autoencoder, tmp_path):
@@ -395,6 +398,7 @@ def test_samples_are_decoded_in_pieces(fake_autoencoder, tmp_path):
     out = sampler(n)
     assert out.shape == (n, 16, 16, 3)
     np.testing.assert_allclose(out[:, ::8, ::8], 0.2 * z[:n, :, :, :3], rtol=1e-6)
+  assert fake_autoencoder == [1, 16]
 
 
 def test_another_autoencoder_is_refused(fake_autoencoder, tmp_path):

@@ -66,9 +66,10 @@ def test_says_what_it_is(config, params, model, differences):
   assert len(repr(model)) < 200
 
 
-def test_few_images_may_be_drawn_in_a_small_batch(model):
-  few = model.sample([1, 0], nfe=2, batch=2)
-  np.testing.assert_allclose(few, model.sample([1, 0], nfe=2), atol=1e-4)
+def test_images_do_not_depend_on_how_many_there_are_or_go_together(model):
+  images = model.sample([1, 0, 2, 1, 0], nfe=2)
+  np.testing.assert_allclose(model.sample([1, 0], nfe=2), images[:2], atol=1e-4)
+  np.testing.assert_allclose(model.sample([1, 0, 2, 1, 0], nfe=2, batch=2), images, atol=1e-4)
 
 
 def test_sampling_imports_nothing_of_training(directory):

@@ -106,6 +106,19 @@ def test_one_compilation_serves_every_number_of_steps():
   assert first >= 1 and len(traces) == first
 
 
+def test_few_images_are_not_filled_up_to_a_batch():
+  sizes = []
+
+  def counted(params, x, *rest):
+    sizes.append(len(x))
+    return params * x
+
+  sampler = sample.make_sampler(counted, SHAPE)
+  for n, batch in ((1, 256), (3, 256), (4, 256), (5, 6), (11, 6)):
+    assert len(sampler(jnp.float32(1), 0, np.zeros(n, int), 0.0, 1, batch=batch)) == n
+  assert list(dict.fromkeys(sizes)) == [1, 4, 6]  # 5 are filled up to 8, were there room
+
+
 def test_progress_counts_images(linear_sampler):
   seen = []
   linear_sampler(jnp.float32(0), 0, LABELS, 0.0, 1, batch=2, progress=seen.append)
