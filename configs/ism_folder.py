@@ -1,4 +1,4 @@
-"""iSM on a folder of class-labelled images, 32 to 64 pixels, in pixel space: for one GPU.
+"""iSM on a folder of images, 32 to 64 pixels, in pixel space: for one GPU.
 
     ./launch.sh configs/ism_folder.py --config.data.path=photos        # 64 pixels, 33 M parameters
     ./launch.sh configs/ism_folder.py:px32 --config.data.path=photos   # 32 pixels
@@ -6,8 +6,10 @@
     ./launch.sh configs/ism_folder.py:B,gpu --config.data.path=photos  # faster on NVIDIA GPUs
     ./launch.sh configs/ism_folder.py:debug  # two steps of everything on a CPU, images made up
 
-photos/CLASS NAME/IMAGE.jpg (or .png, .webp, ...): a sub-folder is a class. The centre square of
-each image is resized to data.side, and all are held in memory: at 64 pixels a million take 12 GB.
+photos/CLASS NAME/IMAGE.jpg (or .png, .webp, ...): a sub-folder is a class. Images without classes:
+photos/IMAGE.jpg; numbers need --config.eval.metrics then, else there are only grids. The centre
+square of each image is resized to data.side, and all are held in memory: at 64 pixels a million
+take 12 GB.
 --config.data.source=tfds --config.data.path=NAME_OR_DIR[@SPLIT] reads a prepared TFDS set instead.
 
 Hardware: one GPU of 16 GB (B: 40 GB). A row of S costs 4 forward passes, 48 GFLOP, so 200k steps of

@@ -138,13 +138,13 @@ def _in_memory(
 
 
 def folder(root: str, side: int, channels: int, max_faults: int = LIMIT) -> Source:
-  """`root/<class name>/*.png|jpg|...`: the centre square of each image, resized to `side`.
+  """The images of `images.folder`: the centre square of each, resized to `side`.
 
   Files that can't be read are named, skipped and counted.
 
   Raises:
-    UserError: no such folder, no class folders, no readable image in one of them, or more than
-      `max_faults` that cannot be read.
+    UserError: no such folder, a class without a readable image, or more than `max_faults` that
+      cannot be read.
   """
   return _in_memory(images_lib.folder(root, "data.path"), root, side, channels, max_faults)
 

@@ -25,14 +25,31 @@ def make_evaluate(config, source, facts: dict, apply, mesh, leak=None) -> Callab
   """
   if config.eval.get("metrics"):
     return _make_large(config, facts, apply, mesh, leak)
-  if isinstance(source, latents.Latents):
-    return _make_latent(config, source, apply, mesh)
-  return _make_small(config, source, apply, mesh, leak)
-
-
-def _make_small(config, source: data.Source, apply, mesh, leak):
-  """A grid, and the metrics of evaluate.py by a classifier of the data."""
   sampler = sample.make_sampler(apply, source.shape, mesh)
+  if isinstance(source, latents.Latents):
+    if not config.eval.vae:
+      return lambda params, step, final: iter(())
+    return _make_grid(config, source, latents.decoding(sampler, config.eval.vae, source.vae))
+  if why := not_measurable(source):
+    if jax.process_index() == 0:
+      print(f"evaluation: a grid of samples, without numbers: {why}", flush=True)
+    return _make_grid(config, source, sampler)
+  return _make_small(config, source, sampler, leak)
+
+
+def not_measurable(source: data.Source) -> str:
+  """Why no classifier can be fitted to the images, in a sentence; "" where one can."""
+  counts = np.bincount(source.labels)
+  if len(counts) > 1 and counts.min() > 1:
+    return ""
+  return (
+    "the classifier that the numbers are taken by needs at least 2 classes of at least 2 images, "
+    f"and these have {len(counts)}, the smallest of {counts.min()}"
+  )
+
+
+def _make_small(config, source: data.Source, sampler, leak):
+  """A grid, and the metrics of evaluate.py by a classifier of the data."""
   reference = functools.cache(lambda: make_reference(source))
   classes, n = len(source.names), config.eval.samples
 
@@ -49,15 +66,8 @@ def _make_small(config, source: data.Source, apply, mesh, leak):
   return run
 
 
-def _make_latent(config, source: latents.Latents, apply, mesh):
-  """A grid of decoded samples if config.eval.vae is given.
-
-  The small classifier of `make_reference` is for small images, so there are no numbers.
-  """
-  if not config.eval.vae:
-    return lambda params, step, final: iter(())
-  sampler = sample.make_sampler(apply, source.shape, mesh)
-  sampler = latents.decoding(sampler, config.eval.vae, source.vae)
+def _make_grid(config, source, sampler):
+  """A grid and no numbers, where the classifier of `make_reference` does not fit the images."""
 
   def run(params, step: int, final: bool):
     del step

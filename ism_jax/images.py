@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from train_jax import records
@@ -51,12 +52,16 @@ class Images:
 def folder(root: str, flag: str = "--images") -> Images:
   """`root/<class name>/*.png|jpg|...`; classes are numbered in the order of their names.
 
+  Where these have no images, those in `root` itself are one class, of its name.
+
   Raises:
-    UserError: no such folder, or no image in class folders; it names the option `flag`.
+    UserError: no such folder, or no image; it names the option `flag`.
   """
   top = Path(root).expanduser()
   if not top.is_dir():
-    raise UserError(f"{flag}={root!r} is not a folder; give a folder with one sub-folder a class.")
+    raise UserError(
+      f"{flag}={root!r} is not a folder; give a folder of images, or with one sub-folder a class."
+    )
   names = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
   files = [
     (path, label)
@@ -64,10 +69,15 @@ def folder(root: str, flag: str = "--images") -> Images:
     for path in sorted((top / name).rglob("*"))
     if path.suffix.lower() in SUFFIXES
   ]
+  loose = sorted(p for p in top.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+  if not files:
+    names, files = [top.resolve().name], [(path, 0) for path in loose]
+  elif loose:
+    logging.warning("%s=%s: %d images beside its sub-folders are left out", flag, root, len(loose))
   if not files:
     raise UserError(
-      f"{flag}={root!r} has no images in sub-folders; expected {root}/<class name>/<image>.png "
-      f"or another of {', '.join(sorted(SUFFIXES))}."
+      f"{flag}={root!r} has no images; expected {root}/<class name>/<image>.png, or "
+      f"{root}/<image>.png of one class, or another of {', '.join(sorted(SUFFIXES))}."
     )
   return Images(
     len(files),
@@ -137,8 +147,8 @@ def find(source: str) -> Images:
   """Whatever `--images=SOURCE` names.
 
   Args:
-    source: a folder with one sub-folder a class; a directory, file or pattern of `.tar` or
-      `.array_record` files; a TFDS builder's directory; or `tfds:NAME[@SPLIT]`.
+    source: a folder of images, or with one sub-folder a class; a directory, file or pattern of
+      `.tar` or `.array_record` files; a TFDS builder's directory; or `tfds:NAME[@SPLIT]`.
 
   Raises:
     UserError: it is none of these.
@@ -155,8 +165,8 @@ def find(source: str) -> Images:
   if path.is_dir():
     return folder(source)
   raise UserError(
-    f"--images={source!r} is not there; give a folder with one sub-folder a class, .tar or "
-    ".array_record files, a TFDS directory, or tfds:NAME."
+    f"--images={source!r} is not there; give a folder of images, or with one sub-folder a class, "
+    ".tar or .array_record files, a TFDS directory, or tfds:NAME."
   )
 
 

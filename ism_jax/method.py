@@ -147,14 +147,6 @@ def _check(config, source: data.Source) -> None:
       raise UserError(
         f"data.{name}={config.data[name]} but for the images of {config.data.source} it is {found}."
       )
-  counts = np.bincount(source.labels)
-  by_classifier = not (config.eval.get("metrics") or isinstance(source, latents.Latents))
-  if by_classifier and (len(counts) < 2 or counts.min() < 2):
-    raise UserError(
-      f"the images of {config.data.source} have {len(counts)} classes, the smallest of "
-      f"{counts.min()} images; evaluation needs at least 2 classes of at least 2 images, or "
-      "--config.eval.metrics."
-    )
   wavelet.check_levels(height, width, config.wavelet.levels)
   if not config.wavelet.decay > 0:
     raise UserError(f"wavelet.decay={config.wavelet.decay} must be above 0.")
@@ -336,7 +328,10 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
     raise UserError(
       "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
     )
-  run = evaluators.make_evaluate(config, make_source(config), facts, apply, mesh)
+  source = make_source(config)
+  if why := evaluators.not_measurable(source):
+    raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
+  run = evaluators.make_evaluate(config, source, facts, apply, mesh)
   params, step = load(mesh)
   out.mkdir(parents=True, exist_ok=True)
   found = watched(run(params, step, final=True), active=jax.process_index() == 0)

@@ -94,6 +94,22 @@ def test_tars_and_patterns_may_be_named(tmp_path):
   assert images.find(str(tmp_path / "train-00[36].tar")).size == 4
 
 
+def test_a_folder_without_class_folders_is_one_class(tmp_path, caplog):
+  top = tmp_path / "photos"
+  (top / "empty").mkdir(parents=True)
+  for i in range(3):
+    (top / f"{i}.png").write_bytes(encoded(i))
+  (top / "notes.txt").write_text("not an image")
+  for found in (images.find(str(top)), images.find(f"{top}/empty/..")):
+    assert found.names == ("photos",)
+    assert [found.read(i) for i in range(found.size)] == [(encoded(i), 0) for i in range(3)]
+  assert found.name(2) == "2.png" and not caplog.records
+  (top / "empty" / "3.png").write_bytes(encoded(3))
+  found = images.find(str(top))
+  assert (found.names, found.size) == (("empty",), 1)
+  assert "3 images beside its sub-folders are left out" in caplog.text
+
+
 def test_names_do_not_depend_on_where_the_source_lies(tmp_path):
   for kind, write in WRITERS.items():
     if kind == "tfds":
@@ -110,7 +126,7 @@ def test_names_do_not_depend_on_where_the_source_lies(tmp_path):
 def test_bad_sources_are_refused_in_a_sentence(tmp_path):
   with pytest.raises(UserError, match=r"--images='no/where' is not there; give a folder"):
     images.find("no/where")
-  with pytest.raises(UserError, match=r"has no images in sub-folders"):
+  with pytest.raises(UserError, match=r"has no images; expected"):
     images.find(str(tmp_path))
   with pytest.raises(UserError, match=r"--images='tfds_that_is_not' is not a prepared set"):
     images.find("tfds:tfds_that_is_not")

@@ -260,7 +260,7 @@ def test_a_part_of_a_group_on_a_device_is_warned_of_once(
 def save_images(root, counts):
   rng = np.random.default_rng(0)
   for name, count in counts.items():
-    (root / name).mkdir()
+    (root / name).mkdir(exist_ok=True)
     for i in range(count):
       pixels = rng.integers(0, 256, (9, 12, 3), np.uint8)
       Image.fromarray(pixels).save(root / name / f"{i}.png")
@@ -277,11 +277,30 @@ def test_a_folder_of_images_will_do(tmp_path):
   assert batch["image"].shape == (16, 8, 8, 3) and set(batch["label"].tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("counts", [{"cats": 5}, {"cats": 5, "dogs": 1}])
-def test_images_that_cannot_be_evaluated_are_refused_before_training(counts, tmp_path):
-  save_images(tmp_path, counts)
-  with pytest.raises(UserError, match=r"at least 2 classes of at least 2 images"):
-    build(get_config(**FOLDER, data__path=str(tmp_path)))
+@pytest.mark.parametrize("counts", [{"": 5}, {"cats": 5}, {"cats": 5, "dogs": 1}], ids=str)
+def test_images_without_classes_are_trained_on_and_not_measured(counts, tmp_path, capsys):
+  root = tmp_path / "photos"
+  root.mkdir()
+  save_images(root, counts)
+  config = get_config(**FOLDER, data__path=str(root), eval__guidance=(0.0,))
+  method, facts = build(config)
+  assert facts["names"] == [name or "photos" for name in counts]
+  (said,) = capsys.readouterr().out.splitlines()
+  assert said.startswith("evaluation: a grid of samples, without numbers: the classifier")
+  assert said.endswith(f"have {len(counts)}, the smallest of {min(counts.values())}")
+  batch = next(method.stream(0, 0))
+  params, _ = jax.jit(method.init)(jax.random.key(0))
+  loss = method.loss(params, {"target": params}, batch, jax.random.key(0))[0]
+  assert batch["image"].shape == (16, 8, 8, 3) and np.isfinite(float(loss))
+  ((name, picture),) = method.evaluate(params, 1, True)
+  assert name == "grid" and picture.dtype == np.uint8
+
+  def load(mesh):
+    raise AssertionError("loaded a checkpoint for a request that cannot be met")
+
+  flags = SimpleNamespace(**{**FLAGS, "num": None})
+  with pytest.raises(UserError, match=r"no numbers here without --metrics=fid.*at least 2 classes"):
+    ism.evaluate_mode(config, facts, load, flags, tmp_path)
 
 
 def test_latents_of_one_class_will_do():
