@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data.path = ""
   config.data.side = 8
   config.data.channels = 1
+  config.data.flip = False  # of each image its mirror image too; not where it means another thing
   config.data.max_faults = 100  # records that may be unreadable before the run stops
 
   config.model = ml_collections.ConfigDict()

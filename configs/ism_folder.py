@@ -11,6 +11,7 @@ photos/IMAGE.jpg; numbers need --config.eval.metrics then, else there are only g
 square of each image is resized to data.side, and all are held in memory: at 64 pixels a million
 take 12 GB.
 --config.data.source=tfds --config.data.path=NAME_OR_DIR[@SPLIT] reads a prepared TFDS set instead.
+Mirror images are examples too: --config.data.flip=False for digits, letters and the like.
 
 Hardware: one GPU of 16 GB (B: 40 GB). A row of S costs 4 forward passes, 48 GFLOP, so 200k steps of
 128 rows cost 1.2e18 FLOP: 4 hours on an A100 at a quarter of its bfloat16 peak, B 17. Computed, not
@@ -39,6 +40,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data.path = ""
   config.data.side = 64
   config.data.channels = 3
+  config.data.flip = True
   config.data.made_up = 0  # random images to train on where there is no path
 
   config.model.width, config.model.depth, config.model.heads = SIZES["S"]

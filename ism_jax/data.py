@@ -1,9 +1,9 @@
 """Images and labels from disk to batches, addressed by position.
 
 A source is random access, in memory (`Source`) or on disk (`latents.Latents`, with the same labels,
-names, shape, images and rows). Its order is a new permutation each epoch. The batch number
-`position` is the same rows whatever the number of processes, so the one integer is the whole
-state of the data.
+names, shape, images and rows). An example is an image, or one of an image and its mirror image. The
+order of examples is a new permutation each epoch. The batch number `position` is the same rows
+whatever the number of processes, so the one integer is the whole state of the data.
 
 Dimensions: n images, b batch, h w image, c channel.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -32,15 +32,17 @@ class Source:
 
   Attributes:
     pixels: [n, h, w, c], uint8 or float32.
-    labels: int32 [n], 0 .. classes - 1.
+    labels: int32 [n], 0 .. classes - 1; [2 n] with mirror images.
     names: one name for each class.
     decode: pixels -> float32 in [-1, 1].
+    flip: whether example 2 i + f is image i, mirrored if f = 1; else example i is image i.
   """
 
   pixels: np.ndarray
   labels: np.ndarray
   names: tuple[str, ...]
   decode: Callable[[np.ndarray], np.ndarray]
+  flip: bool = False
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -48,12 +50,22 @@ class Source:
     return self.pixels.shape[1:]
 
   def images(self, index) -> np.ndarray:
-    """float32 images [b, h, w, c] in [-1, 1] at `index` [b]."""
-    return self.decode(self.pixels[index])
+    """float32 images [b, h, w, c] in [-1, 1] of the examples `index` [b]."""
+    if not self.flip:
+      return self.decode(self.pixels[index])
+    image, mirrored = np.divmod(index, 2)
+    pixels = self.pixels[image]
+    pixels = np.where(mirrored[:, None, None, None], pixels[:, :, ::-1], pixels)
+    return self.decode(pixels)
 
   def rows(self, index) -> dict[str, np.ndarray]:
-    """What a batch holds of the images at `index` [b], beside label and noise."""
+    """What a batch holds of the examples `index` [b], beside label and noise."""
     return {"image": self.images(index)}
+
+
+def with_mirror_images(source: Source) -> Source:
+  """Each image and its mirror image as two examples, as in latents.py; takes no more memory."""
+  return replace(source, labels=np.repeat(source.labels, 2), flip=True)
 
 
 def digits() -> Source:
@@ -159,9 +171,9 @@ def tfds(name: str, side: int, channels: int, max_faults: int = LIMIT) -> Source
 
 
 def batches(source: Source, batch: int, seed: int) -> Callable[[int], np.ndarray]:
-  """Returns position -> int64 [batch], the image indices of that global batch.
+  """Returns position -> int64 [batch], the examples of that global batch.
 
-  Each epoch is a new permutation; every image comes exactly once in it. A batch may span two
+  Each epoch is a new permutation; every example comes exactly once in it. A batch may span two
   epochs.
   """
   n = len(source.labels)

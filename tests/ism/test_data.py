@@ -57,6 +57,17 @@ def test_digits():
   np.testing.assert_array_equal(source.images([3])[0], source.pixels[3] / 8 - 1)
 
 
+def test_mirror_images_are_examples_of_their_own():
+  source = data.made_up(6, (4, 3, 3), classes=2)
+  both = data.with_mirror_images(source)
+  images = source.images(np.arange(6))
+  assert both.shape == source.shape and both.pixels is source.pixels
+  np.testing.assert_array_equal(both.labels, np.repeat(source.labels, 2))
+  np.testing.assert_array_equal(both.images(np.arange(0, 12, 2)), images)
+  np.testing.assert_array_equal(both.images(np.arange(1, 12, 2)), images[:, :, ::-1])
+  np.testing.assert_array_equal(both.rows([5, 2])["image"], [images[2, :, ::-1], images[1]])
+
+
 def test_made_up_images_show_their_class_as_their_grey():
   source = data.made_up(40, (8, 8, 3), classes=4)
   np.testing.assert_array_equal(source.labels, np.arange(40) % 4)

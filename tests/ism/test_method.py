@@ -277,6 +277,35 @@ def test_a_folder_of_images_will_do(tmp_path):
   assert batch["image"].shape == (16, 8, 8, 3) and set(batch["label"].tolist()) == {0, 1}
 
 
+def test_images_are_paired_and_trained_on_with_their_mirror_images(tmp_path, monkeypatch):
+  save_images(tmp_path, {"cats": 5, "dogs": 4})
+  config, seen = get_config(**FOLDER, data__path=str(tmp_path), data__flip=True), []
+  pair = ism.pairing.pair
+
+  def watched(settings, rng, pixels, *rest):
+    seen.append(pixels)
+    return pair(settings, rng, pixels, *rest)
+
+  monkeypatch.setattr(ism.pairing, "pair", watched)
+  method, facts = build(config)
+  assert facts["examples"] == 18
+  batches = list(itertools.islice(method.stream(0, 0), 2))  # a pool, and 32 rows: all of them
+  trained = np.concatenate([batch["image"] for batch in batches])
+  np.testing.assert_array_equal(seen[0], trained)
+  assert {image.tobytes() for image in trained} == {i[:, ::-1].tobytes() for i in trained}
+  config.data.flip = False
+  assert build(config)[1]["examples"] == 9
+
+
+def test_latents_have_their_mirror_images_already():
+  config = ism_imagenet256.get_config("S/2,debug")
+  assert "flip" not in config.data
+  with config.unlocked():
+    config.data.flip = True
+  with pytest.raises(UserError, match=r"data.flip=True is for images, and latents have their"):
+    build(config)
+
+
 @pytest.mark.parametrize("counts", [{"": 5}, {"cats": 5}, {"cats": 5, "dogs": 1}], ids=str)
 def test_images_without_classes_are_trained_on_and_not_measured(counts, tmp_path, capsys):
   root = tmp_path / "photos"
