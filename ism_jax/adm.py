@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from ism_jax.images import SUFFIXES, UNREADABLE, center_crop, convert
+from ism_jax.images import SUFFIXES, UNREADABLE, area_square, center_crop, convert
 from train_jax.errors import UserError
 from train_jax.shards import whole_file
 
@@ -35,11 +35,13 @@ class Images(NamedTuple):
     shape: (h, w, 3).
     batches: (b, rows) -> of each batch of b the rows `rows` (ascending; the last batch may not have
       them all): uint8 [<= len(rows), h, w, 3].
+    cut: how they were cut out of image files; "" where they are stored as they are.
   """
 
   n: int
   shape: tuple[int, int, int]
   batches: Callable[[int, np.ndarray], Iterator[np.ndarray]]
+  cut: str = ""
 
 
 def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -109,30 +111,36 @@ def folder_files(folder: Path) -> list[Path]:
   return files
 
 
-def folder_images(files: list[Path], side: int) -> Images:
-  """Image files, cropped and resized to `side` pixels as ADM does it."""
+def folder_images(files: list[Path], side: int, channels: int | None = None) -> Images:
+  """Image files at `side` pixels, see `read_square`; grey ones become three equal channels."""
 
   def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor() as pool:
       for start in range(0, len(files), b):
         mine = [files[start + i] for i in rows if start + i < len(files)]
-        yield np.array(list(pool.map(lambda path: read_square(path, side), mine)), np.uint8)
+        squares = list(pool.map(lambda path: read_square(path, side, channels), mine))
+        pixels = np.array(squares, np.uint8).reshape(len(mine), side, side, channels or 3)
+        yield np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
-  return Images(len(files), (side, side, 3), batches)
+  return Images(len(files), (side, side, 3), batches, f"area{channels}" if channels else "adm")
 
 
-def read_square(path: Path, side: int) -> np.ndarray:
-  """An image file as uint8 [side, side, 3], see `images.center_crop`.
+def read_square(path: Path, side: int, channels: int | None = None) -> np.ndarray:
+  """An image file as uint8 [side, side, 3], cut as in ADM, see `images.center_crop`.
+
+  Args:
+    channels: cut it as what is trained on in pixels, 1 or 3 of them: see `images.area_square`.
 
   Raises:
     UserError: it cannot be read.
   """
   try:
     with Image.open(path) as file:
-      image = convert(file, "RGB")
+      if channels:
+        return area_square(file, side, channels)
+      return center_crop(convert(file, "RGB"), side)
   except UNREADABLE as err:
     raise UserError(f"the image {str(path)!r} cannot be read; repair or remove it.") from err
-  return center_crop(image, side)
 
 
 @contextmanager

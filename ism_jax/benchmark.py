@@ -82,6 +82,8 @@ class Benchmark:
       facts[network.name] = named(network.file, network.digest)
     if self.reference:
       facts["reference"] = named(self.reference.path, self.reference.digest)
+      if self.reference.images and (cut := self.reference.images.cut):
+        facts["reference"] += f", cut by {cut}"
       against: dict[str, list[str]] = {}
       for metric in protocol.metrics:
         if metric != "is":
@@ -256,7 +258,9 @@ def prepare(
   sizes = {kind: f for network in networks for kind, f in network.sizes.items()}
   image, opened = _image_shape(shape, decoder), None
   if protocol.kinds:
-    opened = reference_lib.open_reference(protocol.reference, protocol.kinds, sizes, image)
+    opened = reference_lib.open_reference(
+      protocol.reference, protocol.kinds, sizes, image, None if latent else shape[2]
+    )
   return Benchmark(
     protocol, image, classes, mesh, draw, tuple(networks), opened, digest, per_device
   )

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from ism_jax import images as images_lib
@@ -94,21 +94,17 @@ def _decode_bytes(pixels: np.ndarray) -> np.ndarray:
   return pixels.astype(np.float32) / 127.5 - 1
 
 
-def _read(images: images_lib.Images, i: int, side: int, mode: str) -> tuple[np.ndarray | None, int]:
+def _read(
+  images: images_lib.Images, i: int, side: int, channels: int
+) -> tuple[np.ndarray | None, int]:
   """The centre square of image i at `side` pixels, None if it can't be read; and its class."""
   label = -1
   try:
     content, label = images.read(i)
     with Image.open(io.BytesIO(content)) as image:
-      upright = ImageOps.exif_transpose(image)  # as the camera was held
-      image = images_lib.convert(upright, mode)
+      return images_lib.area_square(image, side, channels), label
   except images_lib.UNREADABLE:
     return None, label
-  edge = min(image.size)
-  left, top = (image.width - edge) // 2, (image.height - edge) // 2
-  box = (left, top, left + edge, top + edge)
-  image = image.resize((side, side), Image.Resampling.BOX, box=box, reducing_gap=None)
-  return np.asarray(image, np.uint8).reshape(side, side, -1), label
 
 
 def _in_memory(
@@ -117,12 +113,12 @@ def _in_memory(
   """The centre square of each image; files that can't be read are named, skipped and counted."""
   if channels not in (1, 3):
     raise UserError(f"data.channels={channels} must be 1 (grey) or 3 (RGB).")
-  mode, names = "L" if channels == 1 else "RGB", images.names
+  names = images.names
   # One array from the start: put together in the end, they would take the memory twice.
   pixels = np.empty((images.size, side, side, channels), np.uint8)
   labels, bad = [], []
   with ThreadPoolExecutor() as pool:
-    read = pool.map(lambda i: _read(images, i, side, mode), range(images.size))
+    read = pool.map(lambda i: _read(images, i, side, channels), range(images.size))
     read = tqdm(read, total=images.size, desc="reading images", unit="img", disable=None)
     for i, (image, label) in enumerate(read):
       if image is None:

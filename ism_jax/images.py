@@ -1,7 +1,8 @@
 """Encoded images with labels, in random access: a folder, TFDS, ArrayRecord files, tars of JPEGs.
 
-A source knows how many images there are, where each lies, and its class; they are read one by one,
-and cut as in ADM (arXiv 2105.05233).
+A source knows how many images there are, where each lies, and its class; they are read one by one.
+There are two cuts: what is encoded, and what latents are compared with, is cut as in ADM (arXiv
+2105.05233); what is trained on in pixels, and what these are compared with, by `area_square`.
 
 Dimensions: n images.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
-from PIL import Image
+from PIL import Image, ImageOps
 
 from train_jax import records
 from train_jax.errors import UserError
@@ -192,6 +193,20 @@ def center_crop(image: Image.Image, side: int) -> np.ndarray:
   pixels = np.array(image.resize(size, Image.Resampling.BICUBIC))
   top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
   return pixels[top : top + side, left : left + side]
+
+
+def area_square(image: Image.Image, side: int, channels: int) -> np.ndarray:
+  """The centre square of an image, as the camera was held; a pixel is the mean of its area.
+
+  Returns:
+    uint8 [side, side, channels]: 1, grey, or 3, RGB.
+  """
+  image = convert(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
+  edge = min(image.size)
+  left, top = (image.width - edge) // 2, (image.height - edge) // 2
+  box = (left, top, left + edge, top + edge)
+  image = image.resize((side, side), Image.Resampling.BOX, box=box, reducing_gap=None)
+  return np.asarray(image, np.uint8).reshape(side, side, channels)
 
 
 def read_image(images: Images, i: int, side: int) -> tuple[np.ndarray | None, int]:

@@ -63,7 +63,11 @@ class Real(NamedTuple):
 
 
 def open_reference(
-  file: str, kinds: Collection[str], sizes: Mapping[str, int], shape: tuple[int, int, int]
+  file: str,
+  kinds: Collection[str],
+  sizes: Mapping[str, int],
+  shape: tuple[int, int, int],
+  channels: int | None = None,
 ) -> Reference:
   """Looks at a reference, and at whether it will do.
 
@@ -71,6 +75,8 @@ def open_reference(
     kinds: what is needed of it: `pool`, `spatial`, `dinov2` (moments), `features`.
     sizes: kind -> number of features f of the network given.
     shape: (h, w, c) of the samples.
+    channels: of a model of pixels, whose training data the images of a folder are cut like; None
+      for one of latents: as in ADM, like what is encoded.
 
   Raises:
     UserError: it cannot be read, lacks what is needed, or has other sizes.
@@ -82,7 +88,7 @@ def open_reference(
     files = adm.folder_files(path)
     listed = "".join(f"{p.relative_to(path)} {p.stat().st_size}\n" for p in files)
     digest = hashlib.sha256(listed.encode()).hexdigest()[: extract.DIGITS]
-    arrays, images = {}, adm.folder_images(files, shape[0])
+    arrays, images = {}, adm.folder_images(files, shape[0], channels)
   else:
     arrays, digest = adm.npz_arrays(path), sha256(path)[: extract.DIGITS]
     images = adm.npz_images(path) if "arr_0" in arrays else None
@@ -157,7 +163,8 @@ def _of(kind: str) -> str:
 
 def _stored(reference: Reference, network: extract.Network) -> Path:
   """Where what this network says of the images is kept: beside the reference."""
-  names = (network.name, network.digest, reference.digest, str(reference.images.shape[0]))
+  images, digests = reference.images, (network.digest, reference.digest)
+  names = filter(None, (network.name, *digests, str(images.shape[0]), images.cut))
   return reference.path.with_name(
     f"{reference.path.name.removesuffix('.npz')}.{'-'.join(names)}.npz"
   )

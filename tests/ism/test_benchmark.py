@@ -11,6 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from ism_jax import fid
 from ism_jax.sample import make_sampler, to_uint8
@@ -100,6 +101,22 @@ def test_latents_are_decoded(files, tmp_path):
   with np.load(real) as saved:
     expected = frechet(files.inception(saved["arr_0"]), files.inception(images))
   assert results["fid@30/nfe1_w0"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_folder_is_cut_like_the_training_data(files, tmp_path):
+  (tmp_path / "photos").mkdir()
+  for i in range(4):
+    pixels = np.random.default_rng(i).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+  photos = {"reference": str(tmp_path / "photos")}
+  for shape, vae, cut in (
+    ((8, 8, 3), "", "area3"),
+    ((8, 8, 1), "", "area1"),
+    ((4, 4, 4), str(tmp_path / "vae"), "adm"),
+  ):
+    found = make(files, ("fid",), shape=shape, vae=vae, **photos)
+    assert found.reference.images.cut == cut
+    assert f", cut by {cut}; fid against 4 of its 4 images" in found.facts()["reference"]
 
 
 def test_grey_samples_are_three_equal_channels(files):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ism_jax import adm, extract, fid, reference
+from ism_jax import adm, data, extract, fid, reference
 from tests.ism.stand_ins import inception_score
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
@@ -119,6 +119,25 @@ def test_a_folder_of_images_is_cropped_as_adm_does(tmp_path):
   half = adm.read_square(files[1], 8)
   box = wide[:, 12:28].reshape(8, 2, 8, 2, 3).mean((1, 3))
   assert np.abs(half - box).max() <= 1  # the box rounds twice, along rows and columns
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_is_cut_as_what_a_model_of_pixels_is_trained_on(channels, network, tmp_path):
+  exif, rng = Image.Exif(), np.random.default_rng(0)
+  exif[0x0112] = 6  # the camera was turned
+  (tmp_path / "photos").mkdir()
+  for i, size in enumerate([(40, 60), (33, 20), (8, 8), (90, 31)]):
+    photo = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
+    photo.save(tmp_path / "photos" / f"{i}.png", exif=exif)
+  trained = data.folder(str(tmp_path / "photos"), side=8, channels=channels).pixels
+  asked = str(tmp_path / "photos"), ["pool"], SIZES, (8, 8, 3)
+  found, as_adm = reference.open_reference(*asked, channels), reference.open_reference(*asked)
+  (pixels,) = found.images.batches(4, ALL)
+  np.testing.assert_array_equal(pixels, np.broadcast_to(trained, (4, 8, 8, 3)))
+  for each in (found, as_adm):  # what is kept of one is not taken for the other
+    real = reference.read(each, ["pool"], [network], mesh_lib.make_mesh(), per_device=2)
+    (pixels,) = each.images.batches(4, ALL)
+    np.testing.assert_allclose(real.moments["pool"][0], pool(pixels).mean(0), rtol=1e-5)
 
 
 # Statistics
