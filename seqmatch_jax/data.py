@@ -19,9 +19,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from seqmatch_jax import tokens
 from seqmatch_jax.actions import Noise, corrupt, fold, pack, tree
-from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL, Vocab
+from seqmatch_jax.tokens import BACKSPACE, EOS, SPECIAL, Vocab, encode_prompts, padded
 from train_jax.errors import UserError
 from train_jax.faults import LIMIT, Faults
 
@@ -182,33 +181,6 @@ class Encoded:
     if noise.source == "prompt":
       return self.candidates
     return np.broadcast_to(self.alphabet, self.candidates.shape)
-
-
-def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:
-  """Lists of ids as the rows of one array, PAD after them."""
-  rows = np.full((len(texts), max(map(len, texts))), PAD, np.int32)
-  for row, text in zip(rows, texts, strict=True):
-    row[: len(text)] = text
-  return rows
-
-
-def encode_prompts(texts: Sequence[str], vocab: Vocab, context: int):
-  """Texts -> (prompt int32 [b, p], prompt_length int32 [b]), <bos> first.
-
-  Raises:
-    UserError: no text, characters that are not in the vocabulary, a backspace, or a prompt that
-      leaves no room for an answer in `context` nodes.
-  """
-  if not texts:
-    raise UserError("there are no questions; give at least one.")
-  rows = [[BOS, *vocab.encode(text)] for text in texts]
-  long = max(range(len(rows)), key=lambda i: len(rows[i]))
-  if len(rows[long]) >= context:
-    raise UserError(
-      f"the prompt {tokens.short(texts[long])} has {len(rows[long]) - 1} tokens, and the context "
-      f"of {context} tokens holds {context - 2} before an answer; shorten it."
-    )
-  return padded(rows), np.array([len(row) for row in rows], np.int32)
 
 
 def encode(examples: Sequence[Example], vocab: Vocab, context: int) -> Encoded:

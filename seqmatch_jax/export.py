@@ -30,7 +30,12 @@ LIMIT = 4 * 2**30  # bytes of tensors in one file
 
 
 def write(
-  folder: Path, params: dict, sizes: TransformerConfig, vocab: TextVocab, source: str | Path
+  folder: Path,
+  params: dict,
+  sizes: TransformerConfig,
+  vocab: TextVocab,
+  source: str | Path,
+  record: dict,
 ) -> None:
   """Writes a folder that `pretrained.read` and others' programs read; replaces an older one.
 
@@ -40,6 +45,7 @@ def write(
   Args:
     params: all parameters of the network, as nested dicts of arrays.
     source: the folder that the network comes from: the rest of config.json is taken over.
+    record: see loaded.py; an entry of config.json, called as its `method`, which others ignore.
   """
   tops = {name: layer for name, layer in params.items() if name != "blocks"}
   params = {**params, **jax.tree.map(mesh_lib.fetch, tops)}
@@ -48,13 +54,13 @@ def write(
     for i in range(sizes.depth)
   )
   if jax.process_index() == 0:
-    _write(folder, params, blocks, sizes, vocab, source)
+    _write(folder, params, blocks, sizes, vocab, source, record)
   else:  # takes part in fetching
     collections.deque(blocks, 0)
   multihost_utils.sync_global_devices(f"{folder} is written")
 
 
-def _write(folder, params, blocks, sizes, vocab, source) -> None:
+def _write(folder, params, blocks, sizes, vocab, source, record) -> None:
   config = pretrained.read_config(source)
   folder.mkdir(parents=True, exist_ok=True)
   final, partial = folder / "config.json", folder / "config.json.partial"
@@ -62,7 +68,7 @@ def _write(folder, params, blocks, sizes, vocab, source) -> None:
   twins = vocab.bos == vocab.eos and not np.array_equal(*params["embed"]["embedding"][[BOS, EOS]])
   vocab = _write_tokenizer(folder, vocab, twins)
   _write_tensors(folder, _tensors(params, blocks, sizes, vocab))
-  config |= {"vocab_size": vocab.hf_size, "bos_token_id": vocab.bos}
+  config |= {"vocab_size": vocab.hf_size, "bos_token_id": vocab.bos, record["method"]: record}
   config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
   partial.write_text(json.dumps(config, indent=1))
   os.replace(partial, final)

@@ -20,7 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import buffer, export, loss, model, questions, rollout, sample, show, text, tokens
+from seqmatch_jax import (
+  buffer,
+  export,
+  loaded,
+  loss,
+  model,
+  questions,
+  rollout,
+  sample,
+  show,
+  text,
+  tokens,
+)
 from seqmatch_jax.actions import Noise, tree
 from seqmatch_jax.model import make_given, make_network, moved  # noqa: F401  main.py asks for them here
 from train_jax import aot, lora
@@ -206,13 +218,9 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   task, vocab = task_of(config), tokens.from_facts(facts)
   asked = task.ask(config, facts, sample.prompts(flags), flags.num or 64)
   temperature = task.TEMPERATURE if flags.temperature is None else flags.temperature
-  settings = {
-    "temperature": temperature,
-    "retype": task.RETYPE and temperature > 0,  # a greedy one would repeat itself
-    "allow_backspace": config.loss.backspace,
-    "top_k": flags.top_k,
-    "top_p": flags.top_p,
-  }
+  settings = sample.make_settings(
+    temperature, task.RETYPE, config.loss.backspace, flags.top_k, flags.top_p
+  )
   network, limits = make_network(config, facts), make_limits(config, facts)
   mesh = model.mesh_of(config)
   params, step = model.load_whole(config, facts, load, mesh)
@@ -263,17 +271,34 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
 
 
 def export_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=export`: the sample average, adapters merged, as Hugging Face lays out a folder."""
+  """`--mode=export`: the `sample` average as files that `seqmatch_jax.load_pretrained` reads.
+
+  A run from pretrained weights becomes a folder as Hugging Face lays it out, adapters merged; any
+  other the two files of train_jax/exported.py.
+  """
   del flags
-  if not config.get("pretrained"):
+  source, vocab, task = config.get("pretrained"), tokens.from_facts(facts), task_of(config)
+  # What would be overwritten: the weights that the run began from, or those beside its tokenizer.
+  taken = [source] if source else []
+  taken += [Path(vocab.path).parent] if isinstance(vocab, tokens.TextVocab) else []
+  if out.resolve() in (Path(path).expanduser().resolve() for path in taken):
     raise UserError(
-      "--mode=export writes what config.pretrained began from, and this run has none; "
-      "--mode=sample uses the checkpoint where it is."
+      f"--out={out} is what the run began from or has its tokenizer; choose another directory."
     )
-  if out.resolve() == Path(config.pretrained).expanduser().resolve():
-    raise UserError(f"--out={out} is what the run began from; choose another directory.")
   params, step = model.load_whole(config, facts, load, model.mesh_of(config))
-  sizes, vocab = model.make_sizes(config, facts), tokens.from_facts(facts)
-  export.write(out, params, sizes, vocab, config.pretrained)
+  sizes, run = model.make_sizes(config, facts), {"config": config.to_dict(), "facts": facts}
+  generation = {
+    **dataclasses.asdict(make_limits(config, facts)),
+    "temperature": task.TEMPERATURE,
+    "retype": task.RETYPE,
+    "backspace": config.loss.backspace,
+  }
+  record = loaded.make_record(step, sizes, generation, run)
+  if source:
+    export.write(out, params, sizes, vocab, source, record)
+  else:
+    loaded.write(out, params, vocab, record)
   if jax.process_index() == 0:
-    print(f"exported: {out} (step {step}); --config.pretrained={out} begins from it")
+    used = f"seqmatch_jax.load_pretrained({str(out)!r}) generates with it"
+    begun = f", --config.pretrained={out} begins from it" if source else ""
+    print(f"exported: {out} (step {step}); {used}{begun}")

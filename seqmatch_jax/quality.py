@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqmatch_jax import data, diversity
+from seqmatch_jax import diversity
 from seqmatch_jax.mauve import mauve
 from seqmatch_jax.packing import Packed
 from seqmatch_jax.text_features import Features
-from seqmatch_jax.tokens import BOS, EOS
+from seqmatch_jax.tokens import BOS, EOS, padded
 
 N = 4  # tokens of the n-grams
 
@@ -37,7 +37,7 @@ def real(held: Packed, piece: np.ndarray) -> Texts:
   """Held-out pieces as they are."""
   rows = [[BOS, *text[text != EOS]] for text in held.texts(piece)]
   length = np.array([len(row) for row in rows])
-  return Texts(data.padded(rows), held.prompts(piece)[1], length)
+  return Texts(padded(rows), held.prompts(piece)[1], length)
 
 
 def variety(texts: Texts, name: str) -> Iterator[tuple[str, float]]:

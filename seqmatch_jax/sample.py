@@ -5,6 +5,7 @@ Dimensions: b prompts, a actions.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,33 @@ def prompts(flags) -> list[str]:
       raise UserError(f"--prompts={flags.prompts} holds no prompt; write one on each line.")
     return found
   return flags.prompt or []
+
+
+def make_settings(
+  temperature: float, retype: bool, backspace: bool, top_k: int | None, top_p: float | None
+) -> dict:
+  """How samples are drawn: the last arguments of `rollout.make_rollout`'s function.
+
+  Args:
+    retype: whether what is drawn may type again what it has erased.
+    backspace: whether the model has learned to erase.
+
+  Raises:
+    UserError: a temperature below 0, top_k below 1, or top_p outside [0, 1].
+  """
+  if not 0 <= temperature < math.inf:
+    raise UserError(f"temperature={temperature} must be finite and at least 0; 0 is greedy.")
+  if top_k is not None and top_k < 1:
+    raise UserError(f"top_k={top_k} must be at least 1; None leaves all tokens.")
+  if top_p is not None and not 0 <= top_p <= 1:
+    raise UserError(f"top_p={top_p} must lie in [0, 1]; None leaves all tokens.")
+  return {
+    "temperature": temperature,
+    "retype": retype and temperature > 0,  # a greedy one would repeat itself
+    "allow_backspace": backspace,
+    "top_k": top_k,
+    "top_p": top_p,
+  }
 
 
 def together(

@@ -9,7 +9,6 @@ import numpy as np
 
 from seqmatch_jax import (
   corpus,
-  data,
   documents,
   evaluate,
   evaluate_text,
@@ -189,7 +188,7 @@ def ask(config, facts: dict, given: list[str], count: int) -> Asked:
   """The prompts that are `given`, or else the beginnings of `count` held-out documents."""
   vocab = tokens.from_facts(facts)
   if given:
-    return Asked(given, *data.encode_prompts(given, vocab, facts["max_length"]))
+    return Asked(given, *tokens.encode_prompts(given, vocab, facts["max_length"]))
   _, test, vocab = open_documents(config.data, vocab)
   prompt, length = beginnings(_pack(config, test, vocab), count)
   return Asked([vocab.decode(row.tolist()) for row in prompt], prompt, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -255,6 +255,35 @@ def _special(tokenizer: Tokenizer, folder: Path, name: str) -> int | None:
   if token is not None and (number is None or tokenizer.id_to_token(number) is None):
     raise UserError(f"{folder} names {token!r} as {name} token, which its tokenizer does not have.")
   return number
+
+
+def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:
+  """Lists of ids as the rows of one array, PAD after them."""
+  rows = np.full((len(texts), max(map(len, texts))), PAD, np.int32)
+  for row, text in zip(rows, texts, strict=True):
+    row[: len(text)] = text
+  return rows
+
+
+def encode_prompts(
+  texts: Sequence[str], vocab: Vocab | TextVocab, context: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Texts -> (prompt int32 [b, p], prompt_length int32 [b]), <bos> first.
+
+  Raises:
+    UserError: no text, characters that are not in the vocabulary, a backspace, or a prompt that
+      leaves no room for an answer in `context` nodes.
+  """
+  if not texts:
+    raise UserError("there are no prompts; give at least one.")
+  rows = [[BOS, *vocab.encode(text)] for text in texts]
+  long = max(range(len(rows)), key=lambda i: len(rows[i]))
+  if len(rows[long]) >= context:
+    raise UserError(
+      f"the prompt {short(texts[long])} has {len(rows[long]) - 1} tokens, and the context "
+      f"of {context} tokens holds {context - 2} before an answer; shorten it."
+    )
+  return padded(rows), np.array([len(row) for row in rows], np.int32)
 
 
 def to_facts(vocab: Vocab | TextVocab) -> dict:

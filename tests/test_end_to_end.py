@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import ism_jax
+import seqmatch_jax
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=configs/ism_digits.py:debug"
@@ -225,8 +226,15 @@ def test_prompts_are_answered(writer, tmp_path):
   code, out, err = call(f"--workdir={writer}", "--mode=sample", *flags)
   assert code == 0, err
   assert any(line.startswith("a13f06=4  ") for line in out.splitlines())
-  assert json.loads((tmp_path / "generations.json").read_text())[0]["prompt"] == "a13f06=4"
+  (row,) = json.loads((tmp_path / "generations.json").read_text())
+  assert row["prompt"] == "a13f06=4"
   assert "<script>" in (tmp_path / "generations.html").read_text()
+
+  model = tmp_path / "model"
+  code, out, err = call(f"--workdir={writer}", "--mode=export", f"--out={model}")
+  assert code == 0 and f"load_pretrained({str(model)!r})" in out, err
+  (made,) = seqmatch_jax.load_pretrained(model).generations("a13f06=4", temperature=1.0)
+  assert (made.text, "".join(made.typed)) == (row["answer"], row["typed"])
 
 
 @pytest.mark.parametrize(
@@ -235,7 +243,6 @@ def test_prompts_are_answered(writer, tmp_path):
     (("--mode=sample", "--prompt=12?"), ("'?'",)),
     (("--mode=sample", "--prompts=nowhere"), ("nowhere",)),
     (("--mode=sample", "--temperature=-1"), ("temperature",)),
-    (("--mode=export",), ("--mode=export", "config.pretrained")),
   ],
 )
 def test_bad_prompts_cost_one_sentence(flags, words, writer):

@@ -212,19 +212,6 @@ def test_the_longest_row_just_fits(vocab):
     data.encode(examples[1:], vocab, context=7)
 
 
-def test_prompts_that_do_not_fit(vocab):
-  prompt, length = data.encode_prompts(["q1", "q123"], vocab, context=6)
-  np.testing.assert_array_equal(length, [3, 5])
-  assert prompt.shape == (2, 5)
-  message = r"'q123' has 4 tokens, and the context of 5 tokens holds 3 .* shorten it"
-  with pytest.raises(UserError, match=message):
-    data.encode_prompts(["q1", "q123"], vocab, context=5)
-  with pytest.raises(UserError, match="'z'"):
-    data.encode_prompts(["z"], vocab, context=5)
-  with pytest.raises(UserError, match="no questions"):
-    data.encode_prompts([], vocab, context=5)
-
-
 # --- batches --------------------------------------------------------------------------------------
 
 

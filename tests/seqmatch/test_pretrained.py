@@ -249,7 +249,8 @@ def test_an_export_computes_the_same(loaded, base, tmp_path, perturb, monkeypatc
   learned = flatten(jax.eval_shape(network.init, KEY))
   params = map_named(lambda name, a: perturb(a) if name in learned else a, params)
   monkeypatch.setattr(export, "LIMIT", 300_000)
-  export.write(tmp_path / "out", params, sizes, vocab, folder)
+  export.write(tmp_path / "out", params, sizes, vocab, folder, {"method": "seqmatch", "step": 7})
+  assert pretrained.read_config(tmp_path / "out")["seqmatch"]["step"] == 7
   assert (tmp_path / "out" / INDEX).is_file()
   again, stored, known, _ = load(tmp_path / "out", bias=77.0)
   assert known.hf_size == vocab.hf_size + 1 + (family == "gpt2" and not base)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, TextVocab, Vocab
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, TextVocab, Vocab, encode_prompts
 from train_jax.errors import UserError
 
 
@@ -24,6 +24,20 @@ def test_decoding_undoes_encoding_and_shows_erasures():
   assert vocab.decode(vocab.encode(text)) == text
   one, two = vocab.encode("12")
   assert vocab.decode([BOS, one, two, BACKSPACE, EOS, PAD]) == "12⌫"
+
+
+def test_prompts_that_do_not_fit():
+  vocab = Vocab.from_texts(["q123"])
+  prompt, length = encode_prompts(["q1", "q123"], vocab, context=6)
+  np.testing.assert_array_equal(length, [3, 5])
+  assert prompt.shape == (2, 5)
+  message = r"'q123' has 4 tokens, and the context of 5 tokens holds 3 .* shorten it"
+  with pytest.raises(UserError, match=message):
+    encode_prompts(["q1", "q123"], vocab, context=5)
+  with pytest.raises(UserError, match="'z'"):
+    encode_prompts(["z"], vocab, context=5)
+  with pytest.raises(UserError, match="no prompts"):
+    encode_prompts([], vocab, context=5)
 
 
 def test_a_vocabulary_of_nothing_has_the_special_tokens():

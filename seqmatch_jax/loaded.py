@@ -1,0 +1,190 @@
+"""A trained model without its training stack: written by `--mode=export`, used from anywhere.
+
+    import seqmatch_jax
+    model = seqmatch_jax.load_pretrained("exported")
+    texts = model.generate(["a prompt"], temperature=1.0, seed=0)
+
+Needs jax, flax, numpy and safetensors, and tokenizers for a model that has a tokenizer. A run from
+nothing is exported as train_jax/exported.py says, its tokenizer.json beside it; one from pretrained
+weights as a Hugging Face folder (export.py), whose config.json has the same record as an entry.
+
+Dimensions: b prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from seqmatch_jax import pretrained, rollout, sample, show, tokens, transformer
+from seqmatch_jax.sizes import TransformerConfig
+from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax import exported, json_files, lora
+from train_jax import mesh as mesh_lib
+
+METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
+
+
+def make_record(step: int, sizes: TransformerConfig, generation: dict, run: dict) -> dict:
+  """What is exported beside the parameters, as JSON.
+
+  Args:
+    step: at which the parameters were averaged.
+    generation: the fields of `rollout.RolloutConfig`, and of the task `temperature` (where none is
+      asked for), `retype` and `backspace` (see `sample.make_settings`).
+    run: {"config": ..., "facts": ...} of the run they come from.
+  """
+  known = {"method": METHOD, "step": step, "network": dataclasses.asdict(sizes)}
+  return {**known, "generation": generation, "run": run}
+
+
+def write(directory: Path, params: dict, vocab: Vocab | TextVocab, record: dict) -> None:
+  """Writes a model that `load_pretrained` reads; all processes must call it, the first one writes.
+
+  Args:
+    params: all parameters of the network.
+  """
+  params = jax.tree.map(mesh_lib.fetch, params)
+  if jax.process_index():
+    return
+  directory.mkdir(parents=True, exist_ok=True)
+  if isinstance(vocab, TextVocab):
+    shutil.copyfile(vocab.path, directory / TOKENIZER)
+  exported.save(directory, params, record)
+
+
+class Generation(NamedTuple):
+  """What a model has made of a prompt.
+
+  Attributes:
+    text: what is left after the prompt, nothing of what was erased.
+    typed: what was typed, key by key: text, "\\b" for <backspace>, "\\x04" for <eos>. Characters
+      that would move a cursor are shown as pictures, as in the terminal; see `show.line`.
+    finished: whether <eos> came, before there was no more room.
+  """
+
+  text: str
+  typed: list[str]
+  finished: bool
+
+
+@dataclass(frozen=True)
+class Loaded:
+  """A trained model.
+
+  Attributes:
+    vocab: its tokens.
+    record: sizes, step, limits of a generation, and config and facts of the run.
+    params: the network's parameters, nested dicts of arrays.
+    network: its functions of them (see transformer.py).
+    rollout: see `rollout.make_rollout`.
+  """
+
+  vocab: Vocab | TextVocab = field(repr=False)
+  record: dict = field(repr=False)
+  params: dict = field(repr=False)
+  network: transformer.Network = field(repr=False)
+  rollout: Callable = field(repr=False)
+
+  def generate(self, prompts: str | Sequence[str], **settings) -> list[str]:
+    """The finished text after each prompt; the arguments are those of `generations`."""
+    return [made.text for made in self.generations(prompts, **settings)]
+
+  def generations(
+    self,
+    prompts: str | Sequence[str],
+    temperature: float | None = None,
+    seed: int = 0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    batch: int = 64,
+  ) -> list[Generation]:
+    """Goes on from each prompt, as `--mode=sample` does with the same prompts, settings and seed.
+
+    Up to rounding: where several devices or other batches round otherwise, a draw may fall the
+    other way.
+
+    Args:
+      prompts: [b].
+      temperature: 0 is greedy; None is 0 for questions and 1 for text.
+      seed: of the draws, which depend on a prompt's place among the prompts.
+      top_k, top_p: only of so many likeliest, only of the likeliest that have this probability.
+      batch: prompts at a time, at most.
+
+    Raises:
+      UserError: a prompt is too long or has characters that the model does not know, or a setting
+        is out of range.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    how = self.record["generation"]
+    temperature = how["temperature"] if temperature is None else temperature
+    settings = sample.make_settings(temperature, how["retype"], how["backspace"], top_k, top_p)
+    prompt, length = tokens.encode_prompts(prompts, self.vocab, how["max_length"])
+    size, key = min(batch, len(prompts)), jax.random.key(seed)
+    made = rollout.in_batches(self.rollout, self.params, prompt, length, size, key, **settings)
+
+    def generation(begin: int, actions, text, end: int, finished) -> Generation:
+      text = text[:end].tolist()
+      left = "".join(self.vocab.pieces(text)[begin:])
+      return Generation(
+        left, show.strokes(actions.tolist(), self.vocab, text[:begin]), bool(finished)
+      )
+
+    return [generation(*row) for row in zip(length, *made, strict=True)]
+
+
+def load_pretrained(directory: str | Path) -> Loaded:
+  """The model that `--mode=export` wrote, on one device.
+
+  Raises:
+    UserError: no such model.
+  """
+  folder = Path(directory).expanduser()
+  try:
+    record = json_files.read(folder / exported.CONFIG).get(METHOD)
+  except (OSError, ValueError):
+    record = None  # exported.load says what is wrong
+  read = _read_exported if record is None else _read_hugging_face
+  record, vocab, network, params = read(folder, record)
+  limits = {name: record["generation"][name] for name in rollout.RolloutConfig.__dataclass_fields__}
+  generate = rollout.make_rollout(network, rollout.RolloutConfig(**limits))
+  return Loaded(vocab, record, params, network, generate)
+
+
+def _read_exported(folder: Path, _):
+  """(record, vocabulary, network, parameters) of a run from nothing."""
+  record, stored = exported.load(folder, METHOD)
+  facts, sizes = record["run"]["facts"], dict(record["network"])
+  if "tokenizer" in facts:
+    facts = {"tokenizer": {**facts["tokenizer"], "path": str(folder / TOKENIZER)}}
+  if sizes["lora"]:
+    sizes["lora"] = lora.LoraConfig(**sizes["lora"])
+  network = transformer.make_network(TransformerConfig(**sizes))
+
+  def whole(key):
+    return lora.join(network.init(key), network.frozen(key))
+
+  params = exported.fill(stored, jax.eval_shape(whole, jax.random.key(0)))
+  return record, tokens.from_facts(facts), network, params
+
+
+def _read_hugging_face(folder: Path, record: dict):
+  """The same of a run from pretrained weights, whose adapters were merged."""
+  sizes, vocab = (
+    TransformerConfig(**{**record["network"], "lora": None}),
+    TextVocab.from_file(folder),
+  )
+  network = transformer.make_network(sizes)
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  device = SingleDeviceSharding(jax.local_devices()[0])
+  shardings = jax.tree.map(lambda _: device, shapes)
+  # The bias of <backspace> is there: an export has the tensor.
+  params = pretrained.place(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
+  return record, vocab, network, params
