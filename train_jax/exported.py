@@ -1,6 +1,7 @@
 """An exported model: a directory that holds one network and what is needed to use it elsewhere.
 
     model.safetensors   the parameters by dotted name, such as `blocks.mlp.inner.kernel`, float32
+                        or what matrices with adapters are kept as (lora.py)
     config.json         `format`, `method`, `step`, `run` (config and facts of the run that it comes
                         from), and what the method adds
 
