@@ -135,16 +135,14 @@ def round_to_permutation(score: jax.Array, valid: jax.Array) -> jax.Array:
   return column.astype(jnp.int32)
 
 
-def _solve(config: PairingConfig, together: int, rng, pixels, noise, label, table):
-  """Pairs every group of `table` [g, m] (rows of the pool, -1 where a group has fewer).
+def _solve(config: PairingConfig, together: int, x, z, label, table):
+  """Pairs x and z [n, ...] in every group of `table` [g, m] (rows, -1 where a group has fewer).
 
   As many groups are solved at once as have `together` numbers; at least one.
 
   Returns the column of each row [g, m] and the reduced costs [g, m, m].
   """
-  n = len(noise)
-  x = pixels.reshape(n, -1)  # [n, k]
-  z = draw_noise(rng, noise, pixels.shape[1:]).reshape(n, -1)
+  x, z = (a.reshape(len(a), -1) for a in (x, z))  # [n, k]
 
   def group(rows):
     valid = rows >= 0
@@ -170,7 +168,7 @@ def _solver(config: PairingConfig, devices: int) -> Callable:
   A group is solved whole on one device, so that the pairs do not depend on their number.
   """
   mesh = Mesh(np.array(jax.local_devices()[:devices]), ("group",))
-  specs = (P(), P(), P(), P(), P("group"))
+  specs = (P(), P(), P(), P("group"))
   # A thousand small classes one by one are a thousand loops over small arrays: on a GPU 3.7 s for
   # 8192 rows of 1000 classes, together 0.11 s. A CPU takes twice as long for them together.
   solve = partial(_solve, config, 0 if mesh.devices[0].platform == "cpu" else 2**25)
@@ -192,6 +190,53 @@ def _groups(label: np.ndarray, classes: int) -> np.ndarray:
   return np.stack([np.pad(rows, (0, m - len(rows)), constant_values=-1) for rows in members])
 
 
+def match(
+  config: PairingConfig,
+  x: np.ndarray | jax.Array,
+  z: np.ndarray | jax.Array,
+  label: np.ndarray | None = None,
+  classes: int = 1,
+  devices: int | None = None,
+) -> np.ndarray:
+  """Which noise goes with which image, for any of both.
+
+  Args:
+    x, z: float32 [n, ...], images and noise of one shape.
+    label: int32 [n], the class of a row of both; None where there are none.
+    classes: how many there are, if more than in `label`: pools then share a compilation.
+    devices: how many of this process's devices to use; None for all of them.
+
+  Returns:
+    int32 [n], a permutation: x[i] goes with z[result[i]].
+
+  Raises:
+    UserError: the arrays are not of one shape.
+  """
+  label = np.zeros(len(x), np.int32) if label is None else np.asarray(label)
+  if np.shape(x) != np.shape(z) or label.shape != (len(x),):
+    raise UserError(
+      f"images {np.shape(x)}, noise {np.shape(z)} and labels {label.shape} do not go together; "
+      "give as much noise as images, of their shape, and a label for each."
+    )
+  blind = config.condition != "class"
+  table = np.arange(len(label), dtype=np.int32)[None] if blind else _groups(label, classes)
+  devices = min(devices or jax.local_device_count(), len(table))
+  idle = np.full((-len(table) % devices, table.shape[1]), -1, np.int32)  # an equal share for each
+  shares = np.concatenate([table, idle])
+  column, reduced = jax.device_get(_solver(config, devices)(x, z, label, shares))
+  order = np.arange(len(label), dtype=np.int32)
+  for i, rows in enumerate(table):
+    size = int(np.sum(rows >= 0))
+    mine = column[i, :size]
+    if config.solver == "exact":
+      _, mine = linear_sum_assignment(reduced[i, :size, :size])
+    order[rows[:size]] = rows[mine]
+  return order
+
+
+_draw = jax.jit(draw_noise, static_argnums=2)
+
+
 def pair(
   config: PairingConfig,
   rng: jax.Array,
@@ -201,7 +246,7 @@ def pair(
   classes: int,
   devices: int | None = None,
 ) -> np.ndarray:
-  """Re-deals the noise of one pool.
+  """Re-deals the noise of one pool, see `match`.
 
   Every process solves the pool for itself, its groups in parallel on its own devices: the answer is
   the same everywhere, and nothing is sent.
@@ -216,20 +261,8 @@ def pair(
   Returns:
     int32 [n], a permutation of `noise`.
   """
-  blind = config.condition != "class"
-  table = np.arange(len(label), dtype=np.int32)[None] if blind else _groups(label, classes)
-  devices = min(devices or jax.local_device_count(), len(table))
-  idle = np.full((-len(table) % devices, table.shape[1]), -1, np.int32)  # an equal share for each
-  shares = np.concatenate([table, idle])
-  column, reduced = jax.device_get(_solver(config, devices)(rng, pixels, noise, label, shares))
-  paired = noise.copy()
-  for i, rows in enumerate(table):
-    size = int(np.sum(rows >= 0))
-    mine = column[i, :size]
-    if config.solver == "exact":
-      _, mine = linear_sum_assignment(reduced[i, :size, :size])
-    paired[rows[:size]] = noise[rows[mine]]
-  return paired
+  z = _draw(rng, noise, pixels.shape[1:])
+  return noise[match(config, pixels, z, label, classes, devices)]
 
 
 def class_leak(noise: np.ndarray, label: np.ndarray) -> float:

@@ -179,7 +179,7 @@ def test_groups_solved_together_cost_what_they_do_one_by_one(pool):
   def run(together):
     config = CONFIGS["class/sinkhorn"]
     solve = jax.jit(partial(pairing._solve, config, together))
-    column, _ = solve(RNG, pixels, noise, label, table)
+    column, _ = solve(pixels, draw_noise(RNG, noise, (8, 8, 1)), label, table)
     pairs = np.arange(N)
     for rows, columns in zip(table, np.asarray(column), strict=True):
       rows = rows[rows >= 0]
@@ -200,6 +200,27 @@ def test_images_that_are_noise_are_paired_with_it(name):
   wanted = np.roll(noise, 3)  # of the same class, and nobody's own
   pixels = np.asarray(draw_noise(RNG, wanted, (4, 4, 1)))
   np.testing.assert_array_equal(pairing.pair(CONFIGS[name], RNG, pixels, label, noise, 3), wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_images_and_noise_of_one_s_own_are_paired_alike(name, pool):
+  pixels, label, noise, _ = (a[:128] for a in pool)
+  order = pairing.match(CONFIGS[name], pixels, draw_noise(RNG, noise, (8, 8, 1)), label, 10)
+  numbers = pairing.pair(CONFIGS[name], RNG, pixels, label, noise, 10)
+  np.testing.assert_array_equal(noise[order], numbers)
+
+
+def test_without_labels_all_are_of_one_class():
+  z = np.random.default_rng(0).normal(size=(12, 6))
+  wanted = np.roll(np.arange(12), 5)
+  np.testing.assert_array_equal(pairing.match(PairingConfig(pool=1), z[wanted], z), wanted)
+
+
+@pytest.mark.parametrize("shape, labels", [((5, 3), 4), ((4, 2), 4), ((4, 3), 5)])
+def test_what_does_not_go_together_is_refused(shape, labels):
+  with pytest.raises(UserError, match=r"images \(4, 3\), noise .* do not go together"):
+    x, z, label = np.zeros((4, 3)), np.zeros(shape), np.zeros(labels, np.int32)
+    pairing.match(PairingConfig(pool=1), x, z, label)
 
 
 def test_absent_classes_and_a_class_of_one_row():
