@@ -80,7 +80,7 @@ def get_run(perturb, tmp_path_factory):
     if kind not in made:
       folder = hf_folder.write(tmp_path_factory.mktemp("hf") / "model", "gpt2")
       config, facts, prompts = KINDS[kind](folder)
-      prompts *= 3
+      prompts *= 12  # enough for one to type again what it erased, where it may
       init = model.make_network(config, facts).init
       params = jax.jit(lambda key: perturb(init(key)))(jax.random.key(0))
       made[kind] = Run(config, facts, params, prompts, tmp_path_factory.mktemp(kind) / "out")
