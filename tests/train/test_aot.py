@@ -27,7 +27,7 @@ def test_bytes_of_shapes_are_those_of_the_arrays(monkeypatch):
   assert found == size(placed) == 16 * 64 * 4 / 8 + 6
 
 
-@pytest.mark.parametrize("fsdp, tensor", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("fsdp, tensor", [pytest.param(1, 1, marks=pytest.mark.slow), (4, 2)])
 def test_digits_are_compiled_for_eight_devices(monkeypatch, capsys, fsdp, tensor):
   monkeypatch.setattr(mesh_lib, "SMALL", 64)
   config = ism_digits.get_config("debug")
