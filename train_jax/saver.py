@@ -95,7 +95,7 @@ class Saver:
     good: the newest step that is known to be whole: restored, or read back after its save.
   """
 
-  def __init__(self, directory: Path, keep: int, keep_every: int):
+  def __init__(self, directory: Path, keep: int, keep_every: int = 0):
     self.directory, self.good = directory, None
     self._keep, self._keep_every = keep, keep_every
     self._orbax: ocp.AsyncCheckpointer | None = None
