@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,11 +16,10 @@ from configs import seqmatch_arithmetic, seqmatch_gpt2, seqmatch_text
 from seqmatch_jax import method as seqmatch
 from seqmatch_jax import model, tokens
 from seqmatch_jax.show import END
+from tests.light import heavy_imports
 from tests.seqmatch import hf_folder
 from train_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-HEAVY = "orbax grain ott ml_collections tensorflow_datasets tensorflow sklearn scipy matplotlib"
 WORDS = ["w7 w8", "w9", "w3 w4 w5"]
 LIMITS = {"max_length": 20, "max_actions": 30, "max_erasures": 5}
 
@@ -144,17 +141,11 @@ def test_says_what_it_is(trained, get_run, differences):
 @pytest.mark.parametrize("kind", ["arithmetic", "weights"])
 def test_generating_imports_nothing_of_training(kind, get_run):
   run = get_run(kind)
-  code = f"""
-import sys, seqmatch_jax
-assert "jax" not in sys.modules
+  use = f"""
 model = seqmatch_jax.load_pretrained({str(run.exported)!r})
 assert len(model.generate({run.prompts[:2]!r}, temperature=1.0)) == 2
-print(sorted({{name.partition(".")[0] for name in sys.modules}} & set({HEAVY!r}.split())))
 """
-  done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-  )
-  assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+  assert heavy_imports("seqmatch_jax", use) == []
 
 
 @pytest.mark.parametrize(
