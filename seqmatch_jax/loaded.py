@@ -151,14 +151,16 @@ def load_pretrained(directory: str | Path) -> Loaded:
     record = json_files.read(folder / exported.CONFIG).get(METHOD)
   except (OSError, ValueError):
     record = None  # exported.load says what is wrong
-  read = _read_exported if record is None else _read_hugging_face
-  record, vocab, network, params = read(folder, record)
+  if record is None:
+    record, vocab, network, params = _read_exported(folder)
+  else:
+    vocab, network, params = _read_hugging_face(folder, record)
   limits = {name: record["generation"][name] for name in rollout.RolloutConfig.__dataclass_fields__}
   generate = rollout.make_rollout(network, rollout.RolloutConfig(**limits))
   return Loaded(vocab, record, params, network, generate)
 
 
-def _read_exported(folder: Path, _):
+def _read_exported(folder: Path) -> tuple:
   """(record, vocabulary, network, parameters) of a run from nothing."""
   record, stored = exported.load(folder, METHOD)
   facts, sizes = record["run"]["facts"], dict(record["network"])
@@ -175,16 +177,14 @@ def _read_exported(folder: Path, _):
   return record, tokens.from_facts(facts), network, params
 
 
-def _read_hugging_face(folder: Path, record: dict):
-  """The same of a run from pretrained weights, whose adapters were merged."""
-  sizes, vocab = (
-    TransformerConfig(**{**record["network"], "lora": None}),
-    TextVocab.from_file(folder),
-  )
+def _read_hugging_face(folder: Path, record: dict) -> tuple:
+  """(vocabulary, network, parameters) of a run from pretrained weights, its adapters merged."""
+  sizes = TransformerConfig(**{**record["network"], "lora": None})
+  vocab = TextVocab.from_file(folder)
   network = transformer.make_network(sizes)
   shapes = jax.eval_shape(network.init, jax.random.key(0))
   device = SingleDeviceSharding(jax.local_devices()[0])
   shardings = jax.tree.map(lambda _: device, shapes)
   # The bias of <backspace> is there: an export has the tensor.
   params = pretrained.place(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
-  return record, vocab, network, params
+  return vocab, network, params

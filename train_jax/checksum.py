@@ -23,9 +23,10 @@ def _mix(h):
 
 
 def _fold(h: jax.Array) -> jax.Array:
-  """Adds halves up, three times where it can: a CPU's sum of integers is scalar, and this is not.
+  """Adds the halves of an axis, three times where it can: fewer numbers with the same sum.
 
-  Of eight parts that are read at once; of many more the processor's cache would be lost.
+  A CPU's sum of integers is scalar, and this is not. Eight parts are read at once then; many more
+  are slower, as they do not stay in the processor's cache.
   """
   folds = 3
   for axis in range(h.ndim):

@@ -168,8 +168,9 @@ class _Run:
     found = self.checkpoints.restore(abstract)
     if not found:
       wanted, given = state_lib.flatten(abstract.params), self.given()
-      place = {n: mesh_lib.place(a, wanted[n].sharding, wanted[n].dtype) for n, a in given.items()}
-      return init(place), 0
+      return init(
+        {n: mesh_lib.place(a, wanted[n].sharding, wanted[n].dtype) for n, a in given.items()}
+      ), 0
     state, meta = found
     if (step := int(state.step)) > self.config.steps:  # its evaluation would be called this run's
       raise UserError(
