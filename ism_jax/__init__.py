@@ -2,7 +2,7 @@
 
 
 def load_pretrained(path, vae=None):
-  """The exported model in the directory `path`, ready to sample: see ism_jax/pretrained.py."""
-  from ism_jax import pretrained
+  """The exported model in the directory `path`, ready to sample: see ism_jax/loaded.py."""
+  from ism_jax import loaded
 
-  return pretrained.load_pretrained(path, vae)
+  return loaded.load_pretrained(path, vae)

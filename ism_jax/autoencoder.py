@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from train_jax import pretrained
+from ism_jax import torch_weights
 from train_jax.errors import UserError
 from train_jax.layers import Dense
 from train_jax.weights import Weights
@@ -222,9 +222,9 @@ def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> A
   graphdef, state = nnx.split(network)
   old = "encoder.mid_block.attentions.0.query.weight" in weights
   shapes = nnx.to_pure_dict(state)
-  params = pretrained.read(weights, shapes, OLD_NAMES if old else NAMES)
+  params = torch_weights.read(weights, shapes, OLD_NAMES if old else NAMES)
 
-  @pretrained.full_precision
+  @torch_weights.full_precision
   def encode(params, images) -> tuple[jax.Array, jax.Array]:
     _check("images", images, config.channels, config.shrink)
     network = nnx.merge(graphdef, nnx.State(params))
@@ -232,7 +232,7 @@ def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> A
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
 
-  @pretrained.full_precision
+  @torch_weights.full_precision
   def decode(params, latents) -> jax.Array:
     _check("latents", latents, config.latents, 1)
     network = nnx.merge(graphdef, nnx.State(params))

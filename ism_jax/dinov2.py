@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ism_jax import torch_weights
 from ism_jax.inception import check_images
-from train_jax import pretrained
 from train_jax.errors import UserError
 from train_jax.layers import Dense, Mlp
 from train_jax.weights import Weights
@@ -196,7 +196,7 @@ def make_network(config: ViTConfig) -> tuple[dict, Callable]:
   """
   graphdef, state = nnx.split(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0))))
 
-  @pretrained.full_precision
+  @torch_weights.full_precision
   def forward(params, x) -> jax.Array:
     return nnx.merge(graphdef, nnx.State(params))(x)
 
@@ -207,10 +207,10 @@ def read_params(weights: Weights, shapes: dict, depth: int) -> dict:
   """The parameters of `make_network`, each block's stacked along a leading axis."""
   names = OLD_NAMES if "encoder.layer.0.attention.attention.query.weight" in weights else NAMES
   block = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), shapes["blocks"])
-  blocks = [pretrained.read(weights, block, names, f"encoder.layer.{i}.") for i in range(depth)]
+  blocks = [torch_weights.read(weights, block, names, f"encoder.layer.{i}.") for i in range(depth)]
   rest = {name: shapes[name] for name in shapes if name != "blocks"}
   stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *blocks)
-  return {"blocks": stacked, **pretrained.read(weights, rest, names)}
+  return {"blocks": stacked, **torch_weights.read(weights, rest, names)}
 
 
 def preprocess(images: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train_jax import pretrained
+from ism_jax import torch_weights
 from train_jax.errors import UserError
 from train_jax.weights import Weights
 
@@ -229,7 +229,7 @@ def fold(weights: Weights, name: str, shape: tuple[int, ...]) -> dict[str, jax.A
     for key in ("weight", "bias", "running_mean", "running_var")
   }
   scale = norm["weight"] / np.sqrt(norm["running_var"] + 1e-3)
-  kernel = pretrained.kernel(weights, f"{name}.conv.weight", shape) * scale
+  kernel = torch_weights.kernel(weights, f"{name}.conv.weight", shape) * scale
   bias = norm["bias"] - norm["running_mean"] * scale
   return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
 
@@ -255,9 +255,9 @@ def load(path: str | Path) -> tuple[dict, Callable]:
 
   shapes = nnx.to_pure_dict(state)
   params = {key: parameters(shapes[key], key) for key in shapes if key != "fc"}
-  params["fc"] = pretrained.read(weights, shapes["fc"], prefix="fc.")
+  params["fc"] = torch_weights.read(weights, shapes["fc"], prefix="fc.")
 
-  @pretrained.full_precision
+  @torch_weights.full_precision
   def apply(params, images) -> dict[str, jax.Array]:
     check_images(images)
     return nnx.merge(graphdef, nnx.State(params))((resize(images) - 128) / 128)

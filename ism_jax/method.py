@@ -19,10 +19,10 @@ from ism_jax import (
   evaluate,
   evaluators,
   latents,
+  loaded,
   loss,
   pairing,
   path,
-  pretrained,
   sample,
   sit,
   wavelet,
@@ -309,9 +309,7 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
     return
   run = {"config": config.to_dict(), "facts": facts}
   guidance = config.guidance
-  pretrained.export(
-    out, params, make_sizes(config, facts), step, run, guidance.w_max, guidance.w_step
-  )
+  loaded.export(out, params, make_sizes(config, facts), step, run, guidance.w_max, guidance.w_step)
   print(f"model: {out} (step {step}); ism_jax.load_pretrained({str(out)!r}) samples from it")
 
 

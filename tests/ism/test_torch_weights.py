@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from train_jax import pretrained
+from ism_jax import torch_weights
 from train_jax.errors import UserError
 from train_jax.weights import Weights, save
 
@@ -31,7 +31,7 @@ def weights(tmp_path):
 
 def test_a_convolution_slides_as_pytorchs(weights):
   x = RNG.normal(size=(1, 6, 7, 4)).astype(np.float32)
-  kernel = pretrained.kernel(weights, "a.first.weight", (3, 2, 4, 5))
+  kernel = torch_weights.kernel(weights, "a.first.weight", (3, 2, 4, 5))
   ours = jax.lax.conv_general_dilated(
     x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
@@ -43,8 +43,8 @@ def test_a_convolution_slides_as_pytorchs(weights):
 
 @pytest.mark.parametrize("name", ["a.list.1.to_out.0.weight", "a.pixel.weight"])
 def test_linear_layers_and_pixel_convolutions_stand_for_each_other(weights, name):
-  np.testing.assert_array_equal(pretrained.kernel(weights, name, (4, 5)), LINEAR.T)
-  np.testing.assert_array_equal(pretrained.kernel(weights, name, (1, 1, 4, 5))[0, 0], LINEAR.T)
+  np.testing.assert_array_equal(torch_weights.kernel(weights, name, (4, 5)), LINEAR.T)
+  np.testing.assert_array_equal(torch_weights.kernel(weights, name, (1, 1, 4, 5))[0, 0], LINEAR.T)
 
 
 def test_a_tree_is_read_by_its_paths(weights):
@@ -58,7 +58,7 @@ def test_a_tree_is_read_by_its_paths(weights):
     "own": shape(1, 5, 4),
   }
   names = {"to_out": "to_out.0", "middle": "norm", "own": "token"}
-  params = pretrained.read(weights, shapes, names, "a.")
+  params = torch_weights.read(weights, shapes, names, "a.")
   assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, shapes)
   assert {a.dtype.name for a in jax.tree.leaves(params)} == {"float32"}
   np.testing.assert_array_equal(params["list"][1]["to_out"]["kernel"], LINEAR.T)
@@ -78,7 +78,7 @@ def test_a_tree_is_read_by_its_paths(weights):
 )
 def test_what_does_not_fit_is_named(weights, name, shape, words):
   with pytest.raises(UserError, match=words):
-    pretrained.kernel(weights, name, shape)
+    torch_weights.kernel(weights, name, shape)
 
 
 def test_full_precision_reaches_every_product():
@@ -87,4 +87,4 @@ def test_full_precision_reaches_every_product():
 
   x = jnp.ones((2, 2))
   assert "HIGHEST" not in str(jax.make_jaxpr(product)(x, x))
-  assert "HIGHEST" in str(jax.make_jaxpr(pretrained.full_precision(product))(x, x))
+  assert "HIGHEST" in str(jax.make_jaxpr(torch_weights.full_precision(product))(x, x))

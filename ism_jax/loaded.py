@@ -56,7 +56,7 @@ def export(
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class Loaded:
   """A trained model.
 
   Attributes:
@@ -108,7 +108,7 @@ class Pretrained:
     return self.sampler(self.params, seed, labels, guidance, nfe, batch)
 
 
-def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Pretrained:
+def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Loaded:
   """The model that `--mode=export` wrote.
 
   Args:
@@ -129,4 +129,4 @@ def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Pre
     from ism_jax import latents
 
     sampler = latents.decoding(sampler, vae, facts["vae"])
-  return Pretrained(tuple(record["names"]), shape, record["w_max"], record, params, apply, sampler)
+  return Loaded(tuple(record["names"]), shape, record["w_max"], record, params, apply, sampler)
