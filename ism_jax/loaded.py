@@ -11,7 +11,6 @@ Dimensions: n samples, h w image, c channel.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,35 +23,6 @@ from train_jax import exported
 from train_jax.errors import UserError
 
 METHOD = "ism"
-
-
-def export(
-  directory: Path,
-  params,
-  sizes: dit.DiTConfig,
-  step: int,
-  run: dict,
-  w_max: float,
-  w_step: float,
-) -> None:
-  """Writes a model that `load_pretrained` reads.
-
-  Args:
-    step: at which `params` were averaged.
-    run: {"config": ..., "facts": ...} of the run they come from.
-    w_max, w_step: guidance strengths trained: 0, w_step, 2 w_step, ..., w_max.
-  """
-  record = {
-    "method": METHOD,
-    "step": step,
-    "network": dataclasses.asdict(sizes),
-    "shape": run["facts"]["shape"],
-    "names": run["facts"]["names"],
-    "w_max": w_max,
-    "w_step": w_step,
-    "run": run,
-  }
-  exported.save(directory, params, record)
 
 
 @dataclass(frozen=True)
@@ -121,7 +91,8 @@ def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Loa
   record, stored = exported.load(directory, METHOD)
   init, apply = dit.make_network(dit.for_inference(dit.DiTConfig(**record["network"])))
   params = exported.fill(stored, jax.eval_shape(init, jax.random.key(0)))
-  shape, facts = tuple(record["shape"]), record["run"]["facts"]
+  config, facts = record["run"]["config"], record["run"]["facts"]
+  shape, names, w_max = tuple(facts["shape"]), tuple(facts["names"]), config["guidance"]["w_max"]
   sampler = sample.make_sampler(apply, shape)
   if vae is not None:
     if "vae" not in facts:
@@ -129,4 +100,4 @@ def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Loa
     from ism_jax import latents
 
     sampler = latents.decoding(sampler, vae, facts["vae"])
-  return Loaded(tuple(record["names"]), shape, record["w_max"], record, params, apply, sampler)
+  return Loaded(names, shape, w_max, record, params, apply, sampler)

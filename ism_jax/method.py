@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from ism_jax import (
   wavelet,
 )
 from ism_jax.protocol import check_number
-from train_jax import aot
+from train_jax import aot, exported
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
@@ -304,13 +305,15 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=export`: the `sample` average as files that `ism_jax.load_pretrained` reads."""
   del flags
   params, step = load(mesh_of(config))
-  params = jax.tree.map(mesh_lib.fetch, params)
-  if jax.process_index():
-    return
-  run = {"config": config.to_dict(), "facts": facts}
-  guidance = config.guidance
-  loaded.export(out, params, make_sizes(config, facts), step, run, guidance.w_max, guidance.w_step)
-  print(f"model: {out} (step {step}); ism_jax.load_pretrained({str(out)!r}) samples from it")
+  record = {
+    "method": loaded.METHOD,
+    "step": step,
+    "network": dataclasses.asdict(make_sizes(config, facts)),
+    "run": {"config": config.to_dict(), "facts": facts},
+  }
+  exported.save(out, params, record)
+  if jax.process_index() == 0:
+    print(f"model: {out} (step {step}); ism_jax.load_pretrained({str(out)!r}) samples from it")
 
 
 def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:

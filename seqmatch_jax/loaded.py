@@ -27,7 +27,6 @@ from seqmatch_jax import pretrained, rollout, sample, show, tokens, transformer
 from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax import exported, json_files, lora
-from train_jax import mesh as mesh_lib
 
 METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
 
@@ -51,11 +50,8 @@ def write(directory: Path, params: dict, vocab: Vocab | TextVocab, record: dict)
   Args:
     params: all parameters of the network.
   """
-  params = jax.tree.map(mesh_lib.fetch, params)
-  if jax.process_index():
-    return
-  directory.mkdir(parents=True, exist_ok=True)
-  if isinstance(vocab, TextVocab):
+  if isinstance(vocab, TextVocab) and jax.process_index() == 0:
+    directory.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(vocab.path, directory / TOKENIZER)
   exported.save(directory, params, record)
 

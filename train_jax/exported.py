@@ -17,9 +17,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from train_jax import json_files, weights
+from train_jax import json_files, mesh, weights
 from train_jax.errors import UserError
 from train_jax.state import flatten
 
@@ -30,13 +29,18 @@ MODEL, CONFIG = "model.safetensors", "config.json"
 def save(directory: Path, params, record: dict) -> None:
   """Writes `params` (nested dicts) and `record` (JSON); replaces an older export.
 
+  All processes must call it; the first one writes.
+
   Args:
     record: with `method`, `step` and `run`; `format` is added.
   """
+  params = jax.tree.map(mesh.fetch, params)
+  if jax.process_index():
+    return
   directory.mkdir(parents=True, exist_ok=True)
   config, partial = directory / CONFIG, directory / f"{CONFIG}.partial"
   config.unlink(missing_ok=True)
-  tensors = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+  tensors = flatten(params)
   partial.write_text(json.dumps({"format": FORMAT, **record}, indent=1))
   weights.save(directory / MODEL, tensors, {"method": record["method"]})
   shutil.copymode(partial, directory / MODEL)  # safetensors lets no one else read its files

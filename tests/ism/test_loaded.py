@@ -57,7 +57,7 @@ def test_says_what_it_is(config, params, model, differences):
   assert model.names == ("cat", "dog", "owl") and model.shape == (8, 8, 1) and model.w_max == 2
   assert differences(model.params, params) == []
   record = model.record
-  assert (record["method"], record["step"], record["w_step"]) == ("ism", 7, 0.25)
+  assert (record["method"], record["step"]) == ("ism", 7)
   assert record["run"] == json.loads(json.dumps({"config": config.to_dict(), "facts": FACTS}))
   assert len(repr(model)) < 200
 

@@ -181,6 +181,6 @@ def test_heads_of_a_published_width_are_known(tmp_path):
 
 
 def test_our_own_file_is_not_taken_for_one(tmp_path):
-  exported.save(tmp_path, {"out": {"bias": np.ones(2)}}, {"method": "ism"})
+  exported.save(tmp_path, {"out": {"bias": jnp.ones(2)}}, {"method": "ism"})
   with pytest.raises(UserError, match="has no tensor 'x_embedder"):
     sit.convert(Weights(tmp_path / exported.MODEL), CONFIG)

@@ -56,7 +56,7 @@ def test_run_is_read_as_the_mesh_shares_it_out(workdir, abstract, make_mesh, mon
 
 
 def test_export_and_file_give_their_tensors(tmp_path, read):
-  params = {"layer": {"kernel": np.ones((4, 3), np.float32), "bias": np.zeros(3, np.float32)}}
+  params = {"layer": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
   exported.save(tmp_path, params, {"method": "tiny", "step": 9, "run": RUN})
   trained = read(tmp_path)
   kernel = trained.tensors["layer.kernel"][:2, 1:]  # not read before it is asked for
