@@ -26,9 +26,10 @@ from ml_collections import ConfigDict, config_flags
 from train_jax import aot, distributed, loop, mesh, optim, start
 from train_jax import config as config_lib
 from train_jax.checkpoint import Checkpoints
+from train_jax.distributed import check_same_everywhere
 from train_jax.errors import UserError
-from train_jax.faults import check_same_everywhere
-from train_jax.saver import SaveError, check_writable
+from train_jax.files import check_writable
+from train_jax.saver import SaveError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ism_jax.images import SUFFIXES, UNREADABLE, area_square, center_crop, convert
 from train_jax.errors import UserError
-from train_jax.shards import whole_file
+from train_jax.files import whole_file
 
 
 class Images(NamedTuple):

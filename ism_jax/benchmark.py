@@ -10,7 +10,6 @@ Dimensions: n samples, b batch, h w image, c channel.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from ism_jax import reference as reference_lib
 from ism_jax.protocol import FRECHET, METRICS, SPLITS, Protocol, check_number, column
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.files import write_json
 from train_jax.metrics import progress_bar, table
-from train_jax.shards import whole_file
 from train_jax.weights import sha256
 
 KEPT = 50_000  # samples whose features precision and recall hold, at most: 0.4 GB
@@ -202,8 +201,7 @@ def report(
   for name, value in benchmark.measure(params, settings, n, out if save else None):
     record["results"][name] = value
     if chief:
-      with whole_file(out / "benchmark.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
+      write_json(out / "benchmark.json", record, indent=1)
   if chief:
     print(table(record["results"]))
     print(f"numbers: {out / 'benchmark.json'}")

@@ -25,7 +25,8 @@ from ism_jax.images import Images, find, read_batches
 from ism_jax.latents import VERSION, moments, record_dtype
 from train_jax import shards as shards_lib
 from train_jax.errors import UserError
-from train_jax.shards import Job, commit, make_missing, write_json
+from train_jax.files import commit, write_json
+from train_jax.shards import Job, make_missing
 from train_jax.weights import sha256
 
 KIND = "images", "img", ("latents.array_record", "latents.json")  # see shards.Job

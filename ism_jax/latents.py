@@ -34,9 +34,9 @@ import numpy as np
 from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
 from ism_jax.sample import batch_size
-from train_jax import json_files
 from train_jax.errors import UserError
 from train_jax.faults import LIMIT, Faults
+from train_jax.files import read_json
 from train_jax.shards import shard_name
 from train_jax.weights import sha256
 
@@ -120,7 +120,7 @@ def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
 
 def _read_json(path: Path) -> dict:
   try:
-    return json_files.read(path)
+    return read_json(path)
   except (OSError, ValueError) as err:
     raise UserError(
       f"{path} is missing or damaged, so {path.parent} is not a whole latent set; run the "

@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 from ism_jax import adm, extract
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.files import whole_file
 from train_jax.metrics import progress_bar
-from train_jax.shards import whole_file
 from train_jax.weights import sha256
 
 KEYS = {

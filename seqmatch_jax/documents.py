@@ -21,8 +21,8 @@ import numpy as np
 from seqmatch_jax import tokens
 from seqmatch_jax.corpus import Texts
 from seqmatch_jax.tokens import TextVocab, Vocab
-from train_jax import json_files
 from train_jax.errors import UserError
+from train_jax.files import read_json
 from train_jax.shards import shard_name
 
 VERSION = 1  # of the layout above
@@ -124,7 +124,7 @@ def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
   """
   top = Path(path).expanduser()
   try:
-    manifest = json_files.read(top / "manifest.json")
+    manifest = read_json(top / "manifest.json")
   except (OSError, ValueError) as err:
     raise UserError(f"{top / 'manifest.json'} is damaged; encode the texts again.") from err
   if manifest.get("version") != VERSION or "documents" not in manifest:

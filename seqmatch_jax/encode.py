@@ -7,7 +7,6 @@ and counted.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,9 @@ from seqmatch_jax.corpus import Texts
 from seqmatch_jax.documents import VERSION, token_type
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
+from train_jax.files import read_json, whole_file, write_json
 from train_jax.metrics import progress_bar
-from train_jax.shards import Job, make_job, make_missing, whole_file, write_json
+from train_jax.shards import Job, make_job, make_missing
 
 KIND = "texts", "text", ("tokens.npy", "lengths.npy", "part.json")  # see shards.Job
 CHUNK = 64  # texts that a thread takes at a time
@@ -63,7 +63,7 @@ def _over(texts: Texts, rows: range, use: Callable, progress: Callable) -> tuple
 def find_symbols(texts: Texts, job: Job, out: Path) -> Vocab:
   """One token for each character there is in the texts; found once, and kept in `out`."""
   path = out / "symbols.json"
-  known = json.loads(path.read_text()) if path.exists() else {}
+  known = read_json(path) if path.exists() else {}
   if known.get("texts") != job.facts["texts"]:  # a job that was broken off read others, perhaps
     bar, found = progress_bar(texts.size, 0, unit="text", desc="looking for characters"), {*()}
     _over(texts, range(texts.size), found.update, bar.update)

@@ -10,9 +10,6 @@ Dimensions: v vocabulary, k width, l layers.
 from __future__ import annotations
 
 import collections
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, NAME, TextVocab
 from train_jax import lora, weights
 from train_jax import mesh as mesh_lib
+from train_jax.files import read_json, write_json
 
 LIMIT = 4 * 2**30  # bytes of tensors in one file
 
@@ -63,15 +61,13 @@ def write(
 def _write(folder, params, blocks, sizes, vocab, source, record) -> None:
   config = pretrained.read_config(source)
   folder.mkdir(parents=True, exist_ok=True)
-  final, partial = folder / "config.json", folder / "config.json.partial"
-  final.unlink(missing_ok=True)
+  (folder / "config.json").unlink(missing_ok=True)
   twins = vocab.bos == vocab.eos and not np.array_equal(*params["embed"]["embedding"][[BOS, EOS]])
   vocab = _write_tokenizer(folder, vocab, twins)
   _write_tensors(folder, _tensors(params, blocks, sizes, vocab))
   config |= {"vocab_size": vocab.hf_size, "bos_token_id": vocab.bos, record["method"]: record}
   config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-  partial.write_text(json.dumps(config, indent=1))
-  os.replace(partial, final)
+  write_json(folder / "config.json", config, indent=1)
 
 
 def _write_tokenizer(folder: Path, vocab: TextVocab, twins: bool) -> TextVocab:
@@ -82,10 +78,10 @@ def _write_tokenizer(folder: Path, vocab: TextVocab, twins: bool) -> TextVocab:
   tokenizer.add_special_tokens([NAME, "<bos>"] if twins else [NAME])
   tokenizer.save(str(folder / "tokenizer.json"))
   beside = Path(vocab.path).with_name("tokenizer_config.json")
-  config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+  config = read_json(beside) if beside.is_file() else {}
   begin = "<bos>" if twins else tokenizer.id_to_token(vocab.bos)
   config |= {"bos_token": begin, "eos_token": tokenizer.id_to_token(vocab.eos)}
-  (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+  write_json(folder / "tokenizer_config.json", config, indent=1)
   return TextVocab.from_file(folder)
 
 
@@ -136,7 +132,6 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> N
 
   def flush(name: str) -> None:
     weights.save(folder / name, held, {"format": "pt"})
-    shutil.copymode(folder / "tokenizer.json", folder / name)  # others may read it, too
     index.update(dict.fromkeys(held, name))
     held.clear()
 
@@ -151,4 +146,4 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> N
   flush(f"model-{len(set(index.values())) + 1:05}.safetensors")
   (folder / weights.WHOLE).unlink(missing_ok=True)
   total = {"total_size": sum(f.stat().st_size for f in folder.glob("model-?????.safetensors"))}
-  (folder / weights.INDEX).write_text(json.dumps({"metadata": total, "weight_map": index}))
+  write_json(folder / weights.INDEX, {"metadata": total, "weight_map": index})

@@ -26,7 +26,8 @@ from jax.sharding import SingleDeviceSharding
 from seqmatch_jax import pretrained, rollout, sample, show, tokens, transformer
 from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import TextVocab, Vocab
-from train_jax import exported, json_files, lora
+from train_jax import exported, lora
+from train_jax.files import read_json
 
 METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
 
@@ -144,7 +145,7 @@ def load_pretrained(directory: str | Path) -> Loaded:
   """
   folder = Path(directory).expanduser()
   try:
-    record = json_files.read(folder / exported.CONFIG).get(METHOD)
+    record = read_json(folder / exported.CONFIG).get(METHOD)
   except (OSError, ValueError):
     record = None  # exported.load says what is wrong
   if record is None:

@@ -24,8 +24,9 @@ import numpy as np
 
 from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import TextVocab
-from train_jax import json_files, lazy, mesh
+from train_jax import lazy, mesh
 from train_jax.errors import UserError
+from train_jax.files import read_json
 from train_jax.lazy import Lazy
 from train_jax.state import dotted, flatten
 from train_jax.weights import Weights
@@ -101,7 +102,7 @@ def read_config(folder: str | Path) -> dict:
   """The folder's config.json; UserError if it cannot be read."""
   path = Path(folder).expanduser() / "config.json"
   try:
-    return json_files.read(path)
+    return read_json(path)
   except (OSError, ValueError) as err:
     raise UserError(
       f"pretrained={str(folder)!r}: {path} cannot be read as JSON; give a folder with config.json, "

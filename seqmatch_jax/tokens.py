@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train_jax import json_files
 from train_jax.errors import UserError
+from train_jax.files import read_json
 from train_jax.weights import sha256
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _special(tokenizer: Tokenizer, folder: Path, name: str) -> int | None:
 
   def read(file: str, key: str):
     try:
-      return json_files.read(folder / file).get(key)
+      return read_json(folder / file).get(key)
     except FileNotFoundError:
       return None
     except (OSError, ValueError) as err:

@@ -8,7 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from safetensors import safe_open
 
 from train_jax.errors import UserError
@@ -59,6 +61,15 @@ def test_tensors_are_kept(tool, tmp_path, monkeypatch, capsys):
     assert stored.dtype.name == str(value.dtype).removeprefix("torch.")
     assert stored.tolist() == value.tolist()
   assert sorted(p.name for p in tmp_path.iterdir()) == ["w.pth", "w.safetensors"]
+
+
+def test_others_may_read_what_they_may_read_of_any_new_file(tool, tmp_path, monkeypatch):
+  monkeypatch.setattr(tool, "read", lambda path: {"w": np.ones(2)})
+  monkeypatch.setitem(sys.modules, "safetensors.torch", safetensors.numpy)  # writes files alike
+  assert tool.convert(tmp_path / "w.pth", tmp_path / "w.safetensors") == 1
+  (tmp_path / "any").touch()
+  assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+  assert Weights(tmp_path / "w.safetensors").get("w", (2,)).tolist() == [1, 1]
 
 
 def test_anything_else_is_refused(tool, tmp_path):

@@ -8,7 +8,6 @@ loader is used: code in the file is not run.
 """
 
 import argparse
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_jax.errors import UserError
+from train_jax.files import whole_path
 
 
 def read(path: Path) -> dict:
@@ -59,9 +59,8 @@ def convert(source: Path, target: Path) -> int:
   tensors = read(source)
   from safetensors.torch import save_file
 
-  partial = target.with_name(target.name + ".partial")
-  save_file(tensors, partial, metadata={"source": source.name})
-  os.replace(partial, target)
+  with whole_path(target) as partial:
+    save_file(tensors, partial, metadata={"source": source.name})
   return len(tensors)
 
 

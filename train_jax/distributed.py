@@ -1,4 +1,4 @@
-"""Several processes as one run: start-up, one decision to stop, and the way out.
+"""Several processes as one run: start-up, what they agree on, when they stop, and the way out.
 
 Process 0 is the coordinator. Where a process is missing or dies, JAX's own service aborts the
 interpreter, late, and does not say which one it was; so a roll is called before it (`rollcall.py`)
@@ -16,10 +16,12 @@ Read from the environment; `launch.sh` sets them, Slurm's and Cloud TPU's own ar
 from __future__ import annotations
 
 import collections
+import json
 import os
 import re
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -30,8 +32,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train_jax import mesh as mesh_lib
 from train_jax import metadata
 from train_jax.errors import UserError
+from train_jax.files import check_writable
 from train_jax.rollcall import Place, Roll
-from train_jax.saver import check_writable
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -155,6 +157,26 @@ def check_shared(workdir: Path, patience: float = 30) -> None:
     raise UserError(
       f"--workdir={workdir} of process 0 is not there for processes {blind}; "
       "choose a directory on a disk that all of them share."
+    )
+
+
+def all_agree(mine: bool) -> bool:
+  """Whether it is so on every process; all of them must call it."""
+  if jax.process_count() == 1:
+    return mine
+  return bool(np.all(multihost_utils.process_allgather(np.bool_(mine))))
+
+
+def check_same_everywhere(facts: dict) -> None:
+  """Raises UserError, on all processes, unless all of them found the same data."""
+  if jax.process_count() == 1:
+    return
+  mine = np.uint32(zlib.crc32(json.dumps(facts, sort_keys=True).encode()))
+  found = multihost_utils.process_allgather(mine)
+  if np.any(found != found[0]):
+    others = ", ".join(map(str, np.flatnonzero(found != found[0])[:20]))
+    raise UserError(
+      f"processes {others} read other data than process 0; give all of them the same files, whole."
     )
 
 

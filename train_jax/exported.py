@@ -10,16 +10,14 @@ config.json is removed first and written last, so that a directory that has one 
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from train_jax import json_files, mesh, weights
+from train_jax import mesh, weights
 from train_jax.errors import UserError
+from train_jax.files import read_json, write_json
 from train_jax.state import flatten
 
 FORMAT = 1
@@ -38,13 +36,9 @@ def save(directory: Path, params, record: dict) -> None:
   if jax.process_index():
     return
   directory.mkdir(parents=True, exist_ok=True)
-  config, partial = directory / CONFIG, directory / f"{CONFIG}.partial"
-  config.unlink(missing_ok=True)
-  tensors = flatten(params)
-  partial.write_text(json.dumps({"format": FORMAT, **record}, indent=1))
-  weights.save(directory / MODEL, tensors, {"method": record["method"]})
-  shutil.copymode(partial, directory / MODEL)  # safetensors lets no one else read its files
-  os.replace(partial, config)
+  (directory / CONFIG).unlink(missing_ok=True)
+  weights.save(directory / MODEL, flatten(params), {"method": record["method"]})
+  write_json(directory / CONFIG, {"format": FORMAT, **record}, indent=1)
 
 
 def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
@@ -55,7 +49,7 @@ def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
   """
   path = Path(directory).expanduser() / CONFIG
   try:
-    record = json_files.read(path)
+    record = read_json(path)
   except (OSError, ValueError) as err:
     raise UserError(
       f"{str(directory)!r} is no exported model: {path} cannot be read; make one with "

@@ -1,14 +1,8 @@
-"""Data that cannot be read: named, counted and limited; and whether all processes see the same."""
+"""Data that cannot be read: named, counted and limited."""
 
 from __future__ import annotations
 
-import json
-import zlib
-
-import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from train_jax.errors import UserError
 
@@ -42,16 +36,3 @@ class Faults:
         f"more than data.max_faults={self._limit} records of {self._what} cannot be read, the last "
         f"of them {name} ({why}); mend the data, or raise data.max_faults."
       )
-
-
-def check_same_everywhere(facts: dict) -> None:
-  """Raises UserError, on all processes, unless all of them found the same data."""
-  if jax.process_count() == 1:
-    return
-  mine = np.uint32(zlib.crc32(json.dumps(facts, sort_keys=True).encode()))
-  found = multihost_utils.process_allgather(mine)
-  if np.any(found != found[0]):
-    others = ", ".join(map(str, np.flatnonzero(found != found[0])[:20]))
-    raise UserError(
-      f"processes {others} read other data than process 0; give all of them the same files, whole."
-    )

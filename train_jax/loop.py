@@ -21,8 +21,8 @@ from train_jax import mesh as mesh_lib
 from train_jax import metrics as metrics_lib
 from train_jax import state as state_lib
 from train_jax.checkpoint import Checkpoints
+from train_jax.distributed import all_agree
 from train_jax.errors import UserError
-from train_jax.saver import all_agree
 from train_jax.signals import Interrupted, Signals
 from train_jax.state import TrainState
 from train_jax.step import Method, Metrics, make_train_step

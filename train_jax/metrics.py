@@ -19,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from train_jax import json_files
+from train_jax import files
 
 FLUSH = 20.0  # seconds between TensorBoard's looks at the disk
 
@@ -51,9 +51,8 @@ class MetricWriter:
         with suppress(ValueError, TypeError, KeyError):
           if json.loads(line)["step"] <= step:
             kept.append(line + b"\n")
-    partial = self.path.with_suffix(".tmp")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(self.path)
+    with files.whole_file(self.path) as file:
+      file.writelines(kept)
     self._file = self.path.open("a")
     # Not SummaryWriter, whose thread ends on a full disk: training would wait for it for ever.
     self._board = EventsWriter(str(Path(workdir) / "events"), f".{time.time_ns()}")
@@ -79,7 +78,7 @@ class MetricWriter:
       return
     values = {name: float(value) for name, value in values.items()}
     with self._guard(f"numbers of step {step}"):
-      self._file.write(json_files.dumps({"step": step, **values}) + "\n")
+      self._file.write(files.plain_json({"step": step, **values}) + "\n")
       self._file.flush()
       for name, value in values.items():
         self._add(step, summary=summary.scalar(name, value))
@@ -209,5 +208,5 @@ def report(facts: dict[str, int], results: dict[str, float], out: Path) -> None:
   print(f"{said}; docs/METRICS.md says what is what\n{table(results)}")
   out.mkdir(parents=True, exist_ok=True)
   path = out / "evaluation.json"
-  path.write_text(json_files.dumps({**facts, **results}, indent=1))
+  path.write_text(files.plain_json({**facts, **results}, indent=1))
   print(f"numbers: {path}")

@@ -6,22 +6,21 @@ tried. Older steps are deleted only when a newer one has been read back and is w
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
 from train_jax import checksum, stored
+from train_jax.distributed import all_agree
 from train_jax.errors import UserError
+from train_jax.files import check_writable
 
 PyTree = Any
 
@@ -33,13 +32,6 @@ class SaveError(RuntimeError):
   """The state could not be saved; the message says what is safe and how to go on."""
 
 
-def all_agree(mine: bool) -> bool:
-  """Whether it is so on every process; all of them must call it."""
-  if jax.process_count() == 1:
-    return mine
-  return bool(np.all(multihost_utils.process_allgather(np.bool_(mine))))
-
-
 def _not_orbax(record) -> bool:
   """For the log: Orbax reports a failed save by a page of traceback, and we by a sentence."""
   return record.levelno < logging.converter.STANDARD_ERROR or "/orbax/" not in record.pathname
@@ -47,24 +39,6 @@ def _not_orbax(record) -> bool:
 
 def _fetch(sums: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
   return jax.tree.map(int, jax.device_get(sums))
-
-
-def check_writable(workdir: Path, flag: str = "--workdir") -> None:
-  """Raises UserError unless this process can write into `workdir`, or make it; makes nothing.
-
-  Args:
-    workdir: the directory that the option `flag` names.
-  """
-  there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-  probe = there / f".write-{socket.gethostname()}-{os.getpid()}"
-  try:
-    probe.write_bytes(b"0")
-    probe.unlink()
-  except OSError as err:
-    raise UserError(
-      f"{flag}={workdir} cannot be written to ({err.strerror}); make room, allow it, or choose "
-      "another."
-    ) from err
 
 
 def stored_steps(directory: Path) -> list[int]:

@@ -1,24 +1,20 @@
 """A set that many processes make in shards; killed, the same command goes on with what is done.
 
-Each process makes its own shards, and nothing is sent. A file has another name until it is whole,
-and a shard is done when all its files are there.
+Each process makes its own shards, and nothing is sent. A file has another name until it is whole
+(files.py), and a shard is done when all its files are there.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import jax
 
 from train_jax.errors import UserError
+from train_jax.files import read_json
 from train_jax.metrics import progress_bar
 
 PER_SHARD = 8192  # items; the latents of so many images are about 270 MB
@@ -65,10 +61,10 @@ class Job:
 def _read(path: Path) -> dict:
   """A shard's JSON. Raises UserError if it isn't what was written."""
   try:
-    part = json.loads(path.read_bytes())
+    part = read_json(path)
     if isinstance(part.get("job"), dict):
       return part
-  except (ValueError, AttributeError):
+  except ValueError:
     pass
   raise UserError(f"{path} is damaged; delete it, and the same command makes its shard again.")
 
@@ -88,32 +84,6 @@ def make_job(kind: tuple, version: int, source, shards: int, flags: dict[str, in
     names.update(source.name(i).encode() + b"\0")
   facts = {"version": version, kind[0]: names.hexdigest(), **flags}
   return Job(*kind, source.size, shards, {**facts, "size": source.size, "shards": shards})
-
-
-def commit(partial: Path, path: Path) -> None:
-  """Gives a whole file its name, once it is on the disk."""
-  with partial.open("rb+") as file:
-    os.fsync(file.fileno())
-  os.replace(partial, path)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-  """A file to be written, which becomes `path` when the block has ended well, and else is gone."""
-  # A name of this process's own: several may write the same manifest.
-  partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-  try:
-    with partial.open("wb") as file:
-      yield file
-    commit(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value) -> None:
-  """Writes all of `value` or nothing."""
-  with whole_file(path) as file:
-    file.write(json.dumps(value).encode())
 
 
 def _check_same(job: Job, out: Path) -> None:

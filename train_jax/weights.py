@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from train_jax.errors import UserError
+from train_jax.files import whole_path
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -121,7 +121,5 @@ def sha256(path: str | Path) -> str:
 
 def save(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
   """Writes a safetensors file; a reader sees the old file or the whole new one."""
-  path = Path(path)
-  partial = path.with_name(path.name + ".partial")
-  save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata=metadata)
-  os.replace(partial, path)
+  with whole_path(Path(path)) as partial:
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, partial, metadata=metadata)

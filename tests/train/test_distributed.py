@@ -1,4 +1,4 @@
-"""Where a process stands, the roll call with its absences, the agreement to stop."""
+"""Where a process stands, the roll call with its absences, what all agree on, when they stop."""
 
 import fcntl
 import os
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from train_jax import distributed, metadata, rollcall
 from train_jax import mesh as mesh_lib
@@ -266,6 +267,23 @@ def test_many_processes_hear_of_a_stop_two_steps_later(monkeypatch):
   agree = distributed.Agreement(mesh_lib.make_mesh(2, 2))
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   assert [agree(i == 1) for i in range(5)] == [False, False, False, True, False]
+
+
+def test_processes_that_see_other_data_are_named(monkeypatch):
+  distributed.check_same_everywhere({"examples": 3})
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  gathered = []
+
+  def gather(mine):  # what process 2 gets, the second time from others that differ
+    gathered.append(mine)
+    others = mine + np.uint32(len(gathered) - 1)
+    return np.stack([others, others, mine])
+
+  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+  distributed.check_same_everywhere({"examples": 3, "names": ["a"]})
+  with pytest.raises(UserError, match="processes 2 read other data than process 0"):
+    distributed.check_same_everywhere({"names": ["a"], "examples": 3})
+  assert gathered[0] == gathered[1]  # the order of the facts does not matter
 
 
 @pytest.mark.parametrize("seen", [(True, True), (True, False)])

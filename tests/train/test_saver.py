@@ -14,8 +14,7 @@ import pytest
 from tests.train.stored_steps import empty_file, flip_bit, make_state, meta_of, remove_item
 from train_jax import saver, stored
 from train_jax.checkpoint import Checkpoints
-from train_jax.errors import UserError
-from train_jax.saver import SaveError, check_writable
+from train_jax.saver import SaveError
 
 # Where one array cannot be read, Orbax leaves the reads of the others hanging.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -118,14 +117,6 @@ def test_what_a_killed_save_or_deletion_left_is_removed(workdir, states):
   checkpoints.wait()
   checkpoints.close()
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "7"]
-
-
-def test_directory_that_cannot_be_written_to_is_refused(tmp_path):
-  (tmp_path / "file").touch()
-  with pytest.raises(UserError, match=r"file/run cannot be written to .Not a directory"):
-    check_writable(tmp_path / "file" / "run")
-  check_writable(tmp_path / "a" / "b")
-  assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_save_has_copied_what_is_donated_after_it(tmp_path, restore, differences):

@@ -26,7 +26,12 @@ def test_tensors_come_back_as_they_were(stored):
   assert "half" in weights and "other" not in weights
   assert weights.get("half", (2, 3)).dtype == ml_dtypes.bfloat16
   np.testing.assert_array_equal(weights.get("turned", (3, 2)), [[0, 3], [1, 4], [2, 5]])
-  assert not list(stored.parent.glob("*.partial"))
+  assert [path.name for path in stored.parent.iterdir()] == ["w.safetensors"]
+
+
+def test_others_may_read_what_they_may_read_of_any_new_file(stored):
+  (stored.parent / "any").touch()
+  assert stored.stat().st_mode == (stored.parent / "any").stat().st_mode
 
 
 @pytest.mark.parametrize(
