@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 
 from configs import seqmatch_text
-from seqmatch_jax import corpus, packing, quality, text, text_features
+from seqmatch_jax import corpus, evaluate_text, packing, text, text_features
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -128,10 +128,12 @@ def training_text(out: Path) -> dict[str, float]:
   )
   begins, known_begins = (np.flatnonzero(packed.start == 0) for packed in (held, known))
   chosen = np.random.default_rng(0).choice(known_begins, config.eval.samples, replace=False)
-  real, drawn = quality.real(held, begins), quality.real(known, chosen)
+  real = evaluate_text.real_texts(held, begins)
+  drawn = evaluate_text.real_texts(known, chosen)
   features = text_features.load(str(out / "features_seed0"), vocab)
-  both = [quality.embed(x, vocab, features) for x in (real, drawn)]
-  return dict([*quality.variety(drawn, "T=1"), *quality.closeness(*both, "T=1")])
+  both = [evaluate_text.embed(x, vocab, features) for x in (real, drawn)]
+  found = *evaluate_text.variety(drawn, "T=1"), *evaluate_text.closeness(*both, "T=1")
+  return dict(found)
 
 
 def real_cell(summary: dict, key: str) -> str:

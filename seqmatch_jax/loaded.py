@@ -24,8 +24,8 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from seqmatch_jax import pretrained, rollout, sample, show, tokens, transformer
-from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import TextVocab, Vocab
+from seqmatch_jax.transformer import TransformerConfig
 from train_jax import exported, lora
 from train_jax.files import read_json
 

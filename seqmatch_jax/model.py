@@ -15,8 +15,8 @@ import jax
 from jax.sharding import Mesh
 
 from seqmatch_jax import pretrained, tokens, transformer
-from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import TextVocab
+from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import TextVocab
+from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lazy, mesh
 from train_jax.errors import UserError
 from train_jax.files import read_json

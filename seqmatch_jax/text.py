@@ -13,7 +13,6 @@ from seqmatch_jax import (
   evaluate,
   evaluate_text,
   packing,
-  quality,
   rollout,
   text_features,
   tokens,
@@ -139,9 +138,9 @@ def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_confi
     rows = held.rows if final else max(held.rows // 4, 1)
     count = config.eval.samples if final else max(config.eval.samples // 4, 1)
     yield from evaluate_text.likelihood(total, params, held, vocab, rows, config.batch)
-    real = quality.real(held, _first(held)[:count])
-    yield from quality.variety(real, "real")
-    known = quality.embed(real, vocab, features) if features else None
+    real = evaluate_text.real_texts(held, _first(held)[:count])
+    yield from evaluate_text.variety(real, "real")
+    known = evaluate_text.embed(real, vocab, features) if features else None
     prompt, length = beginnings(held, count)
     key = jax.random.key(config.seed)
     for name, (backspace, top_p) in settings.items():
@@ -150,10 +149,10 @@ def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_confi
       how = {"temperature": 1.0, "allow_backspace": backspace, "retype": True, "top_p": top_p}
       made = rollout.in_batches(generate, params, prompt, length, config.batch, key, **how)
       yield from evaluate_text.measure(made, name)
-      texts = quality.Texts(made.tokens, length, made.length)
-      yield from quality.variety(texts, name)
+      texts = evaluate_text.Texts(made.tokens, length, made.length)
+      yield from evaluate_text.variety(texts, name)
       if features:
-        yield from quality.closeness(known, quality.embed(texts, vocab, features), name)
+        yield from evaluate_text.closeness(known, evaluate_text.embed(texts, vocab, features), name)
 
   return run
 

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqmatch_jax import model, pretrained, tokens, transformer
-from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import BOS, PAD, TextVocab, Vocab
+from seqmatch_jax.transformer import TransformerConfig
 from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError

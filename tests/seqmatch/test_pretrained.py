@@ -12,8 +12,8 @@ import pytest
 
 from seqmatch_jax import export, pretrained, transformer
 from seqmatch_jax.actions import tree
-from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, TextVocab
+from seqmatch_jax.transformer import TransformerConfig
 from tests.seqmatch import hf_folder
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError

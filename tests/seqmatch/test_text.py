@@ -9,16 +9,14 @@ import optax
 import pytest
 
 from configs import seqmatch_gpt2, seqmatch_llama7b, seqmatch_text
-from seqmatch_jax import documents, encode, evaluate_text, packing, text, tokens
+from seqmatch_jax import encode, text, tokens
 from seqmatch_jax import method as seqmatch
-from seqmatch_jax.rollout import Rollout
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.errors import UserError
 from train_jax.step import make_train_step
 
-X = BACKSPACE
 FLAGS = {
   "prompt": None,
   "prompts": None,
@@ -100,7 +98,7 @@ def test_perplexity_is_that_of_one_document_after_the_other(run, config):
       if i >= k or token == EOS:
         row[i, [0, 1]] = -np.inf
         if i <= min(k, len(piece) - 1):
-          row[i, X] = -np.inf  # at the prompt
+          row[i, BACKSPACE] = -np.inf  # at the prompt
         total += row[i, token] - np.log(np.exp(row[i]).sum())
         count += 1
     characters += len(vocab.decode(piece[k:]))
@@ -123,33 +121,6 @@ def test_adapters_are_evaluated_on_the_parameters_that_they_were_trained_with(tm
     seqmatch.evaluate_mode(config, facts, lambda mesh: (params, 0), flags, tmp_path)
     found.append(json.loads((tmp_path / "evaluation.json").read_text())["perplexity/token"])
   assert found[0] == found[1]
-
-
-def test_texts_that_are_prompts_only_have_no_perplexity_a_character():
-  vocab = tokens.Vocab(tuple("ab"))
-  found = documents.Documents.from_parts([np.full(10, 4, np.uint16)], [np.array([4, 6])])
-  held = packing.pack(found, vocab.size, 8, 0, 4)  # a row each, the longer text first
-  total = lambda params, rows: (np.float32(-5000.0), np.float32(1.0))  # noqa: E731
-  both = dict(evaluate_text.likelihood(total, None, held, vocab, 2, 2))
-  assert both == {"perplexity/token": np.inf, "perplexity/character": np.inf}
-  held = packing.Packed(**{**vars(held), "first": held.first[1:]})
-  assert [name for name, _ in evaluate_text.likelihood(total, None, held, vocab, 1, 1)] == [
-    "perplexity/token"
-  ]
-
-
-def test_erasures_are_counted():
-  actions = np.array(
-    [[7, 8, X, X, 9, X, EOS, 0], [7, 7, 7, 7, 7, 7, 7, EOS], [7, 7, 7, EOS, *[0] * 4]]
-  )
-  made = Rollout(actions, np.zeros((3, 9)), np.array([1, 8, 9]), np.array([True, True, True]))
-  assert dict(evaluate_text.measure(made, "a")) == {
-    "backspaces/a": pytest.approx(3 / 19),
-    "erasing/a": pytest.approx(1 / 3),
-    "run/a": pytest.approx(1.5),
-    "finished/a": pytest.approx(2 / 3),  # the last one had no more room
-    "tokens/a": pytest.approx(5.0),
-  }
 
 
 @pytest.mark.parametrize("stream", [False, True])

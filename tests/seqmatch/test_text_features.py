@@ -10,8 +10,8 @@ import pytest
 
 from seqmatch_jax import text_features, transformer
 from seqmatch_jax.actions import visible
-from seqmatch_jax.sizes import TransformerConfig
 from seqmatch_jax.tokens import BOS, Vocab
+from seqmatch_jax.transformer import TransformerConfig
 from tests.seqmatch import hf_folder
 from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints

@@ -1,4 +1,4 @@
-"""Generated texts beside real ones: what counts as said, what is embedded, names of the numbers."""
+"""Numbers about text: perplexity, erasures; what counts as said, what is embedded, their names."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from configs import seqmatch_text
-from seqmatch_jax import diversity, packing, quality, text, text_features
+from seqmatch_jax import diversity, evaluate_text, packing, text, text_features
 from seqmatch_jax.documents import Documents
 from seqmatch_jax.loss import LossConfig
 from seqmatch_jax.rollout import Rollout
-from seqmatch_jax.tokens import BOS, PAD, Vocab
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, Vocab
 
 VOCAB = Vocab(tuple("abc"))
+X = BACKSPACE
 
 
 def documents(*texts):
@@ -22,28 +23,56 @@ def documents(*texts):
   return Documents.from_parts([np.concatenate(encoded)], [[len(x) for x in encoded]])
 
 
+def test_texts_that_are_prompts_only_have_no_perplexity_a_character():
+  vocab = Vocab(tuple("ab"))
+  found = Documents.from_parts([np.full(10, 4, np.uint16)], [np.array([4, 6])])
+  held = packing.pack(found, vocab.size, 8, 0, 4)  # a row each, the longer text first
+  total = lambda params, rows: (np.float32(-5000.0), np.float32(1.0))  # noqa: E731
+  both = dict(evaluate_text.likelihood(total, None, held, vocab, 2, 2))
+  assert both == {"perplexity/token": np.inf, "perplexity/character": np.inf}
+  held = packing.Packed(**{**vars(held), "first": held.first[1:]})
+  assert [name for name, _ in evaluate_text.likelihood(total, None, held, vocab, 1, 1)] == [
+    "perplexity/token"
+  ]
+
+
+def test_erasures_are_counted():
+  actions = np.array(
+    [[7, 8, X, X, 9, X, EOS, 0], [7, 7, 7, 7, 7, 7, 7, EOS], [7, 7, 7, EOS, *[0] * 4]]
+  )
+  made = Rollout(actions, np.zeros((3, 9)), np.array([1, 8, 9]), np.array([True, True, True]))
+  assert dict(evaluate_text.measure(made, "a")) == {
+    "backspaces/a": pytest.approx(3 / 19),
+    "erasing/a": pytest.approx(1 / 3),
+    "run/a": pytest.approx(1.5),
+    "finished/a": pytest.approx(2 / 3),  # the last one had no more room
+    "tokens/a": pytest.approx(5.0),
+  }
+
+
 def test_real_texts_are_the_documents_with_their_prompts():
   texts = ("abcabc", "a", "bbacca")
   held = packing.pack(documents(*texts), VOCAB.size, context=10, errors=1, prompt=2)
   piece = np.argsort(held.document)
-  found = quality.real(held, piece)
+  found = evaluate_text.real_texts(held, piece)
   assert found.start.tolist() == [3, 2, 3] and found.length.tolist() == [7, 2, 7]
   assert found.tokens[:, 0].tolist() == [BOS] * 3 and np.all(found.tokens[1, 2:] == PAD)
   seen = []
-  quality.embed(found, VOCAB, lambda rows: seen.extend(rows))
+  evaluate_text.embed(found, VOCAB, lambda rows: seen.extend(rows))
   assert seen == list(texts)
 
 
 def test_a_document_that_does_not_fit_is_its_first_piece():
   held = packing.pack(documents("abcabcabcabc"), VOCAB.size, context=10, errors=1, prompt=2)
-  found = quality.real(held, np.flatnonzero(held.start == 0))
+  found = evaluate_text.real_texts(held, np.flatnonzero(held.start == 0))
   assert found.length.tolist() == [9]
   assert VOCAB.decode(found.tokens[0].tolist()) == "abcabcab"
 
 
 def test_variety_is_of_what_follows_the_prompt():
   tokens = np.array([[BOS, 4, 4, 5, 5, 5, 5, 5], [BOS, 6, 4, 5, 6, 5, PAD, PAD]])
-  found = dict(quality.variety(quality.Texts(tokens, np.array([3, 2]), np.array([8, 6])), "T=1"))
+  texts = evaluate_text.Texts(tokens, np.array([3, 2]), np.array([8, 6]))
+  found = dict(evaluate_text.variety(texts, "T=1"))
   said = np.array([[5, 5, 5, 5, 5], [4, 5, 6, 5, PAD]]), np.array([5, 4])
   assert found == {
     "entropy/T=1": diversity.entropy(*said, 4),
@@ -56,10 +85,10 @@ def test_variety_is_of_what_follows_the_prompt():
 def test_closeness_is_mauve():
   rng = np.random.default_rng(0)
   one, two = rng.normal(size=(2, 100, 3))
-  found = dict(quality.closeness(one, two, "T=1"))
+  found = dict(evaluate_text.closeness(one, two, "T=1"))
   assert list(found) == ["mauve/T=1", "mauve_spread/T=1", "mauve_star/T=1"]
   assert 0.5 < found["mauve/T=1"] < 1 and 0 < found["mauve_spread/T=1"] < 0.2
-  assert dict(quality.closeness(one, one - 9, "x"))["mauve/x"] < 0.02
+  assert dict(evaluate_text.closeness(one, one - 9, "x"))["mauve/x"] < 0.02
 
 
 @pytest.mark.parametrize("backspace", [True, False])
