@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import faults
+from benchmarks import fault_cases
 from benchmarks.runs import (
   CONFIGS,
   ENDLESS,
@@ -85,11 +85,11 @@ def kills(
 
 
 def flips(root: Path, draw: random.Random, count: int) -> tuple[int, int, str]:
-  """Damage to a step: see faults.damage."""
+  """Damage to a step: see fault_cases.damage."""
   workdir, log = root / "flips", root / "flips.log"
   assert wait(train("ism", workdir, log, "--config.steps=2")) == 0
   result, seed = root / "flips.json", draw.randrange(2**31)
-  pid = fork(lambda: faults.damage(workdir, result, count, seed), root / "damage.log")
+  pid = fork(lambda: fault_cases.damage(workdir, result, count, seed), root / "damage.log")
   assert wait(pid, 600) == 0, (root / "damage.log").read_text()
   found = json.loads(result.read_text())
   return found["good"], found["all"], found["note"]
@@ -122,7 +122,7 @@ def counts(root: Path, method: str, shapes) -> tuple[int, int, str]:
   far = max(abs(a - b) / abs(b) for run in runs for a, b in zip(run, runs[0], strict=True))
   good = sum(len(run) == 4 and far <= 1e-5 for run in runs)
   result = root / f"epochs_{method}.json"
-  assert wait(fork(lambda: faults.epochs(method, result), root / "epochs.log")) == 0
+  assert wait(fork(lambda: fault_cases.epochs(method, result), root / "epochs.log")) == 0
   found = json.loads(result.read_text())
   note = f"{method}: losses differ by {far:.0e}; {found['note']}"
   return good + found["good"], len(shapes) + found["all"], note
@@ -131,7 +131,7 @@ def counts(root: Path, method: str, shapes) -> tuple[int, int, str]:
 def not_finite(root: Path) -> tuple[int, int, str]:
   """NaN in the batch, the gradient, the target network."""
   result = root / "nan.json"
-  assert wait(fork(lambda: faults.not_finite(result), root / "nan.log")) == 0
+  assert wait(fork(lambda: fault_cases.not_finite(result), root / "nan.log")) == 0
   found = json.loads(result.read_text())
   return sum(found.values()), len(found), "nothing but the counters changed: " + ", ".join(found)
 
@@ -184,7 +184,7 @@ def blind(root: Path) -> tuple[int, int, str]:
   """A step that one of two processes cannot read: both must take the one before it."""
   workdir = root / "blind"
   assert wait(train("ism", workdir, root / "seeing.log", "--config.steps=8")) == 0
-  pids = together(2, "ism", workdir, "--config.steps=8", before=faults.hide_newest)
+  pids = together(2, "ism", workdir, "--config.steps=8", before=fault_cases.hide_newest)
   codes = [wait(pid, 120) for pid in pids]
   logs = [workdir.with_suffix(f".{i}.log") for i in range(2)]
   said = "another process cannot read it" in logs[0].read_text()
@@ -194,7 +194,7 @@ def blind(root: Path) -> tuple[int, int, str]:
 
 def full_disk(root: Path) -> tuple[int, int, str]:
   """A file system that fills up during the run, and one that cannot be written to at its start."""
-  with faults.small_disk(root / "disk") as disk:
+  with fault_cases.small_disk(root / "disk") as disk:
     workdir, log = disk.path / "run", root / "disk.log"
     args = ("--config.steps=60", "--config.save_every=5")
     pid = train("ism", workdir, log, *args)
@@ -218,7 +218,7 @@ def full_disk(root: Path) -> tuple[int, int, str]:
 def targets(root: Path) -> tuple[int, int, str]:
   """Saving 400 MB: how long training waits, and what the checksums add."""
   result = root / "targets.json"
-  pid = fork(lambda: faults.save_times(root / "save", result), root / "targets.log", flags="")
+  pid = fork(lambda: fault_cases.save_times(root / "save", result), root / "targets.log", flags="")
   assert wait(pid, 600) == 0, (root / "targets.log").read_text()
   found = json.loads(result.read_text())
   return found["good"], 2, found["note"]

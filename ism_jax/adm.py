@@ -55,8 +55,7 @@ def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
       found = {}
       for name in archive.namelist():
         with archive.open(name) as file:
-          shape, _, dtype = _header(file)
-        found[name.removesuffix(".npy")] = (shape, dtype)
+          found[name.removesuffix(".npy")] = _header(file)
       return found
   except (OSError, ValueError, zipfile.BadZipFile) as err:
     raise UserError(
@@ -90,14 +89,14 @@ def npz_images(path: Path) -> Images:
   return Images(shape[0], (*shape[1:3], 3), batches)
 
 
-def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-  """Shape, whether in Fortran's order, dtype; ValueError for that order of more than one axis."""
+def _header(file) -> tuple[tuple[int, ...], np.dtype]:
+  """(shape, dtype) of an array; ValueError for images in Fortran's order."""
   version = npy.read_magic(file)
   read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
   shape, fortran, dtype = read(file)
   if fortran and len(shape) > 2:
     raise ValueError("its images are stored in Fortran's order")
-  return shape, fortran, dtype
+  return shape, dtype
 
 
 def folder_files(folder: Path) -> list[Path]:

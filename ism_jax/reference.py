@@ -18,10 +18,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from ism_jax import adm, extract
 from train_jax import mesh as mesh_lib
+from train_jax.distributed import all_agree
 from train_jax.errors import UserError
 from train_jax.files import whole_file
 from train_jax.metrics import progress_bar
@@ -136,7 +136,7 @@ def read(
     if not mine:
       continue
     stored = _stored(reference, network)
-    if np.all(multihost_utils.process_allgather(np.array(stored.exists()))):
+    if all_agree(stored.exists()):
       found |= _load(stored, mine)
     else:
       computed = _compute(reference.images, network, mesh, per_device)

@@ -38,7 +38,7 @@ def make_record(step: int, sizes: TransformerConfig, generation: dict, run: dict
   Args:
     step: at which the parameters were averaged.
     generation: the fields of `rollout.RolloutConfig`, and of the task `temperature` (where none is
-      asked for), `retype` and `backspace` (see `sample.make_settings`).
+      asked for), `retype` and `backspace` (see `sample.sampling_options`).
     run: {"config": ..., "facts": ...} of the run they come from.
   """
   known = {"method": METHOD, "step": step, "network": dataclasses.asdict(sizes)}
@@ -122,7 +122,7 @@ class Loaded:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     how = self.record["generation"]
     temperature = how["temperature"] if temperature is None else temperature
-    settings = sample.make_settings(temperature, how["retype"], how["backspace"], top_k, top_p)
+    settings = sample.sampling_options(temperature, how["retype"], how["backspace"], top_k, top_p)
     prompt, length = tokens.encode_prompts(prompts, self.vocab, how["max_length"])
     size, key = min(batch, len(prompts)), jax.random.key(seed)
     made = rollout.in_batches(self.rollout, self.params, prompt, length, size, key, **settings)

@@ -218,7 +218,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   task, vocab = task_of(config), tokens.from_facts(facts)
   asked = task.ask(config, facts, sample.prompts(flags), flags.num or 64)
   temperature = task.TEMPERATURE if flags.temperature is None else flags.temperature
-  settings = sample.make_settings(
+  settings = sample.sampling_options(
     temperature, task.RETYPE, config.loss.backspace, flags.top_k, flags.top_p
   )
   network, limits = make_network(config, facts), make_limits(config, facts)

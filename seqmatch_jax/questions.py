@@ -81,7 +81,7 @@ def make_task(config, mesh) -> Task:
   def measure(network, generate, loss_config):
     return _evaluate(config, asked, network, generate, loss_config, facts, mesh)
 
-  return Task(facts, known.prompt.shape[1], config.batch, stream, measure)
+  return Task(facts, known.prompt.shape[1], stream, measure)
 
 
 def _evaluate(config, asked: Encoded, network, generate, loss_config, facts: dict, mesh):

@@ -40,7 +40,7 @@ def prompts(flags) -> list[str]:
   return flags.prompt or []
 
 
-def make_settings(
+def sampling_options(
   temperature: float, retype: bool, backspace: bool, top_k: int | None, top_p: float | None
 ) -> dict:
   """How samples are drawn: the last arguments of `rollout.make_rollout`'s function.

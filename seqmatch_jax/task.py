@@ -24,7 +24,6 @@ class Task(NamedTuple):
     facts: JSON that sampling needs: the vocabulary (see `tokens.from_facts`), and the limits of a
       generation (see `rollout.RolloutConfig`).
     prompt: tokens of the longest prompt in a batch, <bos> included.
-    prompts: how many prompts a batch has.
     stream: (noise, seed, position) -> iterator of this process's batches, see `actions.tree`; with
       prompts to roll out from: `prompt` int32 [b, prompt], `prompt_length` int32 [b].
     evaluate: (network, generate, loss config) -> `Method.evaluate`, see train_jax/step.py.
@@ -32,7 +31,6 @@ class Task(NamedTuple):
 
   facts: dict
   prompt: int
-  prompts: int
   stream: Callable[[Noise, int, int], Iterator[dict[str, np.ndarray]]]
   evaluate: Callable[..., Callable]
 

@@ -122,7 +122,7 @@ def make_task(config, mesh) -> Task:
     held = _pack(config, test, vocab)
     return _evaluate(config, held, vocab, network, generate, loss_config, mesh)
 
-  return Task(facts, 1 + config.data.prompt, config.batch, stream, measure)
+  return Task(facts, 1 + config.data.prompt, stream, measure)
 
 
 def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config, mesh):

@@ -206,8 +206,7 @@ class Agreement:
   def __init__(self, mesh: Mesh):
     self._mesh = mesh
     self._asked: collections.deque[jax.Array] = collections.deque()
-    replicated = NamedSharding(mesh, PartitionSpec())
-    self._any = jax.jit(lambda flags: flags.any(), out_shardings=replicated)
+    self._any = mesh_lib.jit(lambda flags: flags.any(), mesh)
 
   def __call__(self, mine: bool) -> bool:
     """Once a step, on every process."""

@@ -316,7 +316,7 @@ class _Log:
 
   def read(self, leave: int) -> None:
     """Waits for all but the newest `leave` steps."""
-    while len(self._pending) > leave and not self.diverged:
+    while len(self._pending) > leave:
       step, values = self._pending.popleft()
       loss, self.skipped = float(values["loss"]), int(values["skipped"])
       if self.skipped >= self._config.max_skipped:

@@ -55,9 +55,10 @@ def test_host_and_device_count_the_same(size):
   draw = np.random.default_rng(size)
   arrays = [draw.normal(size=size).astype(d) for d in (np.float32, jnp.bfloat16, np.int8)]
   arrays += [arrays[0] > 0, np.float32(3), draw.normal(size=(3, 5, size % 11)).astype(np.float16)]
+  arrays += [arrays[0][::2], np.asfortranarray(arrays[-1]), arrays[-1].T[1:, ::2]]
   found = [checksum.of_host(np.asarray(a)) for a in arrays]
   assert found == list(checksum.checksums(arrays).values())
-  assert len(set(found)) == (6 if size > 1 else len(set(found)))
+  assert len(set(found)) == (8 if size > 1 else len(set(found)))
 
 
 def test_checksum_does_not_depend_on_the_layout(make_mesh, monkeypatch):
