@@ -20,6 +20,7 @@ from ism_jax.path import FINEST
 from train_jax.errors import UserError
 from train_jax.layers import (
   Dense,
+  Embed,
   Mlp,
   check_dtype,
   check_remat,
@@ -154,9 +155,7 @@ class DiT(nnx.Module):
     self.embed_time = ScalarEmbedding(k, 1000.0, zero=False, rngs=rngs, dtype=dtype)
     self.embed_step = ScalarEmbedding(k, 1.0, zero=True, rngs=rngs, dtype=dtype)
     self.embed_guidance = ScalarEmbedding(k, 4.0, zero=True, rngs=rngs, dtype=dtype)
-    self.embed_class = nnx.Embed(
-      config.classes + 1, k, embedding_init=_normal, rngs=rngs, dtype=dtype
-    )
+    self.embed_class = Embed(config.classes + 1, k, embedding_init=_normal, rngs=rngs, dtype=dtype)
 
     @nnx.split_rngs(splits=config.depth)
     @nnx.vmap

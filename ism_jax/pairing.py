@@ -283,4 +283,6 @@ def relative_cost(x0: jax.Array, x1: jax.Array) -> jax.Array:
   """
   flat0, flat1 = x0.reshape(len(x0), -1), x1.reshape(len(x1), -1)
   paired = jnp.mean(jnp.sum((flat1 - flat0) ** 2, -1))
-  return paired / jnp.mean(squared_distances(flat1, flat0))
+  norms = jnp.mean(jnp.sum(flat0**2 + flat1**2, -1))
+  # Of all pairs the mean of 2 x_i z_j is that of the means.
+  return paired / (norms - 2 * jnp.mean(flat0, 0) @ jnp.mean(flat1, 0))

@@ -44,11 +44,13 @@ def velocity_rows(x0, x1, t, label) -> Rows:
 
 def guidance_direction(apply: Callable, params, x, t, label, null: int) -> jax.Array:
   """s(x, t, 0, c, 0) - s(x, t, 0, null, 0), both from one call; zero where c is null."""
-  x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+  # The two of a row are neighbours in the call: both stay on the row's device.
+  x, t = jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2)
   zero = jnp.zeros_like(t)
-  labels = jnp.concatenate([label, jnp.full_like(label, null)])
-  with_class, without = jnp.split(apply(params, x, t, zero, labels, zero), 2)
-  return with_class - without
+  labels = jnp.stack([label, jnp.full_like(label, null)], axis=1).reshape(-1)
+  both = apply(params, x, t, zero, labels, zero)
+  both = both.reshape(-1, 2, *both.shape[1:])
+  return both[:, 0] - both[:, 1]
 
 
 def guidance_rows(apply, params, x0, x1, t, label, w, *, start: float, null: int) -> Rows:

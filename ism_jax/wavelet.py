@@ -75,7 +75,9 @@ def l2_distance(error: jax.Array, weights: list[float]) -> jax.Array:
   """
   check_levels(error.shape[1], error.shape[2], len(weights) - 1)
   size = error[0].size
-  total, low, previous = 0.0, error, 0.0
+  # At least float32: differences of energies, in bfloat16, would be rounding.
+  low = error.astype(jnp.promote_types(error.dtype, jnp.float32))
+  total, previous = 0.0, 0.0
   for level, weight in enumerate(weights):
     if level:
       # As sums over reshaped blocks: their gradient is one broadcast, that of the strided corners

@@ -27,7 +27,7 @@ from seqmatch_jax.actions import visible
 from seqmatch_jax.tokens import BACKSPACE
 from train_jax import lora
 from train_jax.errors import UserError
-from train_jax.layers import Dense, check_dtype, check_remat, scan_blocks
+from train_jax.layers import Dense, Embed, check_dtype, check_remat, scan_blocks
 from train_jax.mesh import by_rows
 
 FAMILIES = ("llama", "gpt2")
@@ -260,9 +260,9 @@ class Transformer(nnx.Module):
     self.config = config
     kept = config.lora.embedding_dtype if config.lora else jnp.float32
     shared = {"dtype": dtype, "param_dtype": kept, "rngs": rngs}
-    self.embed = nnx.Embed(v, k, embedding_init=normal, **shared)
+    self.embed = Embed(v, k, embedding_init=normal, **shared)
     if config.family == "gpt2":
-      self.place = nnx.Embed(config.context, k, embedding_init=normal, **shared)
+      self.place = Embed(config.context, k, embedding_init=normal, **shared)
 
     @nnx.split_rngs(splits=config.depth)
     @nnx.vmap

@@ -65,6 +65,17 @@ class Dense(nnx.Linear):
     return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
+class Embed(nnx.Embed):
+  """Rows of a table, looked up in its own type and then cast.
+
+  Flax casts the table first: the whole of it at each call, and a row's gradient, a sum over all
+  places where it was looked up, would be added in bfloat16.
+  """
+
+  def __call__(self, index: jax.Array) -> jax.Array:
+    return self.embedding[...][index].astype(self.dtype)
+
+
 class Mlp(nnx.Module):
   """Two dense layers with an activation between them."""
 

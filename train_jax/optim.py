@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from train_jax import lora
 from train_jax.errors import UserError
 
 
@@ -25,14 +26,16 @@ def schedule(lr: float, warmup: int, steps: int, final: float) -> optax.Schedule
   )
 
 
-def _is_kernel(path, _) -> bool:
-  return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+def _is_matrix(path, _) -> bool:
+  name = jax.tree_util.keystr(path[-1:], simple=True)
+  return name == "kernel" or lora.is_adapter(name)
 
 
 def adamw(
   rate: optax.Schedule, b1: float, b2: float, weight_decay: float, mu_dtype: str = "float32"
 ):
-  """AdamW (Loshchilov & Hutter, arXiv 1711.05101); only matrices (`kernel` leaves) decay.
+  """AdamW (Loshchilov & Hutter, arXiv 1711.05101); only matrices (`kernel` leaves and adapters)
+  decay.
 
   By name, because stacked layers give biases a second axis.
 
@@ -47,7 +50,7 @@ def adamw(
     raise UserError(f"optim.mu_dtype={mu_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
 
   def mask(params):
-    return jax.tree_util.tree_map_with_path(_is_kernel, params)
+    return jax.tree_util.tree_map_with_path(_is_matrix, params)
 
   return optax.adamw(
     rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask, mu_dtype=jnp.dtype(mu_dtype)

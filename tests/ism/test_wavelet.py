@@ -160,6 +160,14 @@ def test_l2_distance_is_the_sum_over_explicit_bands(levels, decay):
   np.testing.assert_allclose(l2_distance(error, weights), expected, rtol=1e-5)
 
 
+def test_l2_distance_of_bfloat16_is_computed_in_float32():
+  error = jax.random.normal(jax.random.key(0), (2, 16, 16, 3), jnp.bfloat16)
+  weights = wavelet.level_weights(4, 0.5)
+  found = l2_distance(error, weights)
+  np.testing.assert_array_equal(found, l2_distance(error.astype(jnp.float32), weights))
+  assert found.dtype == jnp.float32
+
+
 def test_l2_distance_of_a_flat_error_is_its_low_band():
   # All energy is in the low band: the telescoped sum must not lose it to cancellation.
   weights = wavelet.level_weights(3, 0.5)

@@ -36,6 +36,23 @@ def test_dense_computes_in_its_dtype_and_keeps_float32_parameters():
   assert dense.kernel[...].dtype == jnp.float32
 
 
+def test_embed_adds_the_gradient_of_a_row_in_float32():
+  """In bfloat16 a sum of ones stays at 256."""
+  embed = layers.Embed(5, 4, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+  graphdef, state = nnx.split(embed)
+  index = jnp.array([3] * 1000 + [1])
+
+  def total(state):
+    rows = nnx.merge(graphdef, state)(index)
+    assert rows.dtype == jnp.bfloat16
+    return jnp.sum(rows.astype(jnp.float32))
+
+  (gradient,) = jax.tree.leaves(jax.grad(total)(state))
+  np.testing.assert_array_equal(gradient, np.outer([0, 1, 0, 1000, 0], np.ones(4)))
+  table = embed.embedding[...]
+  np.testing.assert_array_equal(embed(index), table[index].astype(jnp.bfloat16))
+
+
 def test_mlp_is_dense_activation_dense():
   mlp = layers.Mlp(4, 8, 3, jnp.tanh, rngs=nnx.Rngs(1), dtype=jnp.float32)
   x = normal(1, 2, 5, 4)

@@ -31,18 +31,20 @@ def test_schedule_of_a_run_shorter_than_its_warm_up():
   assert 0 < rate(0) < rate(1) < 1e-3
 
 
-def test_decay_touches_kernels_only():
+def test_decay_touches_matrices_only():
   params = {
     "blocks": {"dense": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}},
     "norm": {"scale": jnp.ones(2)},
     "embed": {"embedding": jnp.ones((5, 2))},
+    "adapted": {"q_a": jnp.ones((2, 3)), "q_b": jnp.ones((3, 2)), "scale": jnp.ones(2)},
     "kernel": jnp.ones((2, 2)),
   }
   tx = optim.adamw(optim.schedule(0.1, 0, 10, 1.0), b1=0.9, b2=0.99, weight_decay=0.5)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = jax.jit(lambda p: tx.update(zeros, tx.init(p), p))(params)
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
-    wanted = -0.1 * 0.5 if "kernel" in jax.tree_util.keystr(path) else 0
+    matrix = any(name in jax.tree_util.keystr(path) for name in ("kernel", "q_a", "q_b"))
+    wanted = -0.1 * 0.5 if matrix else 0
     np.testing.assert_allclose(update, wanted, rtol=1e-6, err_msg=str(path))
 
 
