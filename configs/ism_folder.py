@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.patch = 4  # 256 patches at 64 pixels
   config.model.dtype = "bfloat16"
   config.model.unroll = False
+  config.model.remat = "products"  # none needs 24 GB
   config.wavelet.levels = 5
   apply_options(config, arg, OPTIONS)
   return config

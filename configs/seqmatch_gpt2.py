@@ -13,9 +13,9 @@ Alpha 0.01, noise 0.001 and gamma 0.998 are the paper's; the rank of the adapter
 rate, the batch and the number of steps are ours.
 
 Hardware (all of this is estimated, not measured): one GPU of 40 GB. A step reads 8 rows of text and
-4 of the model's own, 12 000 tokens, and costs 6 x 124 M FLOP a token: 1e13, a tenth of a second on
-an A100 at 30% of its peak. Rollouts of 1000 tokens, 8 rows every 50 steps, take some 10 s each,
-twice as long as the steps between them: half an hour for 5000 steps.
+4 of the model's own, 12 000 tokens, and costs 6 x 124 M FLOP a token: 1e13, a fifth of a second on
+an A100 at 30% of its TF32 peak. Rollouts of 1000 tokens, 8 rows every 50 steps, take some 10 s
+each, as long as the steps between them: half an hour for 5000 steps.
 """
 
 import ml_collections

@@ -15,7 +15,8 @@ of the adapters, the learning rate, the batch and the number of steps are ours.
 Hardware (estimated, not measured): 16 chips of TPU v5e, or 8 GPUs of 80 GB. The frozen matrices are
 bfloat16, 13.5 GB, split over mesh.fsdp devices. A step reads 32 rows of text and 8 of the model's
 own, 41 000 tokens, and costs 8 x 6.7 G FLOP a token with recomputation (weights get no gradient):
-2e15, 1.4 s on 16 v5e at half their peak; 3000 steps with their rollouts about 2 hours.
+2e15, 1.4 s on 16 v5e at half their peak; 3000 steps with their rollouts about 2 hours. Rollouts
+read every frozen matrix once a token: on 80 GB GPUs leave mesh.fsdp at 1, so that none is moved.
 """
 
 import ml_collections

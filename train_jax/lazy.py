@@ -2,7 +2,7 @@
 
 A parameter here is often several tensors of a file: layers stacked, matrices concatenated,
 transposed, or with rows in another order. `Lazy` composes such views; what is read at a time is one
-slice of one tensor, so that no host ever holds a model.
+slice of one tensor, and what is held one device's share of one parameter.
 """
 
 from __future__ import annotations
