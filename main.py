@@ -168,7 +168,7 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
   """Compiles the train step and the sampler for `topology`; prints what they take."""
   chip = aot.CHIPS.get(topology.partition(":")[0])
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor, aot.find_devices(topology))
-  mesh.check_batch(config.batch, devices)
+  mesh.check_batch(config.batch, devices, config.optim.accumulate)
   module = method_module(config)
   config, position = module.without_data(config)
   method, facts = module.make_method(config, devices)
@@ -176,8 +176,8 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
   print(
     f"{topology}: {devices.size} chips, {shape}, batch {config.batch}; of one chip:", flush=True
   )
-  tx, decays = make_optimizer(config), dict(config.ema)
-  programs = [aot.compile_step(method, tx, decays, config.optim.clip, position, devices, chip)]
+  hyper = (make_optimizer(config), dict(config.ema), config.optim.clip, config.optim.accumulate)
+  programs = [aot.compile_step(method, *hyper, position, devices, chip)]
   print(aot.describe(programs[0], chip), flush=True)
   programs.append(module.sampler_program(config, facts, devices, chip))
   print(aot.describe(programs[1], chip), flush=True)
@@ -189,8 +189,9 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
 def train(config: ConfigDict, workdir: Path) -> bool:
   """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
   config_lib.check_backend(config.backend)
-  names = {field.name for field in dataclasses.fields(loop.LoopConfig)} - {"clip"}
-  settings = loop.LoopConfig(clip=config.optim.clip, **{name: config[name] for name in names})
+  of_optim = {name: config.optim[name] for name in ("clip", "accumulate")}
+  names = {field.name for field in dataclasses.fields(loop.LoopConfig)} - of_optim.keys()
+  settings = loop.LoopConfig(**of_optim, **{name: config[name] for name in names})
   distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
@@ -198,7 +199,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     config = config_lib.as_before(config, saved["config"], later, workdir)
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor)
-  mesh.check_batch(config.batch, devices)
+  mesh.check_batch(config.batch, devices, config.optim.accumulate)
   method, facts = method_module(config).make_method(config, devices)
   check_same_everywhere(facts)
   if saved:  # by a version that knew fewer facts, perhaps

@@ -83,7 +83,8 @@ class Step:
     self.stream = self.method.stream(0, 0)
     self.batch = mesh_lib.to_global(next(self.stream), self.mesh)
     # As the loop makes it.
-    step = make_train_step(self.method, self.tx, dict(config.ema), config.optim.clip)
+    optim = config.optim
+    step = make_train_step(self.method, self.tx, dict(config.ema), optim.clip, optim.accumulate)
     step = mesh_lib.within(self.mesh, step)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     self.lowered = jitted.lower(mesh_lib.lay_out(shapes, self.mesh), self.batch)
@@ -172,7 +173,8 @@ def in_loop(step: Step, rounds: int, steps: int) -> float:
           step.run(steps)
 
   total = steps * (rounds + 1) + 1  # the last one ends the last turn
-  settings = loop.LoopConfig(total, steps, 0, total, 1, 0, step.config.optim.clip, 10, 0)
+  optim = step.config.optim
+  settings = loop.LoopConfig(total, steps, 0, total, 1, 0, optim.clip, optim.accumulate, 10, 0)
   method = step.method._replace(stream=stream, evaluate=lambda *_: ())
   with tempfile.TemporaryDirectory() as top:
     loop.train(method, step.tx, dict(step.config.ema), settings, step.mesh, Path(top), {})

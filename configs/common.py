@@ -28,6 +28,7 @@ def get_common() -> ml_collections.ConfigDict:
   config.optim.mu_dtype = "float32"  # of the first moments; or bfloat16
   config.optim.weight_decay = 0.0
   config.optim.clip = 1.0
+  config.optim.accumulate = 1  # parts of a batch, one after the other: less memory, same batch
 
   # Decays of the named averages, warmed up; `sample` is the one for inference.
   config.ema = ml_collections.ConfigDict({"sample": 0.999})

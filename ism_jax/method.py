@@ -164,11 +164,12 @@ def _check(config, source: data.Source) -> None:
   for section, name in (("loss", "class_dropout"), ("guidance", "zero")):
     if not 0 <= (chance := config[section][name]) <= 1:
       raise UserError(f"{section}.{name}={chance} is a probability; choose it between 0 and 1.")
-  group = sum(config.loss.shares)
-  if config.batch % group:
+  group, parts = sum(config.loss.shares), config.optim.accumulate
+  if config.batch % (group * parts):
+    times = f" times optim.accumulate={parts}" if parts > 1 else ""
     raise UserError(
       f"batch={config.batch} is not divisible by {group}, the sum of loss.shares="
-      f"{tuple(config.loss.shares)}; choose a multiple of {group}."
+      f"{tuple(config.loss.shares)}{times}; choose a multiple of {group * parts}."
     )
   path.check_settings(config.eval.nfe, config.eval.guidance, config.guidance.w_max)
   if config.eval.samples < 16:  # a quarter of it in training, and recall needs 4
@@ -177,13 +178,13 @@ def _check(config, source: data.Source) -> None:
 
 def _warn_of_few_rows(config, mesh: jax.sharding.Mesh) -> None:
   """Says so, once, where the rows of a device are no whole groups of loss.shares."""
-  parts, group = mesh_lib.batch_parts(mesh), sum(config.loss.shares)
+  parts, group = mesh_lib.batch_parts(mesh) * config.optim.accumulate, sum(config.loss.shares)
   rows = config.batch // parts
   if rows % group and jax.process_index() == 0:
     logging.warning(
-      "batch=%d is %d rows for each of the %s, and loss.shares=%s deals out groups of %d: rows "
-      "move between devices and are filled up, up to 2.8 times the work; choose a batch that is a "
-      "multiple of %d, or put part of the devices in mesh.tensor.",
+      "batch=%d is %d rows at a time for each of the %s, and loss.shares=%s deals out groups of "
+      "%d: rows move between devices and are filled up, up to 2.8 times the work; choose a batch "
+      "that is a multiple of %d, or put part of the devices in mesh.tensor.",
       *(config.batch, rows, mesh_lib.parts_in_words(mesh)),
       *(tuple(config.loss.shares), group, group * parts),
     )

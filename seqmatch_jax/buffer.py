@@ -43,12 +43,15 @@ def insert(buffer: Buffer, prompt: jax.Array, length: jax.Array, actions: jax.Ar
   }
 
 
-def draw(buffer: Buffer, key: jax.Array, batch: int) -> dict[str, jax.Array]:
+def draw(buffer: Buffer, key: jax.Array, batch: int, multiple: int = 1) -> dict[str, jax.Array]:
   """`batch` filled rows, uniform with replacement: prompt, length, actions, and weight [b] float32.
 
-  The weight is 1, or 0 as long as the buffer is empty.
+  The weight is 1, or 0 as long as the buffer is empty. Rows without actions, of weight 0, come
+  after them up to the next `multiple`.
   """
   index = jax.random.randint(key, (batch,), 0, jnp.maximum(buffer["filled"], 1))
+  index = jnp.pad(index, (0, -batch % multiple))
+  drawn = jnp.arange(len(index)) < batch
   rows = {name: buffer[name][index] for name in ("prompt", "length", "actions")}
-  weight = jnp.broadcast_to(buffer["filled"] > 0, batch).astype(jnp.float32)
-  return {**rows, "weight": weight}
+  rows["actions"] = jnp.where(drawn[:, None], rows["actions"], PAD)
+  return {**rows, "weight": (drawn & (buffer["filled"] > 0)).astype(jnp.float32)}

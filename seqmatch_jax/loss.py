@@ -161,6 +161,20 @@ def trajectories(batch: dict) -> jax.Array:
   return jnp.maximum(jnp.sum((batch["time"] == 0) & (batch["action"] != PAD)), 1)
 
 
+def counts(batch: dict, model: dict | None = None) -> dict[str, jax.Array]:
+  """What `loss` divides by: of the whole batch, where the loss is taken of parts of its rows.
+
+  Returns:
+    `actions`, how many carry loss in a row, in the mean; and with `model`, the model's own
+    trajectories, `share`: how many the data hold for each of them.
+  """
+  carries = batch["weight"]
+  found = {"actions": jnp.maximum(jnp.sum(carries), 1.0) / len(carries)}
+  if model is not None:
+    found["share"] = trajectories(batch) / trajectories(model)
+  return found
+
+
 def _discounted(config: LossConfig, batch: dict) -> jax.Array:
   """gamma^time where an action carries loss [b, a]."""
   return batch["weight"] * jnp.power(config.gamma, batch["time"])
@@ -173,6 +187,7 @@ def loss(
   model: dict | None = None,
   model_logits: jax.Array | None = None,
   strength=1.0,
+  whole: dict | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """-J per data action, so that maximum likelihood is the mean negative log-likelihood per token.
 
@@ -184,6 +199,8 @@ def loss(
     model, model_logits: the model's own trajectories, a batch of any shape, and their logits; used
       by chi2_mixture only.
     strength: multiplies alpha, from 0 to 1; may be traced.
+    whole: `counts` of the batch that these rows are a part of; None where they are all of it. The
+      mean over equal parts is then the loss of the whole.
 
   Returns:
     The loss and metrics over the data actions that carry loss: `nll`, the mean negative
@@ -193,7 +210,8 @@ def loss(
     nll + penalty + penalty_model.
   """
   carries, discounted = batch["weight"], _discounted(config, batch)
-  actions = jnp.maximum(jnp.sum(carries), 1.0)
+  whole = whole or counts(batch, model)
+  actions = whole["actions"] * len(carries)
 
   def per_action(weights, x):
     return jnp.sum(weights * x) / actions
@@ -211,8 +229,7 @@ def loss(
   total = metrics["penalty"] - per_action(discounted, log_prob)
   if config.on_policy and model is not None:
     own = terms(config, model_logits, model, strength).penalty
-    share = trajectories(batch) / trajectories(model)
-    metrics["penalty_model"] = -share * per_action(_discounted(config, model), own)
+    metrics["penalty_model"] = -whole["share"] * per_action(_discounted(config, model), own)
     total += metrics["penalty_model"]
   if config.unlikelihood:
     metrics["unlikelihood"] = per_action(discounted, unlikelihood(config, logits, batch))

@@ -117,6 +117,8 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   network = make_network(config, facts)
   generate = rollout.make_rollout(network, make_limits(config, facts))  # inside the step
   schedule, memory = config.loss, config.buffer
+  # Of rows that they cannot share out, all devices compute all.
+  multiple = mesh_lib.batch_parts(mesh) * config.optim.accumulate
 
   def init(key):
     extra = ()
@@ -128,7 +130,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     past = state.step - schedule.warmup
     batch = {**batch, "strength": jnp.clip(past / max(schedule.anneal, 1), 0.0, 1.0)}
     if not loss_config.on_policy:
-      return state.extra, batch
+      return state.extra, {**batch, "counts": loss.counts(batch)}
     key_roll, key_draw = jax.random.split(key)
 
     def refresh(extra):
@@ -143,12 +145,12 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
     due = (past >= 0) & (past % memory.refresh == 0)
     extra = jax.lax.cond(due, refresh, lambda extra: extra, state.extra)
-    drawn = buffer.draw(extra, key_draw, memory.draw)
+    drawn = buffer.draw(extra, key_draw, memory.draw, multiple)
     # What is typed either stays in the text or is erased.
     nodes = facts["max_length"] + facts["max_erasures"]
     model = tree(drawn["prompt"], drawn["length"], drawn["actions"], nodes)
     model["weight"] *= drawn["weight"][:, None]
-    return extra, {**batch, "model": model}
+    return extra, {**batch, "model": model, "counts": loss.counts(batch, model)}
 
   def logits(params, rows):
     return network.apply(params, rows["token"], rows["position"], rows["end"])
@@ -167,7 +169,8 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
         params,
         model,
       )
-    return loss.loss(loss_config, logits(params, batch), batch, model, own, batch["strength"])
+    strength, whole = batch["strength"], batch.get("counts")
+    return loss.loss(loss_config, logits(params, batch), batch, model, own, strength, whole)
 
   def stream(seed: int, position: int) -> Iterator[dict[str, np.ndarray]]:
     quiet = dataclasses.replace(noise, rate=0.0)

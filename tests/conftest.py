@@ -155,6 +155,7 @@ def settings():
       "keep": 2,
       "keep_every": 0,
       "clip": 1.0,
+      "accumulate": 1,
       "max_skipped": 3,
       "seed": 0,
     }

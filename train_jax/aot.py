@@ -201,7 +201,14 @@ def _text(compiled: jax.stages.Compiled) -> str:
 
 
 def compile_step(
-  method: Method, tx, decays: dict, clip: float, position: int, mesh: Mesh, chip: Chip | None
+  method: Method,
+  tx,
+  decays: dict,
+  clip: float,
+  accumulate: int,
+  position: int,
+  mesh: Mesh,
+  chip: Chip | None,
 ) -> Program:
   """The train step of a run, as the loop compiles it; `position` is that of the batch."""
   state = mesh_lib.lay_out(jax.eval_shape(state_lib.create(method, tx, decays, 0)), mesh)
@@ -216,7 +223,7 @@ def compile_step(
   }
   return compile_program(
     "train step",
-    mesh_lib.within(mesh, make_train_step(method, tx, decays, clip)),
+    mesh_lib.within(mesh, make_train_step(method, tx, decays, clip, accumulate)),
     (state, abstract_batch(method, position, mesh), *frozen),
     groups,
     mesh.size,

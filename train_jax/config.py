@@ -42,6 +42,7 @@ TOLD = (
   "optim.b2",
   "optim.weight_decay",
   "optim.clip",
+  "optim.accumulate",
 )
 # The same, from one path to another: whether the same is there is said by the facts about the data.
 PATHS = ("data.path", "data.train", "data.test", "data.tokenizer", "pretrained")

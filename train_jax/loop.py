@@ -39,6 +39,8 @@ class LoopConfig:
     keep: newest checkpoints kept.
     keep_every: in steps; these are saved, and kept for good as well. 0: none.
     clip: global gradient norm, above 0.
+    accumulate: parts of a batch whose gradients are taken one after the other (gradient
+      accumulation).
     max_skipped: after this many non-finite steps in a row the run goes back to its last checkpoint,
       the second time it stops.
     seed: of parameters, data order and every draw; a uint32.
@@ -51,6 +53,7 @@ class LoopConfig:
   keep: int
   keep_every: int
   clip: float
+  accumulate: int
   max_skipped: int
   seed: int
 
@@ -209,7 +212,7 @@ class _Run:
   def _steps(self, stream: Iterator) -> bool:
     """Steps, with their saves and evaluations; returns whether they were ended by a signal."""
     config = self.config
-    step_fn = make_train_step(self.method, self.tx, self.decays, config.clip)
+    step_fn = make_train_step(self.method, self.tx, self.decays, config.clip, config.accumulate)
     step_fn = jax.jit(
       mesh_lib.within(self.mesh, step_fn), donate_argnums=0, out_shardings=(self.shardings, None)
     )

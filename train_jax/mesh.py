@@ -167,6 +167,17 @@ def by_rows(x: jax.Array, rest=None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*ROWS, *(rest,) * (x.ndim - 1)))
 
 
+def by_rule(tree):
+  """Parameters, or what has their shapes, held to be laid out as in a state, inside `within`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+  return jax.tree.map(
+    lambda a: jax.lax.with_sharding_constraint(a, param_spec(a.shape, fsdp, tensor)), tree
+  )
+
+
 def fill_rows(tree):
   """Arrays [n, ...], their last row repeated until `by_rows` can split them, inside `within`."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -189,12 +200,15 @@ def parts_in_words(mesh: Mesh) -> str:
   return f"{n} devices" if n == mesh.size else f"{n} groups of {mesh.shape['tensor']} devices"
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
-  """Raises UserError unless the global batch divides over the devices."""
-  n = batch_parts(mesh)
+def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
+  """Raises UserError unless each of `accumulate` parts of the global batch divides over devices."""
+  if accumulate < 1:
+    raise UserError(f"optim.accumulate={accumulate} must be at least 1.")
+  n = batch_parts(mesh) * accumulate
   if batch < 1 or batch % n:
+    times = f" times optim.accumulate={accumulate}" if accumulate > 1 else ""
     raise UserError(
-      f"batch={batch} is not divisible by the {parts_in_words(mesh)}; "
+      f"batch={batch} is not divisible by the {parts_in_words(mesh)}{times}; "
       f"choose a multiple of {n}, such as {max(n, batch // n * n)}."
     )
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from train_jax import ema as ema_lib
+from train_jax import mesh as mesh_lib
 from train_jax.state import TrainState
 
 PyTree = Any
@@ -40,7 +41,8 @@ class Method(NamedTuple):
 
   Attributes:
     init: key -> (params, extra); `extra` is the method's side-car in the state, or `()`.
-    loss: (params, ema, batch, key) -> (scalar, metrics); differentiated in `params`.
+    loss: (params, ema, batch, key) -> (scalar, metrics); differentiated in `params`. That of a
+      batch is the mean of those of equal parts of its rows (see `mean_of_parts`).
     augment: (state, batch, key) -> (extra, batch); runs inside the step, before the loss, where the
       current parameters are at hand: rollouts into a replay buffer. It passes no gradient.
     stream: (seed, position) -> iterator of this process's batches (numpy), beginning with batch
@@ -64,13 +66,50 @@ def no_augment(state: TrainState, batch: Batch, key: jax.Array) -> tuple[PyTree,
   return state.extra, batch
 
 
+def mean_of_parts(grad_fn: Callable, parts: int, params: PyTree, batch: Batch, key: jax.Array):
+  """`grad_fn(batch, key)` of `parts` parts of the batch, one after the other, and their mean.
+
+  It takes the memory of one part. Part i has rows i, i + parts, ..., so that each stays on its
+  device, and a key of its own; arrays without rows, such as a schedule's value, are the same in
+  all. Gradients are added in the parameters' type.
+
+  Args:
+    grad_fn: (batch, key) -> ((loss, metrics), gradient).
+
+  Returns:
+    ((loss, metrics), gradient). Metrics are means as well, but the largest of those named `*_max`.
+  """
+  if parts == 1:
+    return grad_fn(batch, key)
+
+  def deal(a: jax.Array) -> jax.Array:
+    if not jnp.ndim(a):
+      return jnp.broadcast_to(a, (parts,))
+    return a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
+
+  def add(total: PyTree, part: tuple) -> tuple:
+    values, grads = grad_fn(jax.tree.map(mesh_lib.by_rows, part[0]), part[1])
+    return mesh_lib.by_rule(jax.tree.map(jnp.add, total, grads)), values
+
+  zeros = mesh_lib.by_rule(jax.tree.map(jnp.zeros_like, params))
+  total, (losses, metrics) = jax.lax.scan(
+    add, zeros, (jax.tree.map(deal, batch), jax.random.split(key, parts))
+  )
+  largest = {name: values.max() for name, values in metrics.items() if name.endswith("_max")}
+  metrics = {**jax.tree.map(jnp.mean, metrics), **largest}
+  return (jnp.mean(losses), metrics), jax.tree.map(lambda g: g / parts, total)
+
+
 def make_train_step(
   method: Method,
   tx: optax.GradientTransformation,
   decays: dict[str, float],
   clip: float,
+  parts: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns the step: augment, gradient, clip to global norm `clip`, update, average.
+
+  The gradient is the mean of that of `parts` parts of the batch (gradient accumulation).
 
   It takes the arrays of `Method.frozen`, where there are any, after the state and the batch.
 
@@ -83,8 +122,12 @@ def make_train_step(
     key_augment, key_loss = jax.random.split(key)
 
     extra, batch = method.augment(state, batch, key_augment, *frozen)
-    grad_fn = jax.value_and_grad(method.loss, has_aux=True)
-    (loss, metrics), grads = grad_fn(state.params, state.ema, batch, key_loss, *frozen)
+
+    def grad_fn(batch: Batch, key: jax.Array):
+      loss = jax.value_and_grad(method.loss, has_aux=True)
+      return loss(state.params, state.ema, batch, key, *frozen)
+
+    (loss, metrics), grads = mean_of_parts(grad_fn, parts, state.params, batch, key_loss)
 
     grad_norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, clip / jnp.maximum(grad_norm, 1e-12))

@@ -12,7 +12,7 @@ from train_jax.errors import UserError
 
 ROWS, PROMPT, ACTIONS = 6, 3, 4
 insert = jax.jit(buffer.insert)
-draw = jax.jit(buffer.draw, static_argnums=2)
+draw = jax.jit(buffer.draw, static_argnums=(2, 3))
 
 
 def batch_of(first, n):
@@ -46,6 +46,16 @@ def test_rows_of_an_empty_buffer_weigh_nothing():
   rows = draw(buffer.create(ROWS, PROMPT, ACTIONS), jax.random.key(0), 5)
   np.testing.assert_array_equal(rows["weight"], np.zeros(5, np.float32))
   np.testing.assert_array_equal(rows["actions"], PAD)
+
+
+def test_rows_are_filled_up_with_ones_that_say_nothing():
+  held = insert(buffer.create(ROWS, PROMPT, ACTIONS), *batch_of(0, 4))
+  plain, filled = (draw(held, jax.random.key(3), 5, multiple) for multiple in (1, 4))
+  assert len(filled["length"]) == 8
+  for name, values in plain.items():
+    np.testing.assert_array_equal(filled[name][:5], values)
+  np.testing.assert_array_equal(filled["actions"][5:], PAD)
+  np.testing.assert_array_equal(filled["weight"][5:], 0)
 
 
 def test_draws_are_uniform():

@@ -197,6 +197,28 @@ def test_model_trajectories_count_by_their_own_number(float64, make_batch):
   assert "penalty_model" not in plain
 
 
+def test_parts_of_a_batch_average_to_the_whole(float64, make_batch):
+  """Of rows that hold different numbers of actions and trajectories, the model's own likewise."""
+  config = LossConfig("chi2_mixture", 0.2, 0.95, backspace=True, unlikelihood=0.3)
+  lengths = [(9,), (5, 6), (3,), (12, 4), (7,), (2, 2)]
+  rows = [[draw_actions(np.random.default_rng(n), n) for n in row] for row in lengths]
+  batch, texts = make_batch(rows)
+  table, nodes, _ = table_of(texts)
+  logits = table[nodes]
+  own = jax.tree.map(lambda x: x[[3, 1]], batch), logits[[3, 1]]
+  value, metrics = run(config, logits, batch, *own)
+  counts = lib.counts(batch, own[0])
+  parts = []
+  for i in range(2):
+    mine = jax.tree.map(lambda x: x[i::2], ((logits, batch), own))  # noqa: B023
+    (part_logits, part), (part_own, own_logits) = mine
+    parts.append(run(config, part_logits, part, part_own, own_logits, whole=counts))
+  close(np.mean([part[0] for part in parts]), value, rtol=1e-12)
+  assert abs(parts[0][0] - value) > 1e-3
+  for name in metrics.keys() - {"reward_max"}:
+    close(np.mean([part[1][name] for part in parts]), metrics[name], rtol=1e-12, err_msg=name)
+
+
 # ------------------------------------------------------------------------------- unlikelihood
 
 

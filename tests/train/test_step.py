@@ -29,10 +29,10 @@ class Setup(NamedTuple):
 
 @pytest.fixture(scope="module")
 def setup(method, make_state, one_device):
-  """(tx, clip, method) -> Setup."""
+  """(tx, clip, method, parts) -> Setup."""
 
-  def make(tx, clip=CLIP, method=method):
-    step = jax.jit(make_train_step(method, tx, DECAYS, clip))
+  def make(tx, clip=CLIP, method=method, parts=1):
+    step = jax.jit(make_train_step(method, tx, DECAYS, clip, parts))
     return Setup(make_state(method, tx, one_device, DECAYS), step, tx)
 
   return make
@@ -77,6 +77,35 @@ def test_step_equals_a_handwritten_loop(adamw, batch):
   for found, wanted in pairs:
     for name in layer:
       np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_gradient_in_parts_is_the_mean_of_theirs(setup, method, batch, parts):
+  """Each of every n-th row, with a key of its own; what is no row is the same in all."""
+
+  def augment(state, rows, key):
+    return state.extra, {**rows, "scale": jnp.float32(3)}
+
+  def loss(params, ema, rows, key):
+    value, metrics = method.loss(params, ema, rows, key)
+    first = rows["x"][0, 0]
+    return rows["scale"] * value, {**metrics, "first": first, "first_max": first}
+
+  changed = method._replace(augment=augment, loss=loss)
+  state, step, _ = setup(optax.sgd(1.0), 1e6, changed, parts)
+  rows = batch(0)
+  new, metrics = step(state, rows)
+  grad = jax.jit(jax.value_and_grad(lambda *args: method.loss(*args)[0]))
+  found = []
+  for i, key in enumerate(jax.random.split(keys_of(state)[1], parts)):
+    part = {name: values[i::parts] for name, values in rows.items()}
+    found.append(grad(state.params, state.ema, part, key))
+  value, wanted = jax.tree.map(lambda *parts: 3 * np.mean(parts, axis=0), *found)
+  np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+  np.testing.assert_allclose(metrics["first"], rows["x"][:parts, 0].mean(), rtol=1e-5)
+  assert metrics["first_max"] == rows["x"][:parts, 0].max()
+  moved = jax.tree.map(jnp.subtract, state.params, new.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), moved, wanted)
 
 
 @pytest.mark.parametrize("clip, active", [(0.1, True), (1e6, False)])
