@@ -17,7 +17,8 @@ import main
 from train_jax import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = "--xla_backend_optimization_level=0"  # compiling is most of the work
+# Compiling is most of the work.
+FLAGS = os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
 ENDLESS = 1_000_000
 CONFIGS = {
   "ism": (

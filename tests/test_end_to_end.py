@@ -21,7 +21,8 @@ import seqmatch_jax
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=configs/ism_digits.py:debug"
 RUN = (CONFIG, "--config.steps=12", "--config.save_every=3", "--config.eval_every=0")
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+ONE = "--xla_force_host_platform_device_count=1"  # of two such flags the last counts
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {ONE}"}
 
 
 def start(*args: str) -> subprocess.Popen:

@@ -28,7 +28,9 @@ def start():
       address = f"127.0.0.1:{server.getsockname()[1]}"
     for i in range(n):
       place = {"JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
-      env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **place}
+      # Of two such flags the last counts.
+      flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+      env = {**os.environ, "XLA_FLAGS": flags, **place}
       env["JAX_COORDINATOR_ADDRESS"] = address
       command, pipe = [sys.executable, "main.py", *map(str, args)], subprocess.PIPE
       started.append(

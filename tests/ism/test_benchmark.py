@@ -177,7 +177,9 @@ def test_two_processes_measure_what_one_does(files, tensor):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  # Of two such flags the last counts.
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+  environment = {**os.environ, "XLA_FLAGS": flags}
   root = str(Path(__file__).parents[2])
   processes = [
     subprocess.Popen(
