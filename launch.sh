@@ -199,6 +199,7 @@ spec:
                     - {name: START_LIMIT, value: "$limit"}
                     - {name: JAX_COORDINATOR_PORT, value: "$port"}
                     - {name: ACCELERATOR, value: tpu}
+                    - {name: STOPPED_FAILS, value: "1"} # a host that is drained stops all: they start again
                   resources:
                     limits: {google.com/tpu: 4}
                   volumeMounts:

@@ -243,7 +243,8 @@ def use_checkpoint(workdir: Path) -> None:
   checkpoints.close()
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> bool:
+  """Does what the flags ask for; False where training was told to stop before its end."""
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}; every option is written --name=value.")
   if not FLAGS.workdir and FLAGS.mode not in ("encode", "compile"):
@@ -264,16 +265,18 @@ def main(argv: list[str]) -> None:
     if FLAGS.images and FLAGS.texts:
       raise UserError("--images and --texts are both given; choose one.")
     package = "seqmatch_jax" if FLAGS.texts else "ism_jax"
-    return importlib.import_module(f"{package}.encode").encode_mode(FLAGS)
-  if FLAGS.mode not in ("train", "compile"):
+    importlib.import_module(f"{package}.encode").encode_mode(FLAGS)
+  elif FLAGS.mode not in ("train", "compile"):
     distributed.start()
-    return use_checkpoint(Path(FLAGS.workdir))
-  if FLAGS.config is None:
+    use_checkpoint(Path(FLAGS.workdir))
+  elif FLAGS.config is None:
     raise UserError("--config=configs/NAME.py is missing, such as --config=configs/ism_digits.py.")
-  if FLAGS.mode == "compile":
-    return compile_for(FLAGS.config, FLAGS.topology or "cpu:8")
-  distributed.start()
-  train(FLAGS.config, Path(FLAGS.workdir))
+  elif FLAGS.mode == "compile":
+    compile_for(FLAGS.config, FLAGS.topology or "cpu:8")
+  else:
+    distributed.start()
+    return train(FLAGS.config, Path(FLAGS.workdir))
+  return True
 
 
 def show_help() -> None:
@@ -284,14 +287,19 @@ def show_help() -> None:
 
 
 def run(argv: list[str]) -> int:
-  """Exit code: 0 done, 2 the user's mistake (a sentence), 1 a run that failed, 130 Ctrl-C."""
+  """Exit code: 0 done, 2 the user's mistake (a sentence), 1 a run that failed, 130 Ctrl-C.
+
+  A run that was told to stop has saved everything: 0, or 75 where STOPPED_FAILS is set, so that
+  a cluster that counts it as failed starts it again.
+  """
   wanted = [arg for arg in argv if arg not in ("-h", "--help")]
   try:
     args = config_lib.parse_flags(wanted)
     if wanted != argv:
       show_help()
       return 0
-    main(args)
+    if not main(args) and os.environ.get("STOPPED_FAILS"):
+      return os.EX_TEMPFAIL
   except UserError as err:
     print(f"error: {err}", file=sys.stderr)
     return 2

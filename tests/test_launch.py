@@ -327,6 +327,8 @@ def test_gke_prints_a_jobset(machine):
   assert container["image"] == "registry/run"
   assert container["command"] == ["./launch.sh", *args[1:]]
   assert {"name": "START_LIMIT", "value": "50"} in container["env"]
+  # All stop when a host is drained; Kubernetes would take exit code 0 for the end of the run.
+  assert {"name": "STOPPED_FAILS", "value": "1"} in container["env"]
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 

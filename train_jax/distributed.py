@@ -183,10 +183,12 @@ def check_same_everywhere(facts: dict) -> None:
 def leave(code: int) -> int:
   """Returns the exit code; a process that failed beside others ends here and at once.
 
+  One that was told to stop (`os.EX_TEMPFAIL`) stops with the others and has not failed.
+
   JAX would wait for the others to finish first, and they would wait for this one.
   """
   for roll in _rolls:
-    if code:
+    if code not in (0, os.EX_TEMPFAIL):
       if code == 1:  # a collective that failed, perhaps
         time.sleep(0.5)
         roll.report()
