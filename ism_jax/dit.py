@@ -24,6 +24,7 @@ from train_jax.layers import (
   Mlp,
   check_dtype,
   check_remat,
+  output,
   scan_blocks,
   sinusoidal,
   sinusoidal_grid,
@@ -199,7 +200,8 @@ class DiT(nnx.Module):
     x = scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
 
     shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
-    x = self.out(modulate(self.norm(x), shift, scale)).astype(jnp.float32)  # [b, l, p p c]
+    x = modulate(self.norm(x), shift, scale)
+    x = output(x, self.out.kernel[...].astype(x.dtype)) + self.out.bias[...]  # [b, l, p p c]
     x = x.reshape(b, grid, grid, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, config.side, config.side, -1)
 

@@ -27,7 +27,7 @@ from seqmatch_jax.actions import visible
 from seqmatch_jax.tokens import BACKSPACE
 from train_jax import lora
 from train_jax.errors import UserError
-from train_jax.layers import Dense, Embed, check_dtype, check_remat, scan_blocks
+from train_jax.layers import Dense, Embed, check_dtype, check_remat, output, scan_blocks
 from train_jax.mesh import by_rows
 
 FAMILIES = ("llama", "gpt2")
@@ -163,29 +163,6 @@ def rotate(x: jax.Array, wave: tuple[jax.Array, jax.Array]) -> jax.Array:
 def put(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
   """Writes new [b, s, m, f] into cache [b, m, l, f] from slot start [b] on."""
   return jax.lax.dynamic_update_slice(cache, new.swapaxes(0, 1), (0, start, 0))
-
-
-@jax.custom_vjp
-def output(x: jax.Array, matrix: jax.Array) -> jax.Array:
-  """x [b, s, k] @ matrix [k, v] -> [b, s, v] float32, whatever the dtype of the two.
-
-  The products are summed in float32 and stay so: rounded to bfloat16, the two best of some ten
-  thousand tokens are often equal, and rewards are differences of logits. The gradients are
-  products in the dtype of the two, as every other layer's: of float32 with bfloat16 they would be
-  computed in float32.
-  """
-  rows = x.reshape(-1, x.shape[-1])
-  logits = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
-  return logits.reshape(*x.shape[:-1], -1)
-
-
-def _output_backward(kept, gradient):
-  x, matrix = kept
-  rows, gradient = (a.reshape(-1, a.shape[-1]).astype(x.dtype) for a in (x, gradient))
-  return (gradient @ matrix.T).reshape(x.shape), rows.T @ gradient
-
-
-output.defvjp(lambda x, matrix: (output(x, matrix), (x, matrix)), _output_backward)
 
 
 def make_norm(config: TransformerConfig, rngs) -> nnx.Module:

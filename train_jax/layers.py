@@ -65,6 +65,29 @@ class Dense(nnx.Linear):
     return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
+@jax.custom_vjp
+def output(x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """x [..., k] @ matrix [k, v] -> [..., v] float32, whatever the dtype of the two: a last layer.
+
+  The products are summed in float32 and stay so: rounded to bfloat16, the two best of some ten
+  thousand tokens are often equal, and rewards and guidance are differences of outputs. The
+  gradients are products in the dtype of the two, as every other layer's: of float32 with bfloat16
+  they would be computed in float32.
+  """
+  rows = x.reshape(-1, x.shape[-1])
+  found = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
+  return found.reshape(*x.shape[:-1], -1)
+
+
+def _output_backward(kept, gradient):
+  x, matrix = kept
+  rows, gradient = (a.reshape(-1, a.shape[-1]).astype(x.dtype) for a in (x, gradient))
+  return (gradient @ matrix.T).reshape(x.shape), rows.T @ gradient
+
+
+output.defvjp(lambda x, matrix: (output(x, matrix), (x, matrix)), _output_backward)
+
+
 class Embed(nnx.Embed):
   """Rows of a table, looked up in its own type and then cast.
 

@@ -246,6 +246,7 @@ def test_bfloat16_is_close_to_float32(small, inputs):
   assert {a.dtype for a in jax.tree.leaves(jax.eval_shape(init, KEY))} == {jnp.dtype("float32")}
   error = np.linalg.norm(half - full) / np.linalg.norm(full)
   assert 1e-4 < error < 0.05  # it is another precision, but the same function
+  assert np.mean(half == half.astype(jnp.bfloat16)) < 0.1  # and its sums are not rounded
 
 
 def test_cudnns_attention_is_given_up_where_there_is_no_gpu(monkeypatch):

@@ -36,6 +36,22 @@ def test_dense_computes_in_its_dtype_and_keeps_float32_parameters():
   assert dense.kernel[...].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_gradient_of_the_output_layer(dtype, tolerance):
+  rng = np.random.default_rng(0)
+  shapes = (2, 3, 8), (8, 5), (2, 3, 5)
+  x, matrix, weight = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+  def gradient(product):
+    return jax.grad(lambda pair: jnp.sum(jnp.sin(product(*pair)) * weight))((x, matrix))
+
+  exact = gradient(lambda x, matrix: x.astype("float32") @ matrix.astype("float32"))
+  for found, wanted in zip(gradient(layers.output), exact, strict=True):
+    assert found.dtype == dtype
+    error = np.linalg.norm((found - wanted).astype("float32")) / np.linalg.norm(wanted.astype("f4"))
+    assert error < tolerance
+
+
 def test_embed_adds_the_gradient_of_a_row_in_float32():
   """In bfloat16 a sum of ones stays at 256."""
   embed = layers.Embed(5, 4, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
