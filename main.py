@@ -195,8 +195,6 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   distributed.check_shared(workdir)
   saved = Checkpoints(workdir).newest_meta()
   if saved:
-    later = getattr(method_module(config), "LATER", ())
-    config = config_lib.as_before(config, saved["config"], later, workdir)
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor)
   mesh.check_batch(config.batch, devices, config.optim.accumulate)

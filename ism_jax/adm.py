@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from ism_jax.images import SUFFIXES, UNREADABLE, area_square, center_crop, convert
+from ism_jax.images import SUFFIXES, UNREADABLE, square
 from train_jax.errors import UserError
 from train_jax.files import whole_file
 
@@ -135,9 +135,7 @@ def read_square(path: Path, side: int, channels: int | None = None) -> np.ndarra
   """
   try:
     with Image.open(path) as file:
-      if channels:
-        return area_square(file, side, channels)
-      return center_crop(convert(file, "RGB"), side)
+      return square(file, side, channels)
   except UNREADABLE as err:
     raise UserError(f"the image {str(path)!r} cannot be read; repair or remove it.") from err
 

@@ -10,7 +10,6 @@ Dimensions: n images, b batch, h w image, c channel.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from functools import lru_cache
 
 import numpy as np
 from absl import logging
-from PIL import Image
 from tqdm import tqdm
 
 from ism_jax import images as images_lib
@@ -94,19 +92,6 @@ def _decode_bytes(pixels: np.ndarray) -> np.ndarray:
   return pixels.astype(np.float32) / 127.5 - 1
 
 
-def _read(
-  images: images_lib.Images, i: int, side: int, channels: int
-) -> tuple[np.ndarray | None, int]:
-  """The centre square of image i at `side` pixels, None if it can't be read; and its class."""
-  label = -1
-  try:
-    content, label = images.read(i)
-    with Image.open(io.BytesIO(content)) as image:
-      return images_lib.area_square(image, side, channels), label
-  except images_lib.UNREADABLE:
-    return None, label
-
-
 def _in_memory(
   images: images_lib.Images, path: str, side: int, channels: int, max_faults: int
 ) -> Source:
@@ -118,7 +103,7 @@ def _in_memory(
   pixels = np.empty((images.size, side, side, channels), np.uint8)
   labels, bad = [], []
   with ThreadPoolExecutor() as pool:
-    read = pool.map(lambda i: _read(images, i, side, channels), range(images.size))
+    read = pool.map(lambda i: images_lib.read_image(images, i, side, channels), range(images.size))
     read = tqdm(read, total=images.size, desc="reading images", unit="img", disable=None)
     for i, (image, label) in enumerate(read):
       if image is None:

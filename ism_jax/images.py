@@ -209,13 +209,22 @@ def area_square(image: Image.Image, side: int, channels: int) -> np.ndarray:
   return np.asarray(image, np.uint8).reshape(side, side, channels)
 
 
-def read_image(images: Images, i: int, side: int) -> tuple[np.ndarray | None, int]:
-  """(uint8 [side, side, 3], class) of image i; None where it cannot be read."""
+def square(image: Image.Image, side: int, channels: int | None = None) -> np.ndarray:
+  """The centre square, uint8 [side, side, c]: `area_square`, or as in ADM without `channels`."""
+  if channels:
+    return area_square(image, side, channels)
+  return center_crop(convert(image, "RGB"), side)
+
+
+def read_image(
+  images: Images, i: int, side: int, channels: int | None = None
+) -> tuple[np.ndarray | None, int]:
+  """(the centre square of image i, see `square`; its class); None where it cannot be read."""
   label = -1
   try:
     content, label = images.read(i)
     with Image.open(io.BytesIO(content)) as image:
-      return center_crop(convert(image, "RGB"), side), label
+      return square(image, side, channels), label
   except UserError:
     raise
   except UNREADABLE:

@@ -40,7 +40,7 @@ from train_jax.step import Method, no_augment
 
 def make_source(config) -> data.Source | latents.Latents:
   """The images, or latents, of `config.data`; images with their mirror images if it says `flip`."""
-  source, flip = _open_source(config), config.data.get("flip")  # see LATER
+  source, flip = _open_source(config), config.data.get("flip")  # not of latents
   if flip and isinstance(source, latents.Latents):
     raise UserError("data.flip=True is for images, and latents have their mirror images; omit it.")
   return data.with_mirror_images(source) if flip else source
@@ -115,9 +115,6 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
 SAME = ("config.model.heads",)
 FRESH = ("embed_class", "embed_guidance", "embed_step")
 convert = sit.convert
-
-# What a run that was saved without it goes on without.
-LATER = ("data.flip",)
 
 
 def make_sizes(config, facts: dict) -> dit.DiTConfig:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import flags, logging
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from train_jax.errors import UserError
 
@@ -137,19 +135,6 @@ def check_same(config: dict, saved: dict, workdir) -> None:
   if added:
     known = ", ".join(f"{key}={new[key]!r}" for key in added)
     logging.warning("%s was saved before these were there; it goes on with %s.", workdir, known)
-
-
-def as_before(config: ConfigDict, saved: dict, later: Sequence[str], workdir) -> ConfigDict:
-  """`config` without the keys of `later` that a run of `saved` lacks: it goes on as it was."""
-  here, there = flatten(config.to_dict()), flatten(saved)
-  lacking = [key for key in later if key in here and key not in there]
-  config = config.copy_and_resolve_references()
-  for key in lacking:
-    section, _, name = key.rpartition(".")
-    with config.unlocked():
-      del config[section][name]
-    logging.warning("%s was saved before %s was there; it goes on without.", workdir, key)
-  return config
 
 
 def check_backend(wanted: str) -> None:

@@ -6,7 +6,7 @@ import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from train_jax import config
 from train_jax.errors import UserError
@@ -61,15 +61,6 @@ def test_a_run_may_be_lengthened_and_its_optimiser_changed_and_says_so(capsys):
 def test_a_run_of_an_older_version_goes_on_and_new_keys_are_told(caplog):
   config.check_same({**CONFIG, "model": {"width": 16, "depth": 2}}, CONFIG, "runs/a")
   assert "goes on with model.depth=2" in caplog.text
-
-
-def test_a_run_of_an_older_version_goes_on_as_it_was(caplog):
-  new = ConfigDict({"data": {"flip": True, "side": 8}, "steps": 5}).lock()
-  old = {"data": {"side": 8}, "steps": 5}
-  later = ("data.flip", "data.other")
-  assert config.as_before(new, old, later, "runs/a").to_dict() == old
-  assert "runs/a was saved before data.flip was there; it goes on without" in caplog.text
-  assert config.as_before(new, new.to_dict(), later, "runs/a") == new and new.data.flip
 
 
 def test_many_differences_are_counted_not_listed():
