@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax")
 )
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp

@@ -88,7 +88,8 @@ def mean_of_parts(grad_fn: Callable, parts: int, params: PyTree, batch: Batch, k
     return a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
 
   def add(total: PyTree, part: tuple) -> tuple:
-    values, grads = grad_fn(jax.tree.map(mesh_lib.by_rows, part[0]), part[1])
+    rows, key = jax.tree.map(lambda a: mesh_lib.by_rows(a) if a.ndim else a, part)
+    values, grads = grad_fn(rows, key)
     return mesh_lib.by_rule(jax.tree.map(jnp.add, total, grads)), values
 
   zeros = mesh_lib.by_rule(jax.tree.map(jnp.zeros_like, params))

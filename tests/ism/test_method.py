@@ -246,7 +246,7 @@ def test_a_part_of_a_group_on_a_device_is_warned_of_once(
 ):
   mesh = mesh_lib.make_mesh(tensor=tensor, devices=jax.devices()[:4])
   ism.make_method(get_config(batch=batch), mesh)
-  found = [text for text in caplog.messages if "rows for each" in text]
+  found = [text for text in caplog.messages if "rows at a time for each" in text]
   assert len(found) == warned
   if warned:
     assert "batch=16 is 4 rows for each of the 4 devices, and loss.shares=" in found[0]
