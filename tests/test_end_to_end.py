@@ -25,21 +25,47 @@ ONE = "--xla_force_host_platform_device_count=1"  # of two such flags the last c
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {ONE}"}
 
 
+# Imports the program once, and forks for each line: its arguments, and files for what it prints.
+RUNS = """
+import json, os, sys
+import ism_jax.method, main, seqmatch_jax.method
+from train_jax import distributed
+for line in sys.stdin:
+  args, *files = json.loads(line)
+  if not (child := os.fork()):
+    for number, file in enumerate(files, 1):
+      os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["main.py", *args]
+    sys.exit(distributed.leave(main.run(sys.argv)))
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 def start(*args: str) -> subprocess.Popen:
   command = [sys.executable, "main.py", *map(str, args)]
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
   return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes)
 
 
-def call(*args: str) -> tuple[int, str, str]:
-  """(exit code, stdout, stderr) of `python main.py args`."""
-  process = start(*args)
-  out, err = process.communicate(timeout=300)
-  return process.returncode, out, err
+@pytest.fixture(scope="module")
+def call(tmp_path_factory):
+  """(*args) -> (exit code, stdout, stderr) of `python main.py args`."""
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+  runs = subprocess.Popen([sys.executable, "-c", RUNS], cwd=ROOT, env=ENVIRONMENT, **pipes)
+
+  def run(*args: str) -> tuple[int, str, str]:
+    top = tmp_path_factory.mktemp("printed")
+    files = [top / "out", top / "err"]
+    print(json.dumps([[*map(str, args)], *map(str, files)]), file=runs.stdin, flush=True)
+    code = int(runs.stdout.readline())
+    return code, *(file.read_text() for file in files)
+
+  yield run
+  runs.communicate()
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, call):
   """The working directory of a run that nobody disturbed, and what it printed."""
   workdir = tmp_path_factory.mktemp("finished")
   code, out, err = call(*RUN, f"--workdir={workdir}")
@@ -70,7 +96,7 @@ def test_every_number_is_explained(finished):
   assert sorted(name for name in names if f"`{name}`" not in explained) == ["step"]
 
 
-def test_killed_run_goes_on_to_the_same_bits(finished, tmp_path):
+def test_killed_run_goes_on_to_the_same_bits(finished, tmp_path, call):
   process = start(*RUN, f"--workdir={tmp_path}")
   deadline = time.monotonic() + 240
   while not (tmp_path / "checkpoints" / "6").is_dir():
@@ -99,7 +125,7 @@ def test_run_says_where_it_ran_and_what_it_left(finished):
   assert last["step"] == 12 and any(name.startswith("eval/fd") for name in last)
 
 
-def test_samples_come_from_a_copied_directory(finished, tmp_path):
+def test_samples_come_from_a_copied_directory(finished, tmp_path, call):
   moved = tmp_path / "elsewhere"
   shutil.copytree(finished[0], moved)
   flags = ("--nfe=1,2,128", "--guidance=0,0.5", "--num=6", "--labels=0,3,5", "--seed=3")
@@ -115,7 +141,7 @@ def test_samples_come_from_a_copied_directory(finished, tmp_path):
   assert Image.open(next((tmp_path / "o").glob("*.png"))).width > 100
 
 
-def test_exported_model_is_the_checkpoint_and_is_gone_on_from(finished, tmp_path):
+def test_exported_model_is_the_checkpoint_and_is_gone_on_from(finished, tmp_path, call):
   out = tmp_path / "out"
   code, _, err = call(f"--workdir={finished[0]}", "--mode=export", f"--out={out}")
   assert code == 0, err
@@ -132,18 +158,19 @@ def test_exported_model_is_the_checkpoint_and_is_gone_on_from(finished, tmp_path
 
 
 def test_help_lists_flags_and_the_config_s_keys():
-  code, out, err = call(CONFIG, "--help")
-  assert code == 0, err
+  process = start(CONFIG, "--help")
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
   assert "--nfe: sample, evaluate images" in out and "--config.optim.lr=" in out
 
 
-def test_evaluation_needs_no_config(finished, tmp_path):
+def test_evaluation_needs_no_config(finished, tmp_path, call):
   code, out, err = call(f"--workdir={finished[0]}", "--mode=evaluate", f"--out={tmp_path}")
   assert code == 0, err
   assert "fd" in out and json.loads((tmp_path / "evaluation.json").read_text())["step"] == 12
 
 
-def test_an_older_step_is_evaluated(finished, tmp_path):
+def test_an_older_step_is_evaluated(finished, tmp_path, call):
   flags = ("--mode=evaluate", "--nfe=1", f"--out={tmp_path}")
   code, _, err = call(f"--workdir={finished[0]}", *flags, "--step=9")
   assert code == 0, err
@@ -181,7 +208,7 @@ def test_ctrl_c_while_sampling_is_no_traceback(finished, tmp_path):
     ((), ("--config",)),
   ],
 )
-def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path):
+def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path, call):
   code, out, err = call(f"--workdir={tmp_path / 'w'}", *flags)
   assert code == 2
   assert "Traceback" not in out + err
@@ -202,7 +229,7 @@ def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path):
     (("--mode=evaluate", "--prompt=12"), ("--prompt does nothing", "a run of ism")),
   ],
 )
-def test_mistakes_about_a_run_change_nothing_in_it(flags, words, finished):
+def test_mistakes_about_a_run_change_nothing_in_it(flags, words, finished, call):
   before = sorted(str(path) for path in finished[0].rglob("*"))
   code, out, err = call(f"--workdir={finished[0]}", *flags)
   assert code == 2 and "Traceback" not in out + err
@@ -211,7 +238,7 @@ def test_mistakes_about_a_run_change_nothing_in_it(flags, words, finished):
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory):
+def writer(tmp_path_factory, call):
   """The working directory of a finished text run."""
   workdir = tmp_path_factory.mktemp("writer")
   code, out, err = call(
@@ -222,7 +249,7 @@ def writer(tmp_path_factory):
   return workdir
 
 
-def test_prompts_are_answered(writer, tmp_path):
+def test_prompts_are_answered(writer, tmp_path, call):
   flags = ("--prompt=a13f06=4", "--temperature=1", f"--out={tmp_path}")
   code, out, err = call(f"--workdir={writer}", "--mode=sample", *flags)
   assert code == 0, err
@@ -246,13 +273,13 @@ def test_prompts_are_answered(writer, tmp_path):
     (("--mode=sample", "--temperature=-1"), ("temperature",)),
   ],
 )
-def test_bad_prompts_cost_one_sentence(flags, words, writer):
+def test_bad_prompts_cost_one_sentence(flags, words, writer, call):
   code, out, err = call(f"--workdir={writer}", *flags)
   assert code == 2 and "Traceback" not in out + err
   assert all(word in err for word in words), err
 
 
-def test_texts_are_encoded_and_images_are_not_texts(tmp_path):
+def test_texts_are_encoded_and_images_are_not_texts(tmp_path, call):
   (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo")
   texts, out = f"--texts={tmp_path / 'a.txt'}", f"--out={tmp_path / 'tokens'}"
   code, text, err = call("--mode=encode", texts, out)
