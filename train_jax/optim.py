@@ -34,8 +34,7 @@ def _is_matrix(path, _) -> bool:
 def adamw(
   rate: optax.Schedule, b1: float, b2: float, weight_decay: float, mu_dtype: str = "float32"
 ):
-  """AdamW (Loshchilov & Hutter, arXiv 1711.05101); only matrices (`kernel` leaves and adapters)
-  decay.
+  """AdamW (Loshchilov & Hutter, arXiv 1711.05101); only matrices decay: kernels and adapters.
 
   By name, because stacked layers give biases a second axis.
 
