@@ -249,7 +249,7 @@ def test_a_part_of_a_group_on_a_device_is_warned_of_once(
   found = [text for text in caplog.messages if "rows at a time for each" in text]
   assert len(found) == warned
   if warned:
-    assert "batch=16 is 4 rows for each of the 4 devices, and loss.shares=" in found[0]
+    assert "batch=16 is 4 rows at a time for each of the 4 devices, and loss.shares=" in found[0]
     assert "a multiple of 32, or put part of the devices in mesh.tensor" in found[0]
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     caplog.clear()
