@@ -53,6 +53,7 @@ def test_stable_diffusions_size_agrees_with_diffusers(tmp_path):
   agrees(model, oracle, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_sizes_agree_with_diffusers(load, oracle):
   model = load()
   agrees(model, oracle, atol=1e-5)

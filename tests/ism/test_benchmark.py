@@ -167,8 +167,8 @@ results = dict(found.measure(stand_ins.PARAMS, [(2, 0.5)], 50, out))
 """
 
 
-# 4: both processes have all rows.
-@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 4])  # 4: both processes have all rows
 def test_two_processes_measure_what_one_does(files, tensor):
   expected = dict(make(files).measure(PARAMS, [(2, 0.5)], 50))
   for stored in files.folder.glob("real.*-*.npz"):

@@ -48,7 +48,10 @@ def default():
   return method, facts, params
 
 
-@pytest.mark.parametrize("objective", ["ism", "flow", "shortcut"])
+@pytest.mark.parametrize(
+  "objective",
+  ["ism", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flow", "shortcut"))],
+)
 def test_a_train_step_learns(objective):
   config = get_config(objective)
   method, _ = build(config)
@@ -319,7 +322,7 @@ def test_images_without_classes_are_trained_on_and_not_measured(counts, tmp_path
   assert said.endswith(f"have {len(counts)}, the smallest of {min(counts.values())}")
   batch = next(method.stream(0, 0))
   params, _ = jax.jit(method.init)(jax.random.key(0))
-  loss = method.loss(params, {"target": params}, batch, jax.random.key(0))[0]
+  loss = jax.jit(method.loss)(params, {"target": params}, batch, jax.random.key(0))[0]
   assert batch["image"].shape == (16, 8, 8, 3) and np.isfinite(float(loss))
   ((name, picture),) = method.evaluate(params, 1, True)
   assert name == "grid" and picture.dtype == np.uint8

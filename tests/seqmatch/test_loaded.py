@@ -95,7 +95,9 @@ def sampled(run, out, **flags):
   return json.loads((out / "generations.json").read_text())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "weights")) for k in KINDS]
+)
 def test_generations_are_those_of_the_run(kind, get_run, tmp_path):
   run = get_run(kind)
   rows = sampled(run, tmp_path, temperature=1.0, seed=3)

@@ -73,6 +73,7 @@ def test_bytes_have_a_unit_that_shows_them(size, text):
   assert aot.in_bytes(size).strip() == text
 
 
+@pytest.mark.slow
 def test_latents_need_no_data(capsys):
   config = ism_imagenet256.get_config("debug")
   config.data.made_up, config.data.path = 0, "nowhere"
