@@ -96,6 +96,7 @@ def test_every_number_is_explained(finished):
   assert sorted(name for name in names if f"`{name}`" not in explained) == ["step"]
 
 
+@pytest.mark.slow  # test_endurance.py's first row does the same, more often
 def test_killed_run_goes_on_to_the_same_bits(finished, tmp_path, call):
   process = start(*RUN, f"--workdir={tmp_path}")
   deadline = time.monotonic() + 240

@@ -112,7 +112,9 @@ def test_options_combine_and_unknown_ones_are_named():
       module.get_config("XXL/2")
 
 
-@pytest.mark.parametrize("module", [ism_imagenet256, ism_folder])
+@pytest.mark.parametrize(
+  "module", [ism_imagenet256, pytest.param(ism_folder, marks=pytest.mark.slow)]
+)
 def test_debug_trains_from_a_clean_clone(module):
   config = module.get_config("debug")
   method, facts = ism.make_method(config, mesh_lib.make_mesh())
