@@ -24,6 +24,7 @@ from train_jax.layers import (
   Mlp,
   check_dtype,
   check_remat,
+  check_sizes,
   output,
   scan_blocks,
   sinusoidal,
@@ -60,17 +61,11 @@ class DiTConfig:
         f"model.attention='cudnn' needs model.dtype='bfloat16', and it is {self.dtype!r}; choose "
         "that, or model.attention='xla'."
       )
-    for name in ("patch", "width", "depth", "heads", "mlp_ratio"):
-      if getattr(self, name) < 1:
-        raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
+    # Positions take a sine and a cosine for each of two axes.
+    check_sizes(self, ("patch", "width", "depth", "heads", "mlp_ratio"), 4)
     if self.side % self.patch:
       raise UserError(
         f"model.patch={self.patch} does not divide the image side {self.side}; choose a divisor."
-      )
-    if self.width % (4 * self.heads):
-      raise UserError(
-        f"model.width={self.width} must be a multiple of 4 x model.heads={self.heads}; "
-        f"the nearest is {max(1, round(self.width / (4 * self.heads))) * 4 * self.heads}."
       )
 
 

@@ -27,7 +27,15 @@ from seqmatch_jax.actions import visible
 from seqmatch_jax.tokens import BACKSPACE
 from train_jax import lora
 from train_jax.errors import UserError
-from train_jax.layers import Dense, Embed, check_dtype, check_remat, output, scan_blocks
+from train_jax.layers import (
+  Dense,
+  Embed,
+  check_dtype,
+  check_remat,
+  check_sizes,
+  output,
+  scan_blocks,
+)
 from train_jax.mesh import by_rows
 
 FAMILIES = ("llama", "gpt2")
@@ -59,17 +67,10 @@ class TransformerConfig:
     object.__setattr__(self, "scaling", tuple(self.scaling))  # JSON has lists
     check_dtype(self.dtype)
     check_remat(self.remat)
-    for name in ("vocab", "width", "depth", "heads", "hidden"):
-      if getattr(self, name) < 1:
-        raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
+    check_sizes(self, ("vocab", "width", "depth", "heads", "hidden"), 2)  # rotary: in pairs
     if self.family not in FAMILIES:
       raise UserError(
         f"model.family={self.family!r} is unknown; choose from {', '.join(FAMILIES)}."
-      )
-    if self.width % (2 * self.heads):
-      raise UserError(
-        f"model.width={self.width} must be a multiple of 2 x model.heads={self.heads}; "
-        f"the nearest is {max(1, round(self.width / (2 * self.heads))) * 2 * self.heads}."
       )
     if self.kv_heads < 0 or (self.kv_heads and self.heads % self.kv_heads):
       raise UserError(

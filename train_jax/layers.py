@@ -39,6 +39,25 @@ def check_remat(kind: str) -> None:
     raise UserError(f"model.remat={kind!r} is unknown; choose one of {', '.join(REMAT)}.")
 
 
+def check_sizes(config, names: tuple[str, ...], share: int) -> None:
+  """Raises UserError unless a network's sizes are possible.
+
+  Args:
+    config: has the fields `names`, `width` and `heads` among them, as the config's section `model`.
+    names: of those that must be at least 1.
+    share: what the features of a head must be a multiple of.
+  """
+  for name in names:
+    if (value := getattr(config, name)) < 1:
+      raise UserError(f"model.{name}={value} must be at least 1.")
+  unit = share * config.heads
+  if config.width % unit:
+    raise UserError(
+      f"model.width={config.width} must be a multiple of {share} x model.heads={config.heads}; "
+      f"the nearest is {max(1, round(config.width / unit)) * unit}."
+    )
+
+
 def scan_blocks(body: Callable, x, blocks, *, remat: str, unroll: bool):
   """x after `body(x, block) -> x` of each of `blocks`, a pytree stacked along a leading axis.
 

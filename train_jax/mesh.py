@@ -172,10 +172,7 @@ def by_rule(tree):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
-  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-  return jax.tree.map(
-    lambda a: jax.lax.with_sharding_constraint(a, param_spec(a.shape, fsdp, tensor)), tree
-  )
+  return jax.lax.with_sharding_constraint(tree, state_sharding(tree, mesh))
 
 
 def fill_rows(tree):
