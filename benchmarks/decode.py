@@ -69,8 +69,8 @@ def gradient(network, config: LossConfig):
 
 def main(args) -> None:
   rng = np.random.default_rng(0)
-  sizes = {"vocab": VOCAB, "width": args.width, "depth": args.depth, "heads": 4}
-  network = make_network(TransformerConfig(**sizes, hidden=3 * args.width, unroll=True))
+  sizes = {name: getattr(args, name) for name in ("width", "depth", "heads", "dtype")}
+  network = make_network(TransformerConfig(VOCAB, **sizes, hidden=3 * args.width, unroll=True))
   params = network.init(jax.random.key(0))
   b, count = args.batch, args.length - PROMPT
   prompt = rng.integers(SPECIAL, VOCAB, (b, PROMPT)).astype(np.int32)
@@ -128,5 +128,7 @@ if __name__ == "__main__":
   parser.add_argument("--length", type=int, default=256)
   parser.add_argument("--width", type=int, default=128)
   parser.add_argument("--depth", type=int, default=2)
+  parser.add_argument("--heads", type=int, default=4)
+  parser.add_argument("--dtype", default="float32")
   parser.add_argument("--rounds", type=int, default=3)
   main(parser.parse_args())

@@ -2,19 +2,22 @@
 
     python benchmarks/gpu.py [--config=ism_imagenet256:XL/2]
     python benchmarks/gpu.py --rows="flow 128 cudnn unrolled none;ism 256 xla scanned block"
+    python benchmarks/gpu.py --config=seqmatch_gpt2:gpu --rows="seqmatch 8 cudnn unrolled none"
 
-A row is an objective (flow or ism), a batch, and what the network is made with: how attention is
-computed (model.attention), whether the blocks are scanned over or written out (model.unroll), and
-what the backward pass computes again (model.remat). All are compiled first, side by side; what does
-not fit by the compiler's count is not timed.
+A row is an objective (flow or ism; mle or seqmatch), a batch, and what the network is made with:
+how attention is computed (model.attention), whether the blocks are scanned over or written out
+(model.unroll), and what the backward pass computes again (model.remat). All are compiled first,
+side by side; what does not fit by the compiler's count is not timed.
 
   MFU    of this device's own bfloat16 matrix product; FLOPs are counted with every extra forward
          pass, but not those of remat. `TFLOP a second` compares with a data sheet.
   GiB    what the compiler allots: state, batch and temporary arrays
 
-Then, of the fastest of iSM: the profile of three steps (the kernels that take longest, and the
-share of time in which the device does nothing), the training loop, what sOT adds, and how long a
-checkpoint in the background stops training.
+The rollouts of SequenceMatch are not in these steps: there is one, before them.
+
+Then, of the fastest row of the whole method: the profile of three steps (the kernels that take
+longest, and the share of time in which the device does nothing), the training loop, what sOT adds,
+how long a checkpoint in the background stops training, and how far cuDNN's attention is from XLA's.
 """
 
 import argparse
@@ -27,13 +30,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from timing import in_turn, keep, matmul_peak, show
 from train_step import Step, get_config, in_loop, model_flops
 
-from configs import ism_digits
+from configs import ism_digits, seqmatch_text
 from ism_jax import pairing
 from train_jax.checkpoint import Checkpoints
+from train_jax.layers import ATTENTION, attend
 from train_jax.metrics import table
 
 ROWS = ";".join(
@@ -51,12 +56,17 @@ ROWS = ";".join(
 )
 
 
+BASELINES = {"flow": ism_digits.flow, "mle": seqmatch_text.mle}
+
+
 def make_config(text: str, row: str):
   """The config of one row."""
   objective, batch, attention, blocks, remat = row.split()
   config = get_config(text, int(batch))
-  if objective == "flow":
-    ism_digits.flow(config)
+  if objective in BASELINES:
+    BASELINES[objective](config)
+  if config.method == "seqmatch":
+    config.buffer.refresh = 10**9
   config.model.attention, config.model.remat = attention, remat
   config.model.unroll = {"scanned": False, "unrolled": True}[blocks]
   return config
@@ -79,20 +89,24 @@ def compiled(configs: dict, workers: int) -> dict[str, Step]:
 def measure(steps: dict[str, Step], turn: int, room: float, peak: float) -> dict[str, float]:
   """Rows of the table. The steps share one state, which fits only once."""
   rows, state = {}, None
+  same = lambda a, b: jax.tree.structure(a) == jax.tree.structure(b)  # noqa: E731
   for name, step in steps.items():
     rows[f"GiB/{name}"] = step.gibibytes()
     if step.gibibytes() > room:
       continue
-    step.state = step.init() if state is None else state
+    if not same(state, step.shapes):
+      state = None  # its memory is free before there is another
+      state = step.init()
+    step.state = state
     seconds = in_turn({"step": lambda step=step: step.run(turn)}, 2)["step"] / turn
     state = step.state
     del step.state
     flops, batch = model_flops(step.config), step.config.batch
     rows[f"ms/{name}"] = 1e3 * seconds
-    rows[f"images a second/{name}"] = batch / seconds
+    rows[f"rows a second/{name}"] = batch / seconds
     rows[f"TFLOP a second/{name}"] = flops / seconds / 1e12
     rows[f"MFU/{name}"] = flops / seconds / peak
-    print(f"{name}: {1e3 * seconds:.1f} ms, {batch / seconds:.0f} images a second", flush=True)
+    print(f"{name}: {1e3 * seconds:.1f} ms, {batch / seconds:.0f} rows a second", flush=True)
   return rows
 
 
@@ -155,6 +169,45 @@ def saving(step: Step) -> dict[str, float]:
   return rows
 
 
+def attention(config) -> dict[str, float]:
+  """XLA's and cuDNN's with their gradients, at the network's sizes: time, and errors.
+
+  In bfloat16; errors are relative, of the norm, to XLA's of the same numbers in float32. Where a
+  text is read, half of what is behind a token is not seen, as erased tokens are not.
+  """
+  model, rows = config.model, {}
+  length = config.data.get("context", 0) or (config.data.side // model.patch) ** 2
+  shape = (8, length, model.heads, model.width // model.heads)
+  *arrays, weight = (jax.random.normal(jax.random.key(i), shape, "bfloat16") for i in range(4))
+  mask = None
+  if config.method == "seqmatch":
+    index = np.arange(length)
+    end = np.where(index % 2, length, index + length // 2)
+    mask = jnp.asarray((index <= index[:, None]) & (index[:, None] < end))[None, None]
+    mask = jnp.broadcast_to(mask, (8, 1, length, length))
+
+  def gradient(kind: str):
+    def value(arrays):
+      found = attend(*arrays, kind, mask)
+      return jnp.sum(found.astype("float32") * weight), found
+
+    return jax.jit(jax.grad(value, has_aux=True))
+
+  exact = gradient("xla")([a.astype("float32") for a in arrays])
+  for kind in ATTENTION:
+    run = gradient(kind)
+    found = jax.tree.map(lambda a, b: relative_error(a, b), run(arrays), exact)
+    rows[f"ms/{kind}"] = 1e3 * in_turn({"it": lambda run=run: run(arrays)}, 10)["it"]
+    rows[f"error/{kind}"] = found[1]
+    rows[f"of the gradient/{kind}"] = max(found[0])
+  return rows
+
+
+def relative_error(found, exact) -> float:
+  found, exact = (np.asarray(a, np.float64) for a in (found, exact))
+  return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
 def main(args) -> None:
   with tempfile.TemporaryDirectory() as cache:  # of programs: the loop compiles its step again
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -168,14 +221,17 @@ def main(args) -> None:
     timed = [row for row in configs if f"ms/{row}" in rows]
     if not timed:
       sys.exit(f"no row fits into {room:.0f} GiB; give --rows smaller batches.")
-    best = max(timed, key=lambda row: (row.startswith("ism"), rows[f"MFU/{row}"]))
+    best = max(timed, key=lambda row: (row.split()[0] not in BASELINES, rows[f"MFU/{row}"]))
     step, seconds = steps[best], rows[f"ms/{best}"] / 1e3
     parts = {
       f"profile of {best}": lambda: profile(step),
       "sOT": lambda: transport(configs[best], seconds, args.pool),
       "loop": lambda: {"of the step alone/loop": in_loop(step, 2, args.steps)},
       "checkpoint": lambda: saving(step),
+      "attention": lambda: attention(configs[best]),
     }
+    if configs[best].method != "ism":
+      del parts["sOT"]
     for title, part in parts.items():
       tables[title] = part()
       print(f"\n{title}\n{table(tables[title])}", flush=True)

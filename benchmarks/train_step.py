@@ -64,7 +64,9 @@ class Step:
 
   Attributes:
     lowered: the step as JAX hands it to XLA; `step` is compiled of it when first asked for.
+    shapes: of the state.
     state: made when first asked for; each step replaces it.
+    frozen: the method's, in a tuple; () if it has none.
     batch: lies on the device.
   """
 
@@ -77,8 +79,8 @@ class Step:
     self.network = method_module(config).make_network(config, facts)
     self.tx = make_optimizer(config)
     init = state_lib.create(self.method, self.tx, dict(config.ema), 0)
-    shapes = jax.eval_shape(init)
-    shardings = mesh_lib.state_sharding(shapes, self.mesh)
+    self.shapes = jax.eval_shape(init)
+    shardings = mesh_lib.state_sharding(self.shapes, self.mesh)
     self.init = jax.jit(init, out_shardings=shardings)
     self.stream = self.method.stream(0, 0)
     self.batch = mesh_lib.to_global(next(self.stream), self.mesh)
@@ -87,7 +89,9 @@ class Step:
     step = make_train_step(self.method, self.tx, dict(config.ema), optim.clip, optim.accumulate)
     step = mesh_lib.within(self.mesh, step)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    self.lowered = jitted.lower(mesh_lib.lay_out(shapes, self.mesh), self.batch)
+    trees = self.shapes, *frozen_shapes(self.method)
+    state, *frozen = (mesh_lib.lay_out(tree, self.mesh) for tree in trees)
+    self.lowered = jitted.lower(state, self.batch, *frozen)
 
   @cached_property
   def step(self):
@@ -97,9 +101,16 @@ class Step:
   def state(self):
     return self.init()
 
+  @cached_property
+  def frozen(self):
+    shapes = frozen_shapes(self.method)
+    return tuple(
+      self.method.frozen.make(mesh_lib.state_sharding(tree, self.mesh)) for tree in shapes
+    )
+
   def run(self, n: int):
     for _ in range(n):
-      self.state, _ = self.step(self.state, self.batch)
+      self.state, _ = self.step(self.state, self.batch, *self.frozen)
     return self.state
 
   @cached_property
@@ -107,18 +118,18 @@ class Step:
     state, rest = jax.tree.map(jnp.copy, ((self.state.params, self.state.opt_state), self.state))
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, rest, batch):
-      extra, batch = self.method.augment(replace(rest, params=params), batch, jax.random.key(0))
-      grads, _ = jax.grad(self.method.loss, has_aux=True)(
-        params, rest.ema, batch, jax.random.key(1)
-      )
+    def step(params, opt_state, rest, batch, *frozen):
+      now, key = replace(rest, params=params), jax.random.key(0)
+      extra, batch = self.method.augment(now, batch, key, *frozen)
+      gradient = jax.grad(self.method.loss, has_aux=True)
+      grads, _ = gradient(params, rest.ema, batch, jax.random.key(1), *frozen)
       updates, opt_state = self.tx.update(grads, opt_state, params)
       return optax.apply_updates(params, updates), opt_state, extra
 
     def run(n: int):
       nonlocal state, rest
       for _ in range(n):
-        *state, extra = step(*state, rest, self.batch)
+        *state, extra = step(*state, rest, self.batch, *self.frozen)
         rest = replace(rest, step=rest.step + 1, extra=extra)
       return state
 
@@ -134,7 +145,7 @@ class Step:
     seconds = []
     for _ in range(repeats):
       start = time.perf_counter()
-      self.state, _ = self.step(self.state, self.batch)
+      self.state, _ = self.step(self.state, self.batch, *self.frozen)
       seconds.append(time.perf_counter() - start)
       jax.block_until_ready(self.state)
     return float(np.median(seconds))
@@ -145,6 +156,11 @@ class Step:
     for _ in range(repeats):
       jax.block_until_ready(mesh_lib.to_global(next(self.stream), self.mesh))
     return (time.perf_counter() - start) / repeats
+
+
+def frozen_shapes(method) -> tuple:
+  """Those of `Method.frozen`, in a tuple; () if it has none."""
+  return (method.frozen.shapes,) if method.frozen else ()
 
 
 def in_loop(step: Step, rounds: int, steps: int) -> float:
@@ -184,17 +200,17 @@ def in_loop(step: Step, rounds: int, steps: int) -> float:
 
 def gradient_flops(method, state, batch) -> float:
   """Of the loss and its gradient, counted as they are traced."""
-  key = jax.random.key(0)
-  _, batch = jax.eval_shape(method.augment, state, batch, key)
+  key, frozen = jax.random.key(0), frozen_shapes(method)
+  _, batch = jax.eval_shape(method.augment, state, batch, key, *frozen)
   gradient = jax.grad(method.loss, has_aux=True)
-  return cost.flops(jax.make_jaxpr(gradient)(state.params, state.ema, batch, key).jaxpr)
+  return cost.flops(jax.make_jaxpr(gradient)(state.params, state.ema, batch, key, *frozen).jaxpr)
 
 
 def model_flops(config) -> float:
   """`gradient_flops` of a config without recomputation, attention counted however it is made."""
   config = config.copy_and_resolve_references()
   config.model.remat, config.model.unroll = "none", False  # fewer products to find
-  if config.method == "ism":
+  if "attention" in config.model:
     config.model.attention = "xla"  # cuDNN's is no product that can be seen
   method, _ = method_module(config).make_method(config, mesh_lib.make_mesh(1))
   state = jax.eval_shape(state_lib.create(method, make_optimizer(config), dict(config.ema), 0))

@@ -3,6 +3,7 @@
     ./launch.sh --mode=encode --texts=openwebtext --tokenizer=gpt2 --out=tokens     # once
     ./launch.sh configs/seqmatch_gpt2.py --config.pretrained=gpt2 --config.data.path=tokens
     ./launch.sh configs/seqmatch_gpt2.py:mle --config.pretrained=gpt2 --config.data.path=tokens
+    ./launch.sh configs/seqmatch_gpt2.py:gpu ...  # in bfloat16, with cuDNN's attention
     ./launch.sh configs/seqmatch_gpt2.py:debug    # a few steps of everything on a CPU, no files
 
 `gpt2` is a folder as Hugging Face lays it out (config.json, model.safetensors, tokenizer.json), of
@@ -78,4 +79,11 @@ def debug(config):
   config.noise.rate = 0.05
 
 
-OPTIONS = {"mle": seqmatch_text.mle, "bc": seqmatch_text.bc, "debug": debug}
+def gpu(config):
+  """One NVIDIA GPU: bfloat16 with cuDNN's attention, and nothing is computed again."""
+  config.model.dtype = "bfloat16"
+  config.model.attention = "cudnn"
+  config.model.remat = "none"
+
+
+OPTIONS = {"mle": seqmatch_text.mle, "bc": seqmatch_text.bc, "gpu": gpu, "debug": debug}

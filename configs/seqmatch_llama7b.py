@@ -3,6 +3,7 @@
     ./launch.sh --mode=encode --texts=openwebtext --tokenizer=llama2 --out=tokens   # once
     ./launch.sh configs/seqmatch_llama7b.py --config.pretrained=llama2 --config.data.path=tokens \
          --config.mesh.fsdp=16
+    ./launch.sh configs/seqmatch_llama7b.py:gpu ... # with cuDNN's attention
     ./launch.sh configs/seqmatch_llama7b.py:debug   # a few steps of everything on a CPU, no files
 
     python main.py --mode=compile --config=configs/seqmatch_llama7b.py --topology=v5e:4x4 \
@@ -57,4 +58,9 @@ def debug(config):
   config.model.dtype = "float32"
 
 
-OPTIONS = {"mle": seqmatch_text.mle, "bc": seqmatch_text.bc, "debug": debug}
+def gpu(config):
+  """NVIDIA GPUs: cuDNN's attention."""
+  config.model.attention = "cudnn"
+
+
+OPTIONS = {"mle": seqmatch_text.mle, "bc": seqmatch_text.bc, "gpu": gpu, "debug": debug}

@@ -44,6 +44,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.dtype = "float32"  # or bfloat16
   config.model.remat = "none"
   config.model.unroll = True
+  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.noise = ml_collections.ConfigDict()
   config.noise.rate = 0.02  # eta: errors before each token, typed and erased

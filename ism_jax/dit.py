@@ -10,7 +10,7 @@ Dimensions: b batch, h w image, c channel, l patches, k width, n heads, p patch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from train_jax.layers import (
   Dense,
   Embed,
   Mlp,
+  attend,
+  check_attention,
   check_dtype,
   check_remat,
   check_sizes,
@@ -54,13 +56,7 @@ class DiTConfig:
   def __post_init__(self):
     check_dtype(self.dtype)
     check_remat(self.remat)
-    if self.attention not in ("xla", "cudnn"):
-      raise UserError(f"model.attention={self.attention!r} is unknown; choose 'xla' or 'cudnn'.")
-    if self.attention == "cudnn" and self.dtype != "bfloat16":
-      raise UserError(
-        f"model.attention='cudnn' needs model.dtype='bfloat16', and it is {self.dtype!r}; choose "
-        "that, or model.attention='xla'."
-      )
+    check_attention(self)
     # Positions take a sine and a cosine for each of two axes.
     check_sizes(self, ("patch", "width", "depth", "heads", "mlp_ratio"), 4)
     if self.side % self.patch:
@@ -106,8 +102,7 @@ class Attention(nnx.Module):
     q, key, value = jnp.moveaxis(self.qkv(x).reshape(b, l, 3, self.heads, -1), 2, 0)
     if self.qk_norm:
       q, key = self.norm_query(q), self.norm_key(key)
-    attended = jax.nn.dot_product_attention(q, key, value, implementation=self.kernel)
-    return self.out(attended.reshape(b, l, k))
+    return self.out(attend(q, key, value, self.kernel).reshape(b, l, k))
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -215,11 +210,6 @@ def make_network(config: DiTConfig) -> tuple[Callable, Callable]:
     return nnx.merge(graphdef, nnx.State(params))(x, t, d, label, w)
 
   return init, apply
-
-
-def for_inference(config: DiTConfig) -> DiTConfig:
-  """`config` where it is used: without a GPU, XLA's attention, which computes the same."""
-  return config if jax.default_backend() == "gpu" else replace(config, attention="xla")
 
 
 # (width, depth, heads) of the published sizes; `/2` is the patch.

@@ -89,7 +89,7 @@ def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Loa
     UserError: no such model, or an autoencoder that is not the model's.
   """
   record, stored = exported.load(directory, METHOD)
-  init, apply = dit.make_network(dit.for_inference(dit.DiTConfig(**record["network"])))
+  init, apply = dit.make_network(dit.DiTConfig(**record["network"]))
   params = exported.fill(stored, jax.eval_shape(init, jax.random.key(0)))
   config, facts = record["run"]["config"], record["run"]["facts"]
   shape, names, w_max = tuple(facts["shape"]), tuple(facts["names"]), config["guidance"]["w_max"]

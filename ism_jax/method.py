@@ -285,7 +285,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
   labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
   path.check_labels(labels, len(names))
-  _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
+  _, apply = make_network(config, facts)
   mesh = mesh_of(config)
   sampler = sample.make_sampler(apply, tuple(facts["shape"]), mesh)
   if "vae" in facts:
@@ -325,7 +325,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   config.eval.nfe = sorted({nfe for nfe, _ in settings})
   config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
-  _, apply = dit.make_network(dit.for_inference(make_sizes(config, facts)))
+  _, apply = make_network(config, facts)
   protocol, mesh = evaluators.make_protocol(config, flags), mesh_of(config)
   if protocol:
     n = flags.num or 50_000

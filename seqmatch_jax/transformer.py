@@ -30,6 +30,8 @@ from train_jax.errors import UserError
 from train_jax.layers import (
   Dense,
   Embed,
+  attend,
+  check_attention,
   check_dtype,
   check_remat,
   check_sizes,
@@ -53,6 +55,7 @@ class TransformerConfig:
   dtype: str = "float32"  # of the computation; parameters and logits are float32
   remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
+  attention: str = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs; not in generation
   family: str = "llama"  # or gpt2
   kv_heads: int = 0  # of keys and values, which groups of heads share; 0: as many as heads
   theta: float = 10_000.0  # of the rotary positions
@@ -67,6 +70,7 @@ class TransformerConfig:
     object.__setattr__(self, "scaling", tuple(self.scaling))  # JSON has lists
     check_dtype(self.dtype)
     check_remat(self.remat)
+    check_attention(self)
     check_sizes(self, ("vocab", "width", "depth", "heads", "hidden"), 2)  # rotary: in pairs
     if self.family not in FAMILIES:
       raise UserError(
@@ -213,12 +217,14 @@ class Block(nnx.Module):
     sizes = np.cumsum(list(config.parts["qkv"].values()))[:-1]
     parts = jnp.split(self.qkv(self.norm1(x)), sizes, axis=-1)
     q, key, value = (part.reshape(b, s, -1, config.head) for part in parts)
+    kind = config.attention
     if wave is not None:
       q, key = rotate(q, wave), rotate(key, wave)
     if cache is not None:
       cache = put(cache[0], key, start), put(cache[1], value, start)
       key, value = (part.swapaxes(1, 2) for part in cache)
-    attended = jax.nn.dot_product_attention(q, key, value, mask=mask)
+      kind = "xla"  # a token has one row of scores, and reading the cache takes the time
+    attended = attend(q, key, value, kind, mask)
     x = x + self.out(attended.reshape(b, s, k))
     return x + self.down(self._inner(self.norm2(x))), cache
 

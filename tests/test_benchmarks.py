@@ -70,7 +70,7 @@ def test_accelerator_benchmark_measures_a_small_step(tmp_path):
   small = f"--rows={';'.join(rows)}", "--steps=1", "--pool=2"
   run(tmp_path, "gpu", "--config=ism_imagenet256:debug", *small)
   tables = json.loads((tmp_path / "gpu.json").read_text())["tables"]
-  for column in ("ms", "images a second", "TFLOP a second", "MFU", "GiB"):
+  for column in ("ms", "rows a second", "TFLOP a second", "MFU", "GiB"):
     assert all(tables["ism_imagenet256:debug"][f"{column}/{row}"] > 0 for row in rows)
   assert tables["checkpoint"]["until on disk/another"] > 0
   assert {"of its steps/class", "of its steps/none"} <= set(tables["sOT"])

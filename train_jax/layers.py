@@ -22,6 +22,7 @@ REMAT = {
 
 
 DTYPES = ("float32", "bfloat16")  # of a network's computation
+ATTENTION = ("xla", "cudnn")  # what computes it
 
 
 def check_dtype(name: str) -> None:
@@ -37,6 +38,22 @@ def check_remat(kind: str) -> None:
   """Raises UserError for a `model.remat` that isn't one of REMAT."""
   if kind not in REMAT:
     raise UserError(f"model.remat={kind!r} is unknown; choose one of {', '.join(REMAT)}.")
+
+
+def check_attention(config) -> None:
+  """Raises UserError if a network's `attention` is unknown, or cuDNN's cannot have its sizes.
+
+  Args:
+    config: has the fields `attention`, `dtype`, `width` and `heads`, as the section `model`.
+  """
+  if config.attention not in ATTENTION:
+    known = " or ".join(map(repr, ATTENTION))
+    raise UserError(f"model.attention={config.attention!r} is unknown; choose {known}.")
+  if config.attention == "cudnn" and config.dtype != "bfloat16":
+    raise UserError(
+      f"model.attention='cudnn' needs model.dtype='bfloat16', and it is {config.dtype!r}; choose "
+      "that, or model.attention='xla'."
+    )
 
 
 def check_sizes(config, names: tuple[str, ...], share: int) -> None:
@@ -56,6 +73,33 @@ def check_sizes(config, names: tuple[str, ...], share: int) -> None:
       f"model.width={config.width} must be a multiple of {share} x model.heads={config.heads}; "
       f"the nearest is {max(1, round(config.width / unit)) * unit}."
     )
+
+
+def attend(
+  q: jax.Array, key: jax.Array, value: jax.Array, kind: str, mask: jax.Array | None = None
+) -> jax.Array:
+  """softmax(q key^T / sqrt(f)) value, of q [b, l, n, f] -> [b, l, n, f].
+
+  Args:
+    key, value: [b, m, heads, f], of as many heads as q or of fewer that groups of its heads share.
+    kind: one of ATTENTION. cuDNN's never writes the [l, m] scores to memory; where there is no
+      NVIDIA GPU it is XLA's, which computes the same.
+    mask: bool [b, 1, l, m], what is seen; None: everything.
+  """
+  if kind == "cudnn" and jax.default_backend() != "gpu":
+    kind = "xla"
+  length, features = q.shape[1], q.shape[-1]
+  if kind == "cudnn" and (features % 8 or features > 256):
+    raise UserError(
+      f"model.attention='cudnn' takes heads of 8, 16, ... 256 features, and model.width / "
+      f"model.heads is {features}; choose other sizes, or model.attention='xla'."
+    )
+  if kind == "cudnn" and mask is not None and length % 2:  # its backward pass takes even lengths
+    one = (0, 0), (0, 1), (0, 0), (0, 0)
+    q, key, value = (jnp.pad(a, one) for a in (q, key, value))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 1)))
+  attended = jax.nn.dot_product_attention(q, key, value, mask=mask, implementation=kind)
+  return attended[:, :length]
 
 
 def scan_blocks(body: Callable, x, blocks, *, remat: str, unroll: bool):

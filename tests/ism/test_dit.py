@@ -249,13 +249,6 @@ def test_bfloat16_is_close_to_float32(small, inputs):
   assert np.mean(half == half.astype(jnp.bfloat16)) < 0.1  # and its sums are not rounded
 
 
-def test_cudnns_attention_is_given_up_where_there_is_no_gpu(monkeypatch):
-  config = replace(SMALL, dtype="bfloat16", attention="cudnn")
-  assert dit.for_inference(config) == replace(SMALL, dtype="bfloat16")
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert dit.for_inference(config) == config
-
-
 def test_bad_sizes_are_refused_in_a_sentence():
   with pytest.raises(UserError, match=r"model.patch=3 does not divide the image side 8"):
     replace(SMALL, patch=3)

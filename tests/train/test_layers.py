@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from train_jax import layers
+from train_jax.errors import UserError
 
 
 def normal(seed, *shape):
@@ -113,3 +114,67 @@ def test_dense_has_the_gradient_of_a_batched_product():
     return jnp.sum(jnp.einsum("blk,km->blm", x, kernel) ** 2)
 
   np.testing.assert_allclose(jax.grad(flat)(kernel), jax.grad(batched)(kernel), rtol=1e-4)
+
+
+def softly(q, key, value, mask):
+  """Attention in float64, head by head; heads of q share those of key and value in groups."""
+  found, share = np.zeros(q.shape), q.shape[2] // key.shape[2]
+  for b, n in np.ndindex(q.shape[0], q.shape[2]):
+    scores = q[b, :, n] @ key[b, :, n // share].T / np.sqrt(q.shape[-1])
+    scores = np.where(mask[b, 0], scores, -np.inf)
+    weight = np.exp(scores - scores.max(-1, keepdims=True))
+    found[b, :, n] = weight / weight.sum(-1, keepdims=True) @ value[b, :, n // share]
+  return found
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("length", [6, 7])
+@pytest.mark.parametrize("kind", layers.ATTENTION)
+def test_attention_is_a_softmax_over_what_is_seen(kind, length, heads):
+  q, *rest = (normal(i, 2, length, n, 8) for i, n in enumerate((4, heads, heads)))
+  mask = np.random.default_rng(3).random((2, 1, length, length)) < 0.5
+  mask |= np.eye(length, dtype=bool)
+  found = layers.attend(q, *rest, kind, mask)
+  np.testing.assert_allclose(found, softly(q, *rest, mask), rtol=1e-5, atol=1e-6)
+  everything = layers.attend(q, *rest, kind)
+  np.testing.assert_allclose(everything, softly(q, *rest, mask | True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+  """What cuDNN's attention is asked for, on a GPU that is not there: XLA answers."""
+  asked, real = [], jax.nn.dot_product_attention
+
+  def attention(q, key, value, *, mask, implementation):
+    asked.append((implementation, q.shape[1], key.shape[1]))
+    return real(q, key, value, mask=mask)
+
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+  return asked
+
+
+def test_cudnns_attention_gets_even_lengths(fused):
+  """Its backward pass takes no others where there is a mask; what is added changes nothing."""
+
+  def gradient(kind, length):
+    arrays = [jnp.asarray(normal(i, 2, length, 4, 8)) for i in range(3)]
+    mask = jnp.tril(jnp.ones((2, 1, length, length), bool))
+    value = lambda arrays: jnp.sum(jnp.sin(layers.attend(*arrays, kind, mask)))  # noqa: E731
+    return jax.value_and_grad(value)(arrays)
+
+  for length, taken in ((6, 6), (7, 8)):
+    found, wanted = gradient("cudnn", length), gradient("xla", length)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert fused == [("cudnn", taken, taken), ("xla", length, length)]
+    fused.clear()
+  layers.attend(*(normal(i, 2, 7, 4, 8) for i in range(3)), "cudnn")
+  assert fused == [("cudnn", 7, 7)]
+
+
+@pytest.mark.parametrize("features", [4, 12, 264])
+def test_cudnns_attention_takes_no_other_heads(fused, features):
+  with pytest.raises(UserError, match=f"heads of 8, 16, .* model.heads is {features}; choose"):
+    layers.attend(*(normal(i, 1, 2, 1, features) for i in range(3)), "cudnn")
+  assert not fused
