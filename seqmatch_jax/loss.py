@@ -165,11 +165,11 @@ def counts(batch: dict, model: dict | None = None) -> dict[str, jax.Array]:
   """What `loss` divides by: of the whole batch, where the loss is taken of parts of its rows.
 
   Returns:
-    `actions`, how many carry loss in a row, in the mean; and with `model`, the model's own
-    trajectories, `share`: how many the data hold for each of them.
+    `actions`, how many carry loss, and `rows`; and with `model`, the model's own trajectories,
+    `share`: how many the data hold for each of them.
   """
   carries = batch["weight"]
-  found = {"actions": jnp.maximum(jnp.sum(carries), 1.0) / len(carries)}
+  found = {"actions": jnp.maximum(jnp.sum(carries), 1.0), "rows": jnp.float32(len(carries))}
   if model is not None:
     found["share"] = trajectories(batch) / trajectories(model)
   return found
@@ -211,7 +211,7 @@ def loss(
   """
   carries, discounted = batch["weight"], _discounted(config, batch)
   whole = whole or counts(batch, model)
-  actions = whole["actions"] * len(carries)
+  actions = whole["actions"] * (len(carries) / whole["rows"])
 
   def per_action(weights, x):
     return jnp.sum(weights * x) / actions

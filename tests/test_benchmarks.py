@@ -65,15 +65,23 @@ def test_an_ablation_goes_on_with_no_shorter_run(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_accelerator_benchmark_measures_a_small_step(tmp_path):
-  rows = "flow 16 xla scanned block", "ism 16 xla unrolled products"
+@pytest.mark.parametrize(
+  ("config", "rows"),
+  [
+    ("ism_imagenet256:debug", ("flow 16 xla scanned block", "ism 16 xla unrolled products")),
+    ("seqmatch_gpt2:gpu,debug", ("mle 8 cudnn unrolled none", "seqmatch 8 xla scanned block")),
+  ],
+)
+def test_accelerator_benchmark_measures_a_small_step(config, rows, tmp_path):
   small = f"--rows={';'.join(rows)}", "--steps=1", "--pool=2"
-  run(tmp_path, "gpu", "--config=ism_imagenet256:debug", *small)
+  run(tmp_path, "gpu", f"--config={config}", *small)
   tables = json.loads((tmp_path / "gpu.json").read_text())["tables"]
   for column in ("ms", "rows a second", "TFLOP a second", "MFU", "GiB"):
-    assert all(tables["ism_imagenet256:debug"][f"{column}/{row}"] > 0 for row in rows)
+    assert all(tables[config][f"{column}/{row}"] > 0 for row in rows)
   assert tables["checkpoint"]["until on disk/another"] > 0
-  assert {"of its steps/class", "of its steps/none"} <= set(tables["sOT"])
+  assert 0 < tables["attention"]["of the gradient/cudnn"] < 0.01
+  pairing = {"of its steps/class", "of its steps/none"} <= set(tables.get("sOT", ()))
+  assert pairing == config.startswith("ism")
   assert tables["loop"]["of the step alone/loop"] > 0
 
 
