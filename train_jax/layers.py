@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train_jax.errors import UserError
+from train_jax.mesh import by_heads, by_rows
 
 # What the backward pass of a block takes from the forward pass, and does not compute again.
 REMAT = {
@@ -81,24 +82,27 @@ def attend(
   """softmax(q key^T / sqrt(f)) value, of q [b, l, n, f] -> [b, l, n, f].
 
   Args:
-    key, value: [b, m, heads, f], of as many heads as q or of fewer that groups of its heads share.
-    kind: one of ATTENTION. cuDNN's never writes the [l, m] scores to memory; where there is no
-      NVIDIA GPU it is XLA's, which computes the same.
-    mask: bool [b, 1, l, m], what is seen; None: everything.
+    key, value: of as many heads as q, or of fewer that groups of its heads share. For XLA's they
+      may have another length than q, l'.
+    kind: one of ATTENTION. cuDNN's never writes the scores [l, l] to memory; where there is no
+      GPU it is XLA's, which computes the same.
+    mask: bool [b, 1, l, l'], what is seen; None: everything.
   """
-  if kind == "cudnn" and jax.default_backend() != "gpu":
-    kind = "xla"
+  if kind == "xla" or jax.default_backend() != "gpu":
+    return jax.nn.dot_product_attention(q, key, value, mask=mask, implementation="xla")
   length, features = q.shape[1], q.shape[-1]
-  if kind == "cudnn" and (features % 8 or features > 256):
+  if features % 8 or features > 256:
     raise UserError(
-      f"model.attention='cudnn' takes heads of 8, 16, ... 256 features, and model.width / "
+      "model.attention='cudnn' takes heads of 8, 16, ... 256 features, and model.width / "
       f"model.heads is {features}; choose other sizes, or model.attention='xla'."
     )
-  if kind == "cudnn" and mask is not None and length % 2:  # its backward pass takes even lengths
-    one = (0, 0), (0, 1), (0, 0), (0, 0)
-    q, key, value = (jnp.pad(a, one) for a in (q, key, value))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 1)))
-  attended = jax.nn.dot_product_attention(q, key, value, mask=mask, implementation=kind)
+  if mask is not None:
+    odd = length % 2  # the backward pass takes even lengths
+    q, key, value = (jnp.pad(a, ((0, 0), (0, odd), (0, 0), (0, 0))) for a in (q, key, value))
+    mask = by_rows(jnp.pad(mask, ((0, 0), (0, 0), (0, odd), (0, odd))))
+  q, key, value = by_heads(q, key, value)
+  attended = jax.nn.dot_product_attention(q, key, value, mask=mask, implementation="cudnn")
+  attended, *_ = by_heads(attended, key, value)  # and with it its gradient
   return attended[:, :length]
 
 

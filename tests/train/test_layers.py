@@ -1,12 +1,16 @@
 """Layers against plain formulas."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from train_jax import layers
+from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
 
@@ -171,6 +175,48 @@ def test_cudnns_attention_gets_even_lengths(fused):
     fused.clear()
   layers.attend(*(normal(i, 2, 7, 4, 8) for i in range(3)), "cudnn")
   assert fused == [("cudnn", 7, 7)]
+
+
+@pytest.mark.parametrize(("heads", "shared", "split"), [(4, 4, "tensor"), (4, 1, None)])
+def test_cudnns_attention_is_shared_out_by_rows_and_heads(heads, shared, split, monkeypatch):
+  """Its kernel takes no other layout on several devices, whatever that of its arguments is."""
+  mesh, found, real = mesh_lib.make_mesh(2, 2), {}, jax.nn.dot_product_attention
+
+  def look(name, a):
+    jax.debug.inspect_array_sharding(a, callback=lambda sharding: found.update({name: sharding}))
+
+  @jax.custom_vjp
+  def watched(x):
+    return x
+
+  def backward(_, gradient):
+    look("gradient", gradient)
+    return (gradient,)
+
+  watched.defvjp(lambda x: (x, None), backward)
+
+  def attention(*arrays, mask, implementation):
+    assert implementation == "cudnn"
+    for name, a in zip(("q", "key", "value", "mask"), (*arrays, mask), strict=True):
+      look(name, a)
+    return watched(real(*arrays, mask=mask))
+
+  def value(arrays, mask, kind):
+    return jnp.sum(jnp.sin(layers.attend(*arrays, kind, mask)))
+
+  arrays = [jnp.asarray(normal(i, 8, 5, n, 8)) for i, n in enumerate((heads, shared, shared))]
+  mask = jnp.tril(jnp.ones((8, 1, 5, 5), bool))
+  wanted = jax.grad(value)(arrays, mask, "xla")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+  arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(None, None, None, "fsdp")))
+  gradient = jax.jit(mesh_lib.within(mesh, partial(jax.grad(value), kind="cudnn")))
+  for got, exact in zip(gradient(arrays, mask), wanted, strict=True):
+    np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-6)
+  whole = NamedSharding(mesh, PartitionSpec(*mesh_lib.ROWS, None, split))
+  for name in ("q", "key", "value", "gradient"):
+    assert found[name].is_equivalent_to(whole, 4), name
+  assert found["mask"].is_equivalent_to(NamedSharding(mesh, mesh_lib.ROWS), 4)
 
 
 @pytest.mark.parametrize("features", [4, 12, 264])
