@@ -174,7 +174,9 @@ def make_reader(
       raise ValueError(f"it has {len(record)} bytes, and a record has {dtype.itemsize}")
     found = np.frombuffer(record, dtype)[0]
     # Of both views: whether a record is good must not depend on which of them is asked for.
-    if found["label"] != label[image] or not np.isfinite(found["posterior"]).all():
+    # Infinity and NaN have all bits of the exponent; np.isfinite takes six times as long.
+    exponent = found["posterior"].view(np.uint16) & 0x7C00
+    if found["label"] != label[image] or exponent.max() == 0x7C00:
       raise ValueError("its class is another, or its numbers are not finite")
     return found["posterior"]
 
