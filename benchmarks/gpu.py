@@ -56,6 +56,7 @@ ROWS = ";".join(
 )
 
 
+# Objectives that are a part of the method.
 BASELINES = {"flow": ism_digits.flow, "mle": seqmatch_text.mle}
 
 
@@ -66,7 +67,7 @@ def make_config(text: str, row: str):
   if objective in BASELINES:
     BASELINES[objective](config)
   if config.method == "seqmatch":
-    config.buffer.refresh = 10**9
+    config.buffer.refresh = 10**9  # rollouts in the first step only
   config.model.attention, config.model.remat = attention, remat
   config.model.unroll = {"scanned": False, "unrolled": True}[blocks]
   return config
@@ -89,12 +90,11 @@ def compiled(configs: dict, workers: int) -> dict[str, Step]:
 def measure(steps: dict[str, Step], turn: int, room: float, peak: float) -> dict[str, float]:
   """Rows of the table. The steps share one state, which fits only once."""
   rows, state = {}, None
-  same = lambda a, b: jax.tree.structure(a) == jax.tree.structure(b)  # noqa: E731
   for name, step in steps.items():
     rows[f"GiB/{name}"] = step.gibibytes()
     if step.gibibytes() > room:
       continue
-    if not same(state, step.shapes):
+    if jax.tree.structure(state) != jax.tree.structure(step.shapes):  # of another objective
       state = None  # its memory is free before there is another
       state = step.init()
     step.state = state
@@ -196,7 +196,7 @@ def attention(config) -> dict[str, float]:
   exact = gradient("xla")([a.astype("float32") for a in arrays])
   for kind in ATTENTION:
     run = gradient(kind)
-    found = jax.tree.map(lambda a, b: relative_error(a, b), run(arrays), exact)
+    found = jax.tree.map(relative_error, run(arrays), exact)
     rows[f"ms/{kind}"] = 1e3 * in_turn({"it": lambda run=run: run(arrays)}, 10)["it"]
     rows[f"error/{kind}"] = found[1]
     rows[f"of the gradient/{kind}"] = max(found[0])
@@ -204,6 +204,7 @@ def attention(config) -> dict[str, float]:
 
 
 def relative_error(found, exact) -> float:
+  """The norm of the difference, of that of `exact`."""
   found, exact = (np.asarray(a, np.float64) for a in (found, exact))
   return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 

@@ -23,10 +23,7 @@ from train_jax.layers import (
   Embed,
   Mlp,
   attend,
-  check_attention,
-  check_dtype,
-  check_remat,
-  check_sizes,
+  check_network,
   output,
   scan_blocks,
   sinusoidal,
@@ -54,11 +51,8 @@ class DiTConfig:
   attention: str = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   def __post_init__(self):
-    check_dtype(self.dtype)
-    check_remat(self.remat)
-    check_attention(self)
     # Positions take a sine and a cosine for each of two axes.
-    check_sizes(self, ("patch", "width", "depth", "heads", "mlp_ratio"), 4)
+    check_network(self, ("patch", "width", "depth", "heads", "mlp_ratio"), 4)
     if self.side % self.patch:
       raise UserError(
         f"model.patch={self.patch} does not divide the image side {self.side}; choose a divisor."

@@ -31,10 +31,7 @@ from train_jax.layers import (
   Dense,
   Embed,
   attend,
-  check_attention,
-  check_dtype,
-  check_remat,
-  check_sizes,
+  check_network,
   output,
   scan_blocks,
 )
@@ -68,10 +65,7 @@ class TransformerConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "scaling", tuple(self.scaling))  # JSON has lists
-    check_dtype(self.dtype)
-    check_remat(self.remat)
-    check_attention(self)
-    check_sizes(self, ("vocab", "width", "depth", "heads", "hidden"), 2)  # rotary: in pairs
+    check_network(self, ("vocab", "width", "depth", "heads", "hidden"), 2)  # rotary: in pairs
     if self.family not in FAMILIES:
       raise UserError(
         f"model.family={self.family!r} is unknown; choose from {', '.join(FAMILIES)}."

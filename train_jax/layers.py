@@ -26,27 +26,22 @@ DTYPES = ("float32", "bfloat16")  # of a network's computation
 ATTENTION = ("xla", "cudnn")  # what computes it
 
 
-def check_dtype(name: str) -> None:
-  """Raises UserError for a `model.dtype` that isn't one of DTYPES."""
-  if name not in DTYPES:
-    raise UserError(
-      f"model.dtype={name!r} is none of {', '.join(DTYPES)}; choose one of them (in float16 small "
-      "gradients would be 0, as no loss is scaled here)."
-    )
-
-
-def check_remat(kind: str) -> None:
-  """Raises UserError for a `model.remat` that isn't one of REMAT."""
-  if kind not in REMAT:
-    raise UserError(f"model.remat={kind!r} is unknown; choose one of {', '.join(REMAT)}.")
-
-
-def check_attention(config) -> None:
-  """Raises UserError if a network's `attention` is unknown, or cuDNN's cannot have its sizes.
+def check_network(config, names: tuple[str, ...], share: int) -> None:
+  """Raises UserError unless a network can be made of the settings that all networks have.
 
   Args:
-    config: has the fields `attention`, `dtype`, `width` and `heads`, as the section `model`.
+    config: has the fields `names`, `width` and `heads` among them, `dtype`, `remat` and
+      `attention`, as the config's section `model`.
+    names: of those that must be at least 1.
+    share: what the features of a head must be a multiple of.
   """
+  if config.dtype not in DTYPES:
+    raise UserError(
+      f"model.dtype={config.dtype!r} is none of {', '.join(DTYPES)}; choose one of them (in "
+      "float16 small gradients would be 0, as no loss is scaled here)."
+    )
+  if config.remat not in REMAT:
+    raise UserError(f"model.remat={config.remat!r} is unknown; choose one of {', '.join(REMAT)}.")
   if config.attention not in ATTENTION:
     known = " or ".join(map(repr, ATTENTION))
     raise UserError(f"model.attention={config.attention!r} is unknown; choose {known}.")
@@ -55,16 +50,6 @@ def check_attention(config) -> None:
       f"model.attention='cudnn' needs model.dtype='bfloat16', and it is {config.dtype!r}; choose "
       "that, or model.attention='xla'."
     )
-
-
-def check_sizes(config, names: tuple[str, ...], share: int) -> None:
-  """Raises UserError unless a network's sizes are possible.
-
-  Args:
-    config: has the fields `names`, `width` and `heads` among them, as the config's section `model`.
-    names: of those that must be at least 1.
-    share: what the features of a head must be a multiple of.
-  """
   for name in names:
     if (value := getattr(config, name)) < 1:
       raise UserError(f"model.{name}={value} must be at least 1.")
