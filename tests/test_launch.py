@@ -211,7 +211,11 @@ def test_a_signal_reaches_all_local_processes(machine, processes, tmp_path):
   python.write_text(
     """#!/bin/bash
 trap 'echo told $JAX_PROCESS_ID; exit 0' TERM
-[[ $JAX_PROCESS_ID != 0 ]] || kill -TERM "$PPID"
+: >"$0.$JAX_PROCESS_ID"  # ready
+if [[ $JAX_PROCESS_ID == 0 ]]; then
+  until [[ -e "$0.1" ]]; do sleep 0.05; done
+  kill -TERM "$PPID"
+fi
 for ((i = 0; i < 300; i++)); do sleep 0.1; done
 """
   )
