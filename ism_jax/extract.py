@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from ism_jax import fid
 from train_jax import mesh as mesh_lib
+from train_jax.signals import pause
 from train_jax.weights import sha256
 
 BLOCK = 1024  # images added to the moments at once: a merge of moments costs 0.1 s, however few
@@ -153,6 +154,7 @@ def _blocks(batches, n: int, kinds: Collection[str], progress) -> Iterator[tuple
     count = min(n - done, len(numbers))
     done += count
     progress(count)
+    pause()
     if held >= BLOCK:
       held = 0
       yield block()

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from ism_jax.path import draw_noise, seen_step
 from train_jax import mesh as mesh_lib
+from train_jax.signals import pause
 
 BATCH = 256  # images at a time, at most
 
@@ -80,6 +81,7 @@ def make_sampler(
       images.append(np.asarray(out)[: len(labels) - start])
       if progress is not None:
         progress(len(images[-1]))
+      pause()
     return np.concatenate(images)
 
   return sample

@@ -18,6 +18,7 @@ from seqmatch_jax.data import Encoded
 from seqmatch_jax.loss import LossConfig, loss
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import mesh as mesh_lib
+from train_jax.signals import pause
 
 TEMPERATURES = {"greedy": 0.0, "T=1": 1.0, "T=0.5": 0.5}
 
@@ -136,6 +137,7 @@ def make_likelihood(
       rows = {name: x[index % len(x)] for name, x in made.items()}
       rows["weight"] = rows["weight"] * (index < len(data.answer))[:, None]
       sums += np.array(total(params, rows))
+      pause()
     return float(sums[0] / sums[1])
 
   return likelihood

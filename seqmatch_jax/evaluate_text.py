@@ -22,6 +22,7 @@ from seqmatch_jax.packing import Packed
 from seqmatch_jax.rollout import Rollout
 from seqmatch_jax.text_features import Features
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, padded
+from train_jax.signals import pause
 
 N = 4  # tokens of the n-grams
 
@@ -49,6 +50,7 @@ def likelihood(
     made["weight"] = made["weight"] * (index < rows)[:, None]
     sums = jax.device_get(total(params, made))
     log_likelihood, count = log_likelihood + float(sums[0]), count + float(sums[1])
+    pause()
   pieces, _ = held.pieces(np.arange(rows))
   characters = 0
   for text, k in zip(held.texts(pieces), held.prompts(pieces)[1] - 1, strict=True):

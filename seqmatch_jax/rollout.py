@@ -26,6 +26,7 @@ from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from seqmatch_jax.transformer import Network
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.signals import pause
 
 
 @dataclass(frozen=True)
@@ -314,6 +315,7 @@ def in_batches(
     played = None if forced is None else forced[chosen]
     out = generate(params, prompt[chosen], length[chosen], key, row, forced=played, **settings)
     made.append([mesh_lib.fetch(x) for x in out])
+    pause()
   return Rollout(*(np.concatenate(parts)[:m] for parts in zip(*made, strict=True)))
 
 

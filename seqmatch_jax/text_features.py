@@ -24,6 +24,7 @@ from seqmatch_jax.transformer import TransformerConfig
 from train_jax import mesh as mesh_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.errors import UserError
+from train_jax.signals import pause
 
 BATCH = 32
 CONTEXT = 1024  # tokens of a text that are read, at most
@@ -128,8 +129,11 @@ def make_features(
     length = np.ones(len(token), np.int32)
     for i, ids in enumerate(encoded):
       token[i, : len(ids)], length[i] = ids, len(ids)
-    rows = [slice(i, i + BATCH) for i in range(0, len(token), BATCH)]
-    found = [np.asarray(pooled(params, token[row], length[row])) for row in rows]
+    found = []
+    for i in range(0, len(token), BATCH):
+      row = slice(i, i + BATCH)
+      found.append(np.asarray(pooled(params, token[row], length[row])))
+      pause()
     return np.concatenate(found)[: len(texts)]
 
   return features

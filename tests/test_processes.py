@@ -115,9 +115,16 @@ def test_a_run_split_over_processes_is_used_by_any_number(
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_makes_both_save_the_same_step_and_one_goes_on(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  "more",
+  [(), ("--config.eval_every=2", "--config.eval.samples=1000000")],
+  ids=["training", "evaluating"],
+)
+def test_sigterm_to_one_makes_both_save_the_same_step_and_one_goes_on(
+  start, tmp_path, monkeypatch, more
+):
   monkeypatch.setenv("STOPPED_FAILS", "1")  # in the first run: a cluster would start it again
-  processes = start(2, *ENDLESS, f"--workdir={tmp_path}")
+  processes = start(2, *ENDLESS, *more, f"--workdir={tmp_path}")
   wait_for_steps(tmp_path, 2, processes)
   processes[1].send_signal(signal.SIGTERM)
   told = time.monotonic()

@@ -23,7 +23,7 @@ from train_jax import state as state_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.distributed import all_agree
 from train_jax.errors import UserError
-from train_jax.signals import Interrupted, Signals
+from train_jax.signals import Interrupted, Signals, pausing
 from train_jax.state import TrainState
 from train_jax.step import Method, Metrics, make_train_step
 
@@ -268,10 +268,11 @@ class _Run:
     return not all_agree(not self.signals.received)
 
   def _until_told(self, found: Iterator) -> Iterator:
-    """What is found, until a signal breaks it off; several processes must take part in each."""
+    """What is found, until a signal breaks it off: at once, or several processes at a `pause`."""
+    alone = jax.process_count() == 1
     while True:
       try:
-        with self.signals.breaking() if jax.process_count() == 1 else nullcontext():
+        with pausing(self._told), self.signals.breaking() if alone else nullcontext():
           item = next(found)
       except (StopIteration, Interrupted):
         return

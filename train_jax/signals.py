@@ -10,15 +10,38 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 from train_jax import metadata
 
 EVERY = 5.0  # seconds between two looks at the metadata server; a VM has 30 from its notice on
 
 
+_told: ContextVar[Callable[[], bool]] = ContextVar("told", default=lambda: False)
+
+
 class Interrupted(BaseException):
   """A signal came while work was done that may be broken off; no `except Exception` takes it."""
+
+
+def pause() -> None:
+  """Between two batches of long work: Interrupted where `pausing` says so.
+
+  Processes that share the work call it equally often, and leave together.
+  """
+  if _told.get()():
+    raise Interrupted
+
+
+@contextlib.contextmanager
+def pausing(told: Callable[[], bool]) -> Iterator[None]:
+  """What is done inside ends at its next `pause` once `told` says so, on every process alike."""
+  token = _told.set(told)
+  try:
+    yield
+  finally:
+    _told.reset(token)
 
 
 class Signals:
@@ -50,7 +73,8 @@ class Signals:
     """What is done inside is broken off by a signal: Interrupted; at once if one was received.
 
     Python takes signals between two of its own steps: one call of the device or the compiler ends.
-    A notice of preemption comes in another thread, and breaks off what begins after it.
+    A notice of preemption comes in another thread, and breaks off what begins after it; `pause`
+    is where it is asked for on the way.
     """
     self._breaks = True
     try:

@@ -102,20 +102,33 @@ def test_signal_breaks_off_an_evaluation_but_not_the_last(
   assert found == [{"eval/first"}, {"eval/first", "eval/third"}]
 
 
-def test_what_cannot_be_broken_off_is_the_last_of_an_evaluation(
-  tmp_path, train, method, lines, monkeypatch
+@pytest.mark.parametrize("pauses", [False, True])
+def test_what_cannot_be_broken_off_ends_with_its_batch_or_its_number(
+  tmp_path, train, method, lines, monkeypatch, pauses
 ):
-  """Several processes must take part in each number, and break off none."""
+  """Several processes must take part in each batch, and break off none."""
 
   def evaluate(params, step, final):
     yield "first", 1.0
     os.kill(os.getpid(), signal.SIGTERM)
+    if pauses:
+      signals.pause()
     yield "second", 2.0
     yield "third", 3.0
 
   monkeypatch.setattr(signals.Signals, "breaking", lambda self: nullcontext())
   assert not train(tmp_path, method=method._replace(evaluate=evaluate), steps=4, eval_every=2)
-  assert lines(tmp_path)[-1] == {"step": 2, "eval/first": 1.0, "eval/second": 2.0}
+  second = {} if pauses else {"eval/second": 2.0}
+  assert lines(tmp_path)[-1] == {"step": 2, "eval/first": 1.0, **second}
+
+
+def test_pause_is_nothing_where_nobody_asks():
+  signals.pause()
+  with signals.pausing(lambda: False):
+    signals.pause()
+  with pytest.raises(signals.Interrupted), signals.pausing(lambda: True):
+    signals.pause()
+  signals.pause()
 
 
 def test_only_what_may_be_broken_off_is_and_at_once_after_a_signal():
