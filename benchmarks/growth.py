@@ -80,7 +80,8 @@ def generate(length: int, batch: int = 16) -> Case:
   prompt = rng.integers(SPECIAL, VOCAB, (batch, PROMPT)).astype(np.int32)
   row, begin = np.arange(batch), np.full(batch, PROMPT, np.int32)
   forced, key = random_actions(rng, batch, count, 0.0), jax.random.key(0)
-  one = params, network.make_cache(batch, length), prompt[:, :1], begin
+  cache = network.read(params, prompt, length)
+  one = params, cache, prompt[:, -1], begin
   flops = count * cost.flops(jax.make_jaxpr(network.extend)(*one).jaxpr)
   return Case(lambda: rollout(params, prompt, begin, key, row, forced=forced), 1, flops)
 

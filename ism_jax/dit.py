@@ -179,9 +179,9 @@ class DiT(nnx.Module):
     graphdef, stacked = nnx.split(self.blocks)
 
     def body(x, block):
-      return nnx.merge(graphdef, block)(by_rows(x), c)
+      return nnx.merge(graphdef, block)(by_rows(x), c), None
 
-    x = scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
+    x, _ = scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
 
     shift, scale = jnp.split(self.modulation(c), 2, axis=-1)
     x = modulate(self.norm(x), shift, scale)

@@ -187,9 +187,6 @@ def make_steps(network: Network, config: RolloutConfig) -> tuple[Callable, Calla
         f"prompts of {p} tokens do not fit into rollout.max_length={config.max_length}; "
         "raise it or shorten them."
       )
-    _, cache = network.extend(
-      params, network.make_cache(b, config.max_length), prompt, jnp.zeros_like(prompt_length)
-    )
     return State(
       step=jnp.zeros((), jnp.int32),
       rollout=Rollout(
@@ -198,7 +195,7 @@ def make_steps(network: Network, config: RolloutConfig) -> tuple[Callable, Calla
         prompt_length,
         jnp.zeros(b, bool),
       ),
-      cache=cache,
+      cache=network.read(params, prompt, config.max_length),
       erasures=jnp.zeros(b, jnp.int32),
       erased=jnp.zeros((b, config.max_erasures), jnp.int32),
       at=jnp.zeros((b, config.max_erasures), jnp.int32),
@@ -210,8 +207,7 @@ def make_steps(network: Network, config: RolloutConfig) -> tuple[Callable, Calla
     def body(state: State) -> State:
       last = state.rollout.length - 1
       top = jnp.take_along_axis(state.rollout.tokens, last[:, None], 1)  # [b, 1]
-      logits, cache = network.extend(params, state.cache, top, last)
-      logits = logits[:, 0]
+      logits, cache = network.extend(params, state.cache, top[:, 0], last)
       now = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
       # The argmax of logits + T x Gumbel noise is a draw from softmax(logits / T).
       draw = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(now)

@@ -113,19 +113,19 @@ class Network(NamedTuple):
     apply: (params, token, position, end) -> logits [b, s, v] float32, where the arguments are
       int32 [b, s] and node j sees node k iff k <= j < end[k] (see `actions.tree`).
     features: the same arguments -> what the output layer reads, [b, s, k] float32.
-    make_cache: (batch, length) -> an empty cache: of each layer, keys and values [b, m, l, f];
-      UserError if GPT-2 has not so many positions.
-    extend: (params, cache, token [b, s], start [b]) -> (logits [b, s, v] float32, cache). Token i
-      of a row is at position start + i, fills that slot, and sees the slots up to it. What lies
-      behind is not seen, and is overwritten in time: to go back is to start earlier. Prompts that
-      are left-aligned are read in one pass from 0; their padding does no harm.
+    read: (params, prompt int32 [b, p], length) -> a cache of `length` slots that begins with the
+      prompts: of each layer, keys and values [b, m, l, f]. Prompts are left-aligned; what follows
+      them is overwritten in time. UserError if GPT-2 has not so many positions.
+    extend: (params, cache, token int32 [b], start int32 [b]) -> (logits [b, v] float32, cache). A
+      token is at position `start`, fills that slot, and sees the slots up to it. What lies behind
+      is not seen, and is overwritten in time: to go back is to start earlier.
   """
 
   init: Callable
   frozen: Callable
   apply: Callable
   features: Callable
-  make_cache: Callable
+  read: Callable
   extend: Callable
 
 
@@ -160,7 +160,7 @@ def rotate(x: jax.Array, wave: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 @jax.vmap
 def put(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-  """Writes new [b, s, m, f] into cache [b, m, l, f] from slot start [b] on."""
+  """Writes new [b, 1, m, f] into slot start [b] of cache [b, m, l, f]."""
   return jax.lax.dynamic_update_slice(cache, new.swapaxes(0, 1), (0, start, 0))
 
 
@@ -201,26 +201,26 @@ class Block(nnx.Module):
       self.gate_up = layer("gate_up")
     self.down = layer("down")
 
-  def __call__(self, x, wave, mask, cache, start):
-    """x [b, s, k], mask bool [b, 1, s, s or l] -> x, cache; keys and values go through the cache.
+  def __call__(self, x, wave, mask, attention: str, cache=None, start=None):
+    """x [b, s, k], mask bool [b, 1, s, s] -> x, (keys, values), these of [b, s, m, f].
 
-    `wave` is None without rotary positions; `cache` is None, or the layer's keys and values
-    [b, m, l, f], written from slot `start` [b].
+    With a `cache`, the layer's keys and values [b, m, l, f], it is one token a row (s = 1): that is
+    written into slot `start` [b] and sees the slots that mask [b, 1, 1, l] says; the new cache is
+    returned. `wave` is None without rotary positions; `attention` is the kind, see `attend`.
     """
     (b, s, k), config = x.shape, self.config
     sizes = np.cumsum(list(config.parts["qkv"].values()))[:-1]
     parts = jnp.split(self.qkv(self.norm1(x)), sizes, axis=-1)
     q, key, value = (part.reshape(b, s, -1, config.head) for part in parts)
-    kind = config.attention
     if wave is not None:
       q, key = rotate(q, wave), rotate(key, wave)
+    kept = key, value
     if cache is not None:
-      cache = put(cache[0], key, start), put(cache[1], value, start)
-      key, value = (part.swapaxes(1, 2) for part in cache)
-      kind = "xla"  # a token has one row of scores, and reading the cache takes the time
-    attended = attend(q, key, value, kind, mask)
+      kept = put(cache[0], key, start), put(cache[1], value, start)
+      key, value = (part.swapaxes(1, 2) for part in kept)
+    attended = attend(q, key, value, attention, mask)
     x = x + self.out(attended.reshape(b, s, k))
-    return x + self.down(self._inner(self.norm2(x))), cache
+    return x + self.down(self._inner(self.norm2(x))), kept
 
   def _inner(self, x):
     if self.config.family == "gpt2":
@@ -254,27 +254,39 @@ class Transformer(nnx.Module):
     if config.erase:
       self.erase = Dense(k, 1, kernel_init=normal, rngs=rngs)
 
-  def __call__(self, token, position, mask, cache=None, start=None):
-    """token, position [b, s], mask bool [b, s, s or l] -> normalised x [b, s, k], cache."""
-    config = self.config
-    x, wave = self.embed(token), None
+  def _begin(self, token, position):
+    """token, position [b, s] -> x [b, s, k], the rotary waves, the blocks as recipe and arrays."""
+    config, x, wave = self.config, self.embed(token), None
     if config.family == "gpt2":
       x = x + self.place(position)
     else:
       wave = waves(position, frequencies(config.head, config.theta, config.scaling))
-    graphdef, stacked = nnx.split(self.blocks)
+    return x, wave, *nnx.split(self.blocks)
 
-    def body(x, block, cache=None):
-      return nnx.merge(graphdef, block)(by_rows(x), wave, mask[:, None], cache, start)
+  def __call__(self, token, position, mask, keep=False):
+    """token, position [b, s], mask bool [b, s, s] -> normalised x [b, s, k], kept.
 
-    if cache is None:
-      without = lambda x, block: body(x, block)[0]  # noqa: E731
-      x = scan_blocks(without, x, stacked, remat=config.remat, unroll=config.unroll)
-    else:
-      # Not a scan, which would copy the whole cache twice to write one entry.
-      cache = list(cache)
-      for i, layer in enumerate(cache):
-        x, cache[i] = body(x, jax.tree.map(itemgetter(i), stacked), layer)
+    What is kept, if `keep`, is keys and values of all layers, two of [depth, b, s, m, f].
+    """
+    config, (x, wave, graphdef, stacked) = self.config, self._begin(token, position)
+    attention = "xla" if keep else config.attention  # prompts are short
+
+    def body(x, block):
+      x, kept = nnx.merge(graphdef, block)(by_rows(x), wave, mask[:, None], attention)
+      return x, kept if keep else None
+
+    x, kept = scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
+    return self.norm(x), kept
+
+  def extend(self, token, position, mask, cache):
+    """token, position [b, 1], mask bool [b, 1, l], caches -> normalised x [b, 1, k], caches."""
+    x, wave, graphdef, stacked = self._begin(token, position)
+    mask, start, cache = mask[:, None], position[:, 0], list(cache)
+    # Not a scan, which would copy the whole cache twice to write one entry.
+    for i, layer in enumerate(cache):
+      block = nnx.merge(graphdef, jax.tree.map(itemgetter(i), stacked))
+      # One row of scores: reading the cache takes the time, whatever computes them.
+      x, cache[i] = block(by_rows(x), wave, mask, "xla", layer, start)
     return self.norm(x), cache
 
   def logits(self, x):
@@ -315,17 +327,22 @@ def make_network(config: TransformerConfig) -> Network:
     module = merge(params)
     return module.logits(module(token, position, visible(end))[0])
 
-  def make_cache(batch: int, length: int) -> list[tuple[jax.Array, jax.Array]]:
+  def read(params, prompt, length: int) -> list[tuple[jax.Array, jax.Array]]:
     config.check_length(length)
-    shape = (batch, config.kv_heads or config.heads, length, config.head)
-    empty = by_rows(jnp.zeros(shape, config.dtype), rest=PartitionSpec.UNCONSTRAINED)
-    return [(empty, empty)] * config.depth
+    p = prompt.shape[1]
+    position = jnp.broadcast_to(jnp.arange(p), prompt.shape)
+    _, kept = merge(params)(prompt, position, visible(jnp.full_like(prompt, p)), keep=True)
+
+    def slots(x):  # [b, p, m, f] -> [b, m, l, f]
+      x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - p), (0, 0)))
+      return by_rows(x, rest=PartitionSpec.UNCONSTRAINED)
+
+    return [tuple(map(slots, layer)) for layer in zip(*kept, strict=True)]
 
   def extend(params, cache, token, start):
-    module = merge(params)
-    position = start[:, None] + jnp.arange(token.shape[1])
-    mask = jnp.arange(cache[0][0].shape[2]) <= position[..., None]  # [b, s, l]
-    x, cache = module(token, position, mask, cache, start)
-    return module.logits(x), cache
+    module, position = merge(params), start[:, None]
+    mask = jnp.arange(cache[0][0].shape[2]) <= position[..., None]  # [b, 1, l]
+    x, cache = module.extend(token[:, None], position, mask, cache)
+    return module.logits(x)[:, 0], cache
 
-  return Network(init, frozen, apply, features, make_cache, extend)
+  return Network(init, frozen, apply, features, read, extend)

@@ -92,17 +92,16 @@ def attend(
 
 
 def scan_blocks(body: Callable, x, blocks, *, remat: str, unroll: bool):
-  """x after `body(x, block) -> x` of each of `blocks`, a pytree stacked along a leading axis.
+  """x after `body(x, block) -> (x, kept)` of each of `blocks`, stacked along a leading axis.
 
-  `remat` is one of REMAT. `unroll` writes all blocks out: faster when shallow, slower to compile
-  when deep.
+  Returns x and what was kept of each, stacked alike, as `jax.lax.scan` does. `remat` is one of
+  REMAT. `unroll` writes all blocks out: faster when shallow, slower to compile when deep.
   """
   if policy := REMAT[remat]:
     # Written out, both computations need barriers, or XLA merges them; across a loop it can't.
     body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
   depth = len(jax.tree.leaves(blocks)[0])
-  step = lambda x, block: (body(x, block), None)  # noqa: E731
-  return jax.lax.scan(step, x, blocks, unroll=depth if unroll else 1)[0]
+  return jax.lax.scan(body, x, blocks, unroll=depth if unroll else 1)
 
 
 class Dense(nnx.Linear):

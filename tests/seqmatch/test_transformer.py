@@ -221,24 +221,21 @@ def test_a_cache_that_rewinds_is_a_pass_over_the_text(small):
   length = max(len(text) for walk in walks for text in walk)
 
   # The prompts, of different lengths, in one pass; then the top of each text again and again.
-  empty, start = network.make_cache(rows, length), np.zeros(rows, np.int32)
-  logits, cache = network.extend(params, empty, pad(prompts), start)
-  logits = np.asarray(logits)[np.arange(rows), [len(p) - 1 for p in prompts]]
-  np.testing.assert_allclose(
-    logits, plain(network, params, prompts, length, rows), rtol=0, atol=1e-5
-  )
-  for texts in zip(*walks, strict=True):
-    top, last = (np.array(x) for x in ([[t[-1]] for t in texts], [len(t) - 1 for t in texts]))
+  cache = network.read(params, pad(prompts), length)
+  for texts in [prompts, *zip(*walks, strict=True)]:
+    top, last = (np.array(x) for x in ([t[-1] for t in texts], [len(t) - 1 for t in texts]))
     logits, cache = network.extend(params, cache, top, last)
     expected = plain(network, params, list(texts), length, rows)
-    np.testing.assert_allclose(logits[:, 0], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_what_lies_behind_in_the_cache_is_not_seen(small):
   network, params = small
-  token, start, empty = np.array([[BOS, A, B]]), np.array([0]), network.make_cache(1, 6)
-  litter = jax.tree.map(lambda a: jnp.full_like(a, 50.0), empty)
-  clean, dirty = (network.extend(params, cache, token, start)[0] for cache in (empty, litter))
+  clean = network.read(params, np.array([[BOS, A, B]]), 6)
+  dirty = jax.tree.map(lambda a: a.at[:, :, 2:].set(50.0), clean)
+  clean, dirty = (
+    network.extend(params, cache, np.array([B]), np.array([2]))[0] for cache in (clean, dirty)
+  )
   np.testing.assert_array_equal(dirty, clean)
 
 
@@ -271,11 +268,13 @@ def test_bfloat16_is_close_to_float32(small, by_hand):
   assert {a.dtype for a in jax.tree.leaves(jax.eval_shape(half.init, KEY))} == {jnp.dtype("f4")}
   token, position, end = by_hand
   full = network.apply(params, token, position, end)
-  cached, cache = half.extend(params, half.make_cache(1, 4), token[:, :2], np.array([0]))
+  cached, cache = half.extend(
+    params, half.read(params, token[:, :2], 4), token[:, 1], np.array([1])
+  )
   assert {a.dtype for a in jax.tree.leaves(cache)} == {jnp.dtype("bfloat16")}
   for logits, expected in (
     (half.apply(params, token, position, end), full),
-    (cached, full[:, :2]),
+    (cached, full[:, 1]),
   ):
     assert logits.dtype == jnp.float32
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
@@ -337,6 +336,6 @@ def test_bad_sizes_are_refused_in_a_sentence():
       replace(SMALL, **{name: 0})
   few = transformer.make_network(replace(SMALL, family="gpt2", context=8))
   with pytest.raises(UserError, match=r"9 tokens does not fit into the 8 positions"):
-    few.make_cache(1, 9)
+    few.read({}, np.array([[BOS]]), 9)
   with pytest.raises(UserError, match=r"model.dtype='float16' is none of float32, bfloat16; .* 0"):
     replace(SMALL, dtype="float16")
