@@ -121,6 +121,11 @@ def check_flags(method: str = "") -> None:
         f"--{name} does nothing in {where}; "
         + (f"did you mean --config.{name}?" if known else "leave it out.")
       )
+  if FLAGS.mode in ("train", "compile") or not FLAGS.config:
+    return
+  for key in sorted(config_flags.get_override_values(FLAGS["config"]).keys() - {"backend"}):
+    own = "the run has its own config" if FLAGS.workdir else "it reads no config"
+    raise UserError(f"--config.{key} does nothing in {where}: {own}; leave it out.")
 
 
 def method_module(config):

@@ -125,10 +125,11 @@ def folder_images(files: list[Path], side: int, channels: int | None = None) -> 
 
 
 def read_square(path: Path, side: int, channels: int | None = None) -> np.ndarray:
-  """An image file as uint8 [side, side, 3], cut as in ADM, see `images.center_crop`.
+  """An image file as uint8 [side, side, c], c = `channels`, or 3.
 
   Args:
-    channels: cut it as what is trained on in pixels, 1 or 3 of them: see `images.area_square`.
+    channels: cut it as what is trained on in pixels, 1 or 3 of them: see `images.area_square`;
+      None: cut it as in ADM, see `images.center_crop`.
 
   Raises:
     UserError: it cannot be read.

@@ -24,7 +24,7 @@ from flax import nnx
 
 from ism_jax import torch_weights
 from train_jax.errors import UserError
-from train_jax.layers import Dense
+from train_jax.layers import Dense, recipe
 from train_jax.weights import Weights
 
 SCALE = 0.18215
@@ -218,16 +218,15 @@ def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> A
       it for arrays of other channels, and sides that do not halve evenly.
   """
   weights = Weights(path)
-  network = nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0)))
-  graphdef, state = nnx.split(network)
+  init, merge = recipe(lambda rngs: Network(config, rngs=rngs))
   old = "encoder.mid_block.attentions.0.query.weight" in weights
-  shapes = nnx.to_pure_dict(state)
+  shapes = jax.eval_shape(init, jax.random.key(0))
   params = torch_weights.read(weights, shapes, OLD_NAMES if old else NAMES)
 
   @torch_weights.full_precision
   def encode(params, images) -> tuple[jax.Array, jax.Array]:
     _check("images", images, config.channels, config.shrink)
-    network = nnx.merge(graphdef, nnx.State(params))
+    network = merge(params)
     moments = network.quant_conv(network.encoder(images))
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
@@ -235,7 +234,7 @@ def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> A
   @torch_weights.full_precision
   def decode(params, latents) -> jax.Array:
     _check("latents", latents, config.latents, 1)
-    network = nnx.merge(graphdef, nnx.State(params))
+    network = merge(params)
     return network.decoder(network.post_quant_conv(latents / SCALE))
 
   return Autoencoder(params, encode, decode)

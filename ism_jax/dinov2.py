@@ -30,7 +30,7 @@ from flax import nnx
 from ism_jax import torch_weights
 from ism_jax.inception import check_images
 from train_jax.errors import UserError
-from train_jax.layers import Dense, Mlp
+from train_jax.layers import Dense, Mlp, recipe, stack_blocks
 from train_jax.weights import Weights
 
 SIDE = 224
@@ -100,12 +100,7 @@ class ViT(nnx.Module):
     self.position_embeddings = nnx.Param(jnp.zeros((1, 1 + config.stored**2, k)))
     self.patch = nnx.Conv(3, k, (p, p), (p, p), padding="VALID", rngs=rngs)
 
-    @nnx.split_rngs(splits=config.depth)
-    @nnx.vmap
-    def stack(rngs):
-      return Block(config, rngs=rngs)
-
-    self.blocks = stack(rngs)
+    self.blocks = stack_blocks(lambda rngs: Block(config, rngs=rngs), config.depth, rngs)
     self.norm = nnx.LayerNorm(k, use_fast_variance=False, rngs=rngs)
 
   def positions(self, rows: int, columns: int) -> jax.Array:
@@ -194,13 +189,13 @@ def make_network(config: ViTConfig) -> tuple[dict, Callable]:
 
   `x` are normalised images [b, h, w, 3], with sides that are multiples of the patch.
   """
-  graphdef, state = nnx.split(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0))))
+  init, merge = recipe(lambda rngs: ViT(config, rngs=rngs))
 
   @torch_weights.full_precision
   def forward(params, x) -> jax.Array:
-    return nnx.merge(graphdef, nnx.State(params))(x)
+    return merge(params)(x)
 
-  return nnx.to_pure_dict(state), forward
+  return jax.eval_shape(init, jax.random.key(0)), forward
 
 
 def read_params(weights: Weights, shapes: dict, depth: int) -> dict:

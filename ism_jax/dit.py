@@ -25,9 +25,11 @@ from train_jax.layers import (
   attend,
   check_network,
   output,
+  recipe,
   scan_blocks,
   sinusoidal,
   sinusoidal_grid,
+  stack_blocks,
 )
 from train_jax.mesh import by_rows
 
@@ -142,12 +144,7 @@ class DiT(nnx.Module):
     self.embed_guidance = ScalarEmbedding(k, 4.0, zero=True, rngs=rngs, dtype=dtype)
     self.embed_class = Embed(config.classes + 1, k, embedding_init=_normal, rngs=rngs, dtype=dtype)
 
-    @nnx.split_rngs(splits=config.depth)
-    @nnx.vmap
-    def stack(rngs):
-      return Block(config, rngs=rngs)
-
-    self.blocks = stack(rngs)
+    self.blocks = stack_blocks(lambda rngs: Block(config, rngs=rngs), config.depth, rngs)
     self.norm = make_norm(k, rngs, dtype)
     self.modulation = Dense(k, 2 * k, kernel_init=_zeros, rngs=rngs, dtype=dtype)
     self.out = Dense(k, patch_size, kernel_init=_zeros, rngs=rngs, dtype=dtype)
@@ -195,13 +192,10 @@ def make_network(config: DiTConfig) -> tuple[Callable, Callable]:
 
   `params` is a nested dict of arrays; the module is only the recipe between them.
   """
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))))
-
-  def init(key: jax.Array) -> dict:
-    return nnx.to_pure_dict(nnx.state(DiT(config, rngs=nnx.Rngs(key))))
+  init, merge = recipe(lambda rngs: DiT(config, rngs=rngs))
 
   def apply(params, x, t, d, label, w) -> jax.Array:
-    return nnx.merge(graphdef, nnx.State(params))(x, t, d, label, w)
+    return merge(params)(x, t, d, label, w)
 
   return init, apply
 

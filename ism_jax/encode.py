@@ -17,12 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
 from ism_jax.images import Images, find, read_batches
 from ism_jax.latents import VERSION, moments, record_dtype
+from train_jax import mesh as mesh_lib
 from train_jax import shards as shards_lib
 from train_jax.errors import UserError
 from train_jax.files import commit, write_json
@@ -38,10 +38,8 @@ def make_encoder(model) -> Callable:
 
   See `latents.record_dtype` for the result. The batch is split over this process's devices.
   """
-  local = jax.local_devices()
-  mesh = jax.make_mesh((len(local),), ("batch",), axis_types=(AxisType.Auto,), devices=local)
-  split = NamedSharding(mesh, PartitionSpec("batch"))
-  params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
+  mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+  split, params = mesh_lib.batch_sharding(mesh), mesh_lib.replicate(model.params, mesh)
 
   def both_views(params, pixels):
     x = pixels.astype(np.float32) / 127.5 - 1

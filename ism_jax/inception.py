@@ -28,6 +28,7 @@ from flax import nnx
 
 from ism_jax import torch_weights
 from train_jax.errors import UserError
+from train_jax.layers import recipe
 from train_jax.weights import Weights
 
 SIDE = 299
@@ -245,21 +246,20 @@ def load(path: str | Path) -> tuple[dict, Callable]:
       images that are not uint8 [b, h, w, 3].
   """
   weights = Weights(path)
-  network = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
-  graphdef, state = nnx.split(network)
+  init, merge = recipe(lambda rngs: Inception(rngs=rngs))
 
   def parameters(shapes: dict, name: str) -> dict:
     if "kernel" in shapes:
       return fold(weights, name, shapes["kernel"].shape)
     return {key: parameters(inner, f"{name}.{key}") for key, inner in shapes.items()}
 
-  shapes = nnx.to_pure_dict(state)
+  shapes = jax.eval_shape(init, jax.random.key(0))
   params = {key: parameters(shapes[key], key) for key in shapes if key != "fc"}
   params["fc"] = torch_weights.read(weights, shapes["fc"], prefix="fc.")
 
   @torch_weights.full_precision
   def apply(params, images) -> dict[str, jax.Array]:
     check_images(images)
-    return nnx.merge(graphdef, nnx.State(params))((resize(images) - 128) / 128)
+    return merge(params)((resize(images) - 128) / 128)
 
   return params, apply

@@ -187,6 +187,14 @@ def _warn_of_few_rows(config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
+def _facts(source: data.Source | latents.Latents) -> dict:
+  return {
+    "names": list(source.names),
+    "shape": list(source.shape),
+    "examples": len(source.labels),
+  }
+
+
 def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """Returns the method and the facts about its data that sampling needs (class names, shape).
 
@@ -201,11 +209,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   _warn_of_few_rows(config, mesh)
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
-  facts = {
-    "names": list(source.names),
-    "shape": list(source.shape),
-    "examples": len(source.labels),
-  }
+  facts = _facts(source)
   in_latents = isinstance(source, latents.Latents)
   if in_latents:
     facts |= {"vae": source.vae, "manifest_sha256": source.manifest}
@@ -338,6 +342,12 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
       "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
     )
   source = make_source(config)
+  for name, now in _facts(source).items():
+    if now != facts.get(name, now):
+      raise UserError(
+        f"the {name} of data.path={config.data.path!r} are {now} now, and of the run they were "
+        f"{facts[name]}; put the images of that time back."
+      )
   if why := evaluators.not_measurable(source):
     raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
   run = evaluators.make_evaluate(config, source, facts, apply, mesh)

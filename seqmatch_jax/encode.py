@@ -33,6 +33,8 @@ def _read(texts: Texts, i: int, use: Callable):
   """(use(text i), ""), or (None, why it is skipped)."""
   try:
     text = texts.read(i)
+  except UserError:
+    raise
   except ValueError as err:
     return None, f"{texts.name(i)} is not text in UTF-8 ({err})"
   if not text.strip():

@@ -47,12 +47,12 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
 
 
 def _check_lanes(config, mesh) -> None:
-  lanes, parts = config.data.lanes, mesh_lib.batch_parts(mesh)
+  lanes, parts = config.data.lanes, mesh_lib.batch_parts(mesh) * config.optim.accumulate
   if lanes < 1 or config.batch % (lanes * parts):
     raise UserError(
       f"data.lanes={lanes}: batch={config.batch} does not divide into rows of {lanes} examples in "
-      f"{parts} parts; choose data.lanes=1, or a batch that is a multiple of "
-      f"{max(lanes, 1) * parts}."
+      f"{parts} parts (devices times optim.accumulate); choose data.lanes=1, or a batch that is a "
+      f"multiple of {max(lanes, 1) * parts}."
     )
 
 
@@ -68,6 +68,7 @@ def make_task(config, mesh) -> Task:
     **tokens.to_facts(vocab),
     "examples": len(train),
     "examples_sha256": hashlib.sha256(repr(train).encode()).hexdigest(),
+    "tests_sha256": hashlib.sha256(repr(test).encode()).hexdigest(),
     "max_length": max(x.nodes(Noise()) for x in (known, asked)),
     "max_actions": answers + 2 * erasures,
     "max_erasures": erasures,

@@ -33,7 +33,9 @@ from train_jax.layers import (
   attend,
   check_network,
   output,
+  recipe,
   scan_blocks,
+  stack_blocks,
 )
 from train_jax.mesh import by_rows
 
@@ -242,12 +244,7 @@ class Transformer(nnx.Module):
     if config.family == "gpt2":
       self.place = Embed(config.context, k, embedding_init=normal, **shared)
 
-    @nnx.split_rngs(splits=config.depth)
-    @nnx.vmap
-    def stack(rngs):
-      return Block(config, rngs=rngs)
-
-    self.blocks = stack(rngs)
+    self.blocks = stack_blocks(lambda rngs: Block(config, rngs=rngs), config.depth, rngs)
     self.norm = make_norm(config, rngs)
     if not config.tied:
       self.out = Dense(k, v, use_bias=False, kernel_init=normal, **shared)
@@ -306,19 +303,13 @@ def is_learned(name: str) -> bool:
 
 def make_network(config: TransformerConfig) -> Network:
   """The functions of a decoder; the module is only the recipe between parameters and them."""
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-
-  def draw(key: jax.Array) -> dict:
-    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
+  draw, merge = recipe(lambda rngs: Transformer(config, rngs=rngs))
 
   def init(key: jax.Array) -> dict:
     return lora.split(draw(key), is_learned)[0] if config.lora else draw(key)
 
   def frozen(key: jax.Array) -> dict:
     return lora.split(draw(key), is_learned)[1] if config.lora else {}
-
-  def merge(params) -> Transformer:
-    return nnx.merge(graphdef, nnx.State(params))
 
   def features(params, token, position, end) -> jax.Array:
     return merge(params)(token, position, visible(end))[0].astype(jnp.float32)

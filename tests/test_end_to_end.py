@@ -228,6 +228,10 @@ def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path, call
     (("--mode=sample", "--labels=10"), ("label 10", "0 to 9")),
     (("--mode=sample", "--out=README.md"), ("--out=README.md cannot be written to",)),
     (("--mode=evaluate", "--prompt=12"), ("--prompt does nothing", "a run of ism")),
+    (
+      ("--mode=evaluate", CONFIG, "--config.seed=5"),
+      ("--config.seed does nothing", "its own"),
+    ),
   ],
 )
 def test_mistakes_about_a_run_change_nothing_in_it(flags, words, finished, call):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from train_jax import mesh, weights
 from train_jax.errors import UserError
 from train_jax.files import read_json, write_json
-from train_jax.state import flatten
+from train_jax.state import dotted, flatten
 
 FORMAT = 1
 MODEL, CONFIG = "model.safetensors", "config.json"
@@ -70,9 +70,6 @@ def fill(stored: weights.Weights, abstract):
   Raises:
     UserError: one is missing or has another shape.
   """
-  leaves, structure = jax.tree.flatten(abstract)
-  arrays = [
-    jnp.asarray(stored.get(name, leaf.shape), leaf.dtype)
-    for name, leaf in zip(flatten(abstract), leaves, strict=True)
-  ]
-  return jax.tree.unflatten(structure, arrays)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.asarray(stored.get(dotted(path), leaf.shape), leaf.dtype), abstract
+  )

@@ -91,6 +91,25 @@ def attend(
   return attended[:, :length]
 
 
+def recipe(make: Callable) -> tuple[Callable, Callable]:
+  """A module as functions: `init(key) -> params`, nested dicts of arrays, and back: `merge`.
+
+  Args:
+    make: nnx.Rngs -> the module.
+  """
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+  def init(key: jax.Array) -> dict:
+    return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key))))
+
+  return init, lambda params: nnx.merge(graphdef, nnx.State(params))
+
+
+def stack_blocks(make: Callable, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+  """`depth` of `make(rngs)` as one module, its parameters stacked along a leading axis."""
+  return nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
+
+
 def scan_blocks(body: Callable, x, blocks, *, remat: str, unroll: bool):
   """x after `body(x, block) -> (x, kept)` of each of `blocks`, stacked along a leading axis.
 
@@ -100,8 +119,7 @@ def scan_blocks(body: Callable, x, blocks, *, remat: str, unroll: bool):
   if policy := REMAT[remat]:
     # Written out, both computations need barriers, or XLA merges them; across a loop it can't.
     body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
-  depth = len(jax.tree.leaves(blocks)[0])
-  return jax.lax.scan(body, x, blocks, unroll=depth if unroll else 1)
+  return jax.lax.scan(body, x, blocks, unroll=unroll)
 
 
 class Dense(nnx.Linear):

@@ -30,7 +30,7 @@ from train_jax.step import Method, Metrics, make_train_step
 
 @dataclass(frozen=True)
 class LoopConfig:
-  """How long and how often; nothing here changes what a step computes, `steps` excepted.
+  """How long and how often; what the gradient is of, and how far it is clipped.
 
   Attributes:
     steps: optimiser steps of the whole run.

@@ -13,10 +13,16 @@ from train_jax.errors import UserError
 def schedule(lr: float, warmup: int, steps: int, final: float) -> optax.Schedule:
   """Linear warm-up over `warmup` steps, then a cosine from `lr` to `final * lr` at `steps`.
 
-  `final = 1` is a constant rate after the warm-up. Raises UserError unless `lr` is above 0.
+  `final = 1` is a constant rate after the warm-up.
+
+  Raises:
+    UserError: `lr` is not above 0, or another is below it.
   """
   if not lr > 0:
     raise UserError(f"optim.lr={lr} must be above 0.")
+  for name, value in (("warmup", warmup), ("final", final)):
+    if not value >= 0:
+      raise UserError(f"optim.{name}={value} must be at least 0.")
   return optax.warmup_cosine_decay_schedule(
     init_value=lr / max(warmup, 1),
     peak_value=lr,
@@ -43,8 +49,11 @@ def adamw(
       with b2 near 1 a step changes them by less than bfloat16 resolves.
 
   Raises:
-    UserError: `mu_dtype` is neither.
+    UserError: `mu_dtype` is neither, or a decay is not in [0, 1).
   """
+  for name, decay in (("b1", b1), ("b2", b2)):
+    if not 0 <= decay < 1:
+      raise UserError(f"optim.{name}={decay} must be at least 0 and below 1.")
   if mu_dtype not in ("float32", "bfloat16"):
     raise UserError(f"optim.mu_dtype={mu_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
 

@@ -182,16 +182,19 @@ class Saver:
   def _prune(self) -> None:
     """Deletes all but the newest `keep` steps, after one of them was read back.
 
-    Steps that `keep_every` divides stay beside them. What is not whole at first sight does not
-    count, so that it pushes out nothing. Writes of a save that failed may have come after it was
-    cleaned up.
+    The first step at or after each multiple of `keep_every` stays beside them: a save may have
+    waited for a step that was not skipped. What is not whole at first sight does not count, so that
+    it pushes out nothing. Writes of a save that failed may have come after it was cleaned up.
     """
     if jax.process_index() == 0:
       self._remove(self._leftovers(HALF))
       paths = [self.directory / str(step) for step in stored_steps(self.directory)]
-      older = [path for path in paths if stored.looks_whole(path)][self._keep :]
-      every = self._keep_every
-      self._remove([path for path in older if not every or int(path.name) % every])
+      whole = [path for path in paths if stored.looks_whole(path)]  # newest first
+      kept = set()
+      if every := self._keep_every:
+        first = {int(path.name) // every: path for path in whole}
+        kept = {path for multiple, path in first.items() if multiple}
+      self._remove([path for path in whole[self._keep :] if path not in kept])
 
   def _remove(self, paths: list[Path]) -> None:
     """Deletes directories in the background, renamed first: half a step must not look like one."""

@@ -335,6 +335,18 @@ def test_images_without_classes_are_trained_on_and_not_measured(counts, tmp_path
     ism.evaluate_mode(config, facts, load, flags, tmp_path)
 
 
+def test_evaluate_mode_refuses_other_images_than_the_run_had(tmp_path):
+  root = tmp_path / "photos"
+  root.mkdir()
+  save_images(root, {"a": 3, "b": 3})
+  config = get_config(**FOLDER, data__path=str(root))
+  _, facts = build(config)
+  save_images(root, {"c": 3})  # whose label is that of no class
+  flags = SimpleNamespace(**{**FLAGS, "num": None})
+  with pytest.raises(UserError, match=r"the names of .*'c'\] now, .* they were .*'b'\]"):
+    ism.evaluate_mode(config, facts, None, flags, tmp_path)
+
+
 def test_latents_of_one_class_will_do():
   config = ism_imagenet256.get_config("S/2,debug")
   with config.unlocked():

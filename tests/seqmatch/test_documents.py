@@ -47,6 +47,15 @@ def tokenizer(tmp_path):
   return str(top)
 
 
+def test_lines_of_another_form_end_it(source, tmp_path):
+  """They are a mistake about the whole corpus; a text that cannot be read is skipped."""
+  (tmp_path / "texts" / "a.jsonl").write_text('{"content": "hello"}\n')
+  with pytest.raises(
+    UserError, match=r"a.jsonl.* is not a JSON object .*; mend or remove the line"
+  ):
+    run(source, tmp_path / "out", shards=1)
+
+
 def test_characters_there_and_back(source, tmp_path, capsys):
   run(source, tmp_path / "out")
   assert "200 documents" in (said := capsys.readouterr().out) and "3 texts skipped" in said

@@ -267,6 +267,10 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"data__context": 5}, r"the context of 5 tokens"),
     ({"buffer__refresh": 0}, r"buffer.refresh=0 must be at least 1"),
     ({"data__lanes": 3}, r"data.lanes=3: batch=16 does not divide into rows of 3 examples"),
+    (
+      {"data__lanes": 2, "optim__accumulate": 2},
+      r"data.lanes=2: batch=16 .* 16 parts \(devices times optim.accumulate\)",
+    ),
     ({"buffer__rollouts": 99}, r"buffer.rollouts=99 must be at least 1 and at most batch=16"),
     ({"model__heads": 3}, r"model.width=16 must be a multiple of 2 x model.heads=3"),
   ],

@@ -75,7 +75,13 @@ def test_first_moments_may_be_kept_in_bfloat16():
   assert 0 < error.max() < 0.03
 
 
-def test_unknown_type_of_moments_is_refused():
+def test_settings_that_cannot_be_are_refused_in_a_sentence():
+  for name, value in (("warmup", -50), ("final", -0.1)):
+    with pytest.raises(UserError, match=f"optim.{name}={value} must be at least 0"):
+      optim.schedule(**{"lr": 1.0, "warmup": 1, "steps": 10, "final": 1.0, name: value})
+  for name in ("b1", "b2"):
+    with pytest.raises(UserError, match=f"optim.{name}=1.5 must be at least 0 and below 1"):
+      optim.adamw(lambda _: 1.0, **{"b1": 0.9, "b2": 0.99, "weight_decay": 0.0, name: 1.5})
   with pytest.raises(UserError, match=r"optim.mu_dtype='float8' is unknown; choose"):
     optim.adamw(lambda _: 1.0, 0.9, 0.99, 0.0, "float8")
 

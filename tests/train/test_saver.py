@@ -46,7 +46,9 @@ def test_steps_that_keep_every_divides_stay_beside_the_newest(tmp_path, states):
 
   assert save(1, 3, 4, 5, 6, 7, keep=2, keep_every=3) == [7, 6, 3]
   assert save(8, 9, 10, keep=1, keep_every=3) == [10, 9, 6, 3]
-  assert save(11, keep=2) == [11, 10]  # for good is until the run is told otherwise
+  # The save of step 12 waited for a step that was not skipped.
+  assert save(13, 14, 15, keep=1, keep_every=3) == [15, 13, 9, 6, 3]
+  assert save(16, keep=2) == [16, 15]  # for good is until the run is told otherwise
 
 
 def test_damaged_steps_push_no_good_one_out(tmp_path, states, restore):
