@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   config.loss = ml_collections.ConfigDict()
   config.loss.shares = (4, 1, 3)  # velocity, guidance and consistency rows of every 8
-  config.loss.weights = (4 / 8, 1 / 8, 3 / 8)  # one mean over all rows
+  config.loss.weights = ()  # of these roles' means; (): as their rows, one mean over all of them
   config.loss.class_dropout = 0.1
 
   config.guidance = ml_collections.ConfigDict()
@@ -89,7 +89,6 @@ def shortcut(config):
   """Shortcut models as released: guidance 1.5 at the finest step, one mean over rows, slow EMA."""
   flow(config)
   config.loss.shares = (7, 0, 1)
-  config.loss.weights = (7 / 8, 0.0, 1 / 8)
   config.guidance.baked = 0.5  # s(c) + 0.5 (s(c) - s(null)): "1.5" where null is the origin
   config.ema.target = 0.999
 
@@ -111,4 +110,5 @@ def debug(config):
   config.model.depth = 2
 
 
-OPTIONS = {option.__name__: option for option in (flow, shortcut, shortcut_fast_ema, debug)}
+BASELINES = {option.__name__: option for option in (flow, shortcut, shortcut_fast_ema)}
+OPTIONS = {**BASELINES, "debug": debug}

@@ -2,8 +2,9 @@
 
     ./launch.sh configs/ism_folder.py --config.data.path=photos        # 64 pixels, 33 M parameters
     ./launch.sh configs/ism_folder.py:px32 --config.data.path=photos   # 32 pixels
-    ./launch.sh configs/ism_folder.py:B --config.data.path=photos      # 132 M parameters
+    ./launch.sh configs/ism_folder.py:B --config.data.path=photos      # 131 M parameters
     ./launch.sh configs/ism_folder.py:B,gpu --config.data.path=photos  # faster on NVIDIA GPUs
+    ./launch.sh configs/ism_folder.py:flow --config.data.path=photos   # or shortcut: baselines
     ./launch.sh configs/ism_folder.py:debug  # two steps of everything on a CPU, images made up
 
 photos/CLASS NAME/IMAGE.jpg (or .png, .webp, ...): a sub-folder is a class. Images without classes:
@@ -54,7 +55,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 
 def B(config):
-  """The published base size, 132 M parameters; blocks recomputed to save memory."""
+  """The published base size, 131 M parameters; blocks recomputed to save memory."""
   config.model.width, config.model.depth, config.model.heads = SIZES["B"]
   config.model.remat = "block"
 
@@ -75,4 +76,4 @@ def debug(config):
   config.data.made_up = 64
 
 
-OPTIONS = {option.__name__: option for option in (B, px32, gpu, debug)}
+OPTIONS = {option.__name__: option for option in (B, px32, gpu, debug)} | ism_digits.BASELINES

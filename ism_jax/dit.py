@@ -51,6 +51,7 @@ class DiTConfig:
   remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
   attention: str = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
+  shortcuts: bool = True  # steps of any size are trained; else all are Euler steps, of d = 0
 
   def __post_init__(self):
     # Positions take a sine and a cosine for each of two axes.
@@ -163,6 +164,7 @@ class DiT(nnx.Module):
       [b, h, w, c] float32.
     """
     config = self.config
+    d = d if config.shortcuts else jnp.zeros_like(d)
     level = jnp.where(d > 0, jnp.log2(jnp.maximum(d, 1 / FINEST) * FINEST) + 1, 0.0)
     c = self.embed_time(t) + self.embed_step(level) + self.embed_guidance(w)
     c = by_rows(nnx.silu(c + self.embed_class(label)))  # [b, k]

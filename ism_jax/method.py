@@ -120,8 +120,10 @@ convert = sit.convert
 def make_sizes(config, facts: dict) -> dit.DiTConfig:
   """Sizes of the network; `facts` are those saved with a checkpoint."""
   side, _, channels = facts["shape"]
-  classes = len(facts["names"])
-  return dit.DiTConfig(side=side, channels=channels, classes=classes, **dict(config.model))
+  shortcuts = bool(config.loss.shares[2])  # learned in consistency rows
+  return dit.DiTConfig(
+    side, channels, classes=len(facts["names"]), shortcuts=shortcuts, **dict(config.model)
+  )
 
 
 def make_network(config, facts: dict):
@@ -131,10 +133,10 @@ def make_network(config, facts: dict):
 
 def make_loss_config(config, classes: int) -> loss.LossConfig:
   """The objective of `config`."""
-  guidance, bands = config.guidance, config.wavelet
+  guidance, bands, shares = config.guidance, config.wavelet, tuple(config.loss.shares)
   return loss.LossConfig(
-    shares=tuple(config.loss.shares),
-    weights=tuple(config.loss.weights),
+    shares=shares,
+    weights=tuple(config.loss.weights) or tuple(share / sum(shares) for share in shares),
     classes=classes,
     class_dropout=config.loss.class_dropout,
     w_max=guidance.w_max,
@@ -161,6 +163,11 @@ def _check(config, source: data.Source) -> None:
   for section, name in (("loss", "class_dropout"), ("guidance", "zero")):
     if not 0 <= (chance := config[section][name]) <= 1:
       raise UserError(f"{section}.{name}={chance} is a probability; choose it between 0 and 1.")
+  if not config.loss.class_dropout and (config.guidance.w_max or config.guidance.baked):
+    raise UserError(
+      "loss.class_dropout=0 with guidance: it needs the network without a class, which is learned "
+      "in rows that lose theirs; choose loss.class_dropout=0.1, or no guidance."
+    )
   group, parts = sum(config.loss.shares), config.optim.accumulate
   if config.batch % (group * parts):
     times = f" times optim.accumulate={parts}" if parts > 1 else ""

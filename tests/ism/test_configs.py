@@ -102,10 +102,15 @@ def test_parameters_stay_float32_where_the_computation_is_bfloat16():
 def test_options_combine_and_unknown_ones_are_named():
   small = ism_imagenet256.get_config("B/2,debug")
   assert small.steps == 2 and small.model.depth == 2
+  paper = ism.make_loss_config(ism_imagenet256.get_config("S/2,paper"), 1000)
+  assert paper.weights == (1, 1, 1) and paper.zero_w == 0 and paper.w_max == 3.5
+  flow = ism_imagenet256.get_config("flow,debug")
+  sizes = [ism.make_sizes(config, FACTS) for config in (small, flow)]
+  assert [found.shortcuts for found in sizes] == [True, False]
   pixels = ism_folder.get_config("px32,B")
   assert (pixels.data.side, pixels.model.patch, pixels.model.width) == (32, 2, dit.SIZES["B"][0])
   for module, known in (
-    (ism_imagenet256, "S/2, B/2, L/2, XL/2, gpu, debug"),
+    (ism_imagenet256, "S/2, B/2, L/2, XL/2, gpu, paper, debug, flow, shortcut"),
     (ism_folder, "B, px32"),
   ):
     with pytest.raises(ValueError, match=rf"unknown option 'XXL/2'.*choose from {known}"):

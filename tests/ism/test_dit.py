@@ -202,6 +202,14 @@ def test_every_step_size_and_strength_is_told_apart(small, inputs):
     assert min(gaps) > 1e-2
 
 
+def test_without_shortcuts_every_step_is_an_euler_step(small, inputs):
+  apply, params = small
+  x, t, d, label, w = inputs
+  plain = make(replace(SMALL, shortcuts=False))[0](params, x, t, d, label, w)
+  np.testing.assert_array_equal(plain, apply(params, x, t, 0 * d, label, w))
+  assert np.abs(plain - apply(params, x, t, d, label, w))[0].max() > 1e-3
+
+
 def test_rows_do_not_mix(small, inputs):
   apply, params = small
   output = apply(params, *inputs)

@@ -76,7 +76,10 @@ def test_options_differ_where_they_say():
   ism_, flow, shortcut, fast = (ism_digits.get_config("" if o == "ism" else o) for o in OBJECTIVES)
   assert flow.loss.shares == (1, 0, 0) and flow.pairing.pool == 0 and ism_.pairing.pool == 32
   assert shortcut.guidance.baked > 0 == ism_.guidance.baked
-  assert shortcut.loss.weights == (7 / 8, 0.0, 1 / 8)  # with shares 7:1, one mean over rows
+  weights = [ism.make_loss_config(config, 10).weights for config in (ism_, flow, shortcut)]
+  assert weights == [(4 / 8, 1 / 8, 3 / 8), (1, 0, 0), (7 / 8, 0, 1 / 8)]  # one mean over all rows
+  flow.loss.weights = (2, 0, 0)
+  assert ism.make_loss_config(flow, 10).weights == (2, 0, 0)
   assert (shortcut.ema.target, fast.ema.target, ism_.ema.target) == (0.999, 0.95, 0.95)
   fast.ema.target = shortcut.ema.target
   assert fast.to_dict() == shortcut.to_dict()
@@ -228,6 +231,7 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"wavelet__decay": 0.0}, r"wavelet.decay=0.0 must be above 0"),
     ({"loss__class_dropout": 1.5}, r"loss.class_dropout=1.5 is a probability"),
     ({"guidance__zero": -0.1}, r"guidance.zero=-0.1 is a probability"),
+    ({"loss__class_dropout": 0.0}, r"loss.class_dropout=0 with guidance: .* choose .*=0.1"),
     ({"pairing__condition": "labels"}, r"pairing.condition='labels' is unknown"),
     ({"pairing__pool": 10**6, "pairing__condition": "none"}, r"pool=1000000 batches of 16 rows"),
     ({"eval__nfe": (1, 5)}, r"nfe=5 was not trained"),
