@@ -34,6 +34,7 @@ COLUMNS = {
   "precision": "precision/T=1",
   "recall": "recall/T=1",
   "log-likelihood": "log_likelihood/data",
+  "log-likelihood, forbidden": "log_likelihood/data, forbidden",
 }
 
 

@@ -34,6 +34,7 @@ COLUMNS = {
   "MAUVE, forbidden": "mauve/T=1, forbidden",
   "MAUVE, p=0.95": "mauve/p=0.95",
   "perplexity": "perplexity/character",
+  "perplexity, forbidden": "perplexity/character, forbidden",
   "4-gram entropy": "entropy/T=1",
   "rep-4": "repetition/T=1",
   "distinct-4": "distinct/T=1",

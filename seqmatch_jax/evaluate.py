@@ -102,18 +102,30 @@ def force_error(
   return out
 
 
+def policies(backspace: bool) -> tuple[str, ...]:
+  """The policies whose likelihood is measured, as a metric's name has them.
+
+  The policy itself, and where it may erase, the same with that forbidden: right answers and real
+  texts have no <backspace>, so the probability that it has there is none of the next token's, and
+  to compare with a model without it is to compare the second.
+  """
+  return ("", ", forbidden") if backspace else ("",)
+
+
 def make_total(apply: Callable, config: LossConfig, mesh: Mesh | None = None) -> Callable:
   """Returns `total(params, rows)`: the actions' summed log-likelihood in nats, and their number.
 
-  Under the policy, of those that carry weight, <eos> too; of `config`, whether it may erase counts.
-  The devices of `mesh` share the rows out.
+  Under each of `policies`: float32 [policies]; of the actions that carry weight, <eos> too. Of
+  `config`, whether it may erase counts. The devices of `mesh` share the rows out.
   """
-  plain = LossConfig("chi2", 0.0, 1.0, config.backspace)
+  plain = [LossConfig("chi2", 0.0, 1.0, may) for may in (config.backspace, False)]
+  plain = plain[: len(policies(config.backspace))]
 
   def total(params, rows):
     logits = apply(params, rows["token"], rows["position"], rows["end"])
     count = rows["weight"].sum()
-    return -loss(plain, logits, rows)[0] * jnp.maximum(count, 1.0), count
+    means = jnp.stack([-loss(each, logits, rows)[0] for each in plain])
+    return means * jnp.maximum(count, 1.0), count
 
   return mesh_lib.jit(total, mesh)
 
@@ -121,24 +133,25 @@ def make_total(apply: Callable, config: LossConfig, mesh: Mesh | None = None) ->
 def make_likelihood(
   apply: Callable, config: LossConfig, batch: int, mesh: Mesh | None = None
 ) -> Callable:
-  """Returns `likelihood(params, data) -> float`, which computes `batch` examples at a time.
+  """Returns `likelihood(params, data) -> [policies]`, which computes `batch` examples at a time.
 
-  That is the mean log-likelihood of an answer's actions under the policy, in nats an action, <eos>
-  too.
+  That is the mean log-likelihood of an answer's actions under each of `policies`, in nats an
+  action, <eos> too.
   """
   total = make_total(apply, config, mesh)
 
-  def likelihood(params, data: Encoded) -> float:
+  def likelihood(params, data: Encoded) -> list[float]:
     made = tree(data.prompt, data.prompt_length, data.answer, data.nodes(Noise()))
-    sums = np.zeros(2)
+    log_likelihood, count = 0.0, 0.0
     for start in range(0, len(data.answer), batch):
       # The last batch is filled with rows that carry no loss: one shape, one compilation.
       index = np.arange(start, start + batch)
       rows = {name: x[index % len(x)] for name, x in made.items()}
       rows["weight"] = rows["weight"] * (index < len(data.answer))[:, None]
-      sums += np.array(total(params, rows))
+      sums = total(params, rows)
+      log_likelihood, count = log_likelihood + np.float64(sums[0]), count + float(sums[1])
       pause()
-    return float(sums[0] / sums[1])
+    return (log_likelihood / count).tolist()
 
   return likelihood
 

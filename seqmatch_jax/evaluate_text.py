@@ -17,6 +17,7 @@ import numpy as np
 
 from seqmatch_jax import diversity
 from seqmatch_jax.actions import Noise
+from seqmatch_jax.evaluate import policies
 from seqmatch_jax.mauve import mauve
 from seqmatch_jax.packing import Packed
 from seqmatch_jax.rollout import Rollout
@@ -36,7 +37,8 @@ def likelihood(
 ) -> Iterator[tuple[str, float]]:
   """Perplexity of the first `rows` rows of held-out text, for each token and for each character.
 
-  <eos> counts as a token and as no character; prompts count as neither.
+  Under each of `evaluate.policies`. <eos> counts as a token and as no character; prompts count as
+  neither.
 
   Args:
     total: see `evaluate.make_total`.
@@ -49,16 +51,17 @@ def likelihood(
     # The last batch is filled with rows that carry no loss: one shape, one compilation.
     made["weight"] = made["weight"] * (index < rows)[:, None]
     sums = jax.device_get(total(params, made))
-    log_likelihood, count = log_likelihood + float(sums[0]), count + float(sums[1])
+    log_likelihood, count = log_likelihood + np.float64(sums[0]), count + float(sums[1])
     pause()
   pieces, _ = held.pieces(np.arange(rows))
   characters = 0
   for text, k in zip(held.texts(pieces), held.prompts(pieces)[1] - 1, strict=True):
     # A tokenizer may drop the blank that a text begins with.
     characters += len(vocab.decode(text.tolist())) - len(vocab.decode(text[:k].tolist()))
-  yield "perplexity/token", _exp(-log_likelihood / count)
-  if characters > 0:
-    yield "perplexity/character", _exp(-log_likelihood / characters)
+  for name, nats in zip(policies(len(log_likelihood) > 1), -log_likelihood, strict=True):
+    yield f"perplexity/token{name}", _exp(nats / count)
+    if characters > 0:
+      yield f"perplexity/character{name}", _exp(nats / characters)
 
 
 def measure(made: Rollout, name: str) -> Iterator[tuple[str, float]]:

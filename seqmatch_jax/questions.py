@@ -100,7 +100,9 @@ def _evaluate(config, asked: Encoded, network, generate, loss_config, facts: dic
       ).actions
 
     yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
-    yield "log_likelihood/data", likelihood(params, few)
+    names = evaluate.policies(loss_config.backspace)
+    for name, value in zip(names, likelihood(params, few), strict=True):
+      yield f"log_likelihood/data{name}", value
 
   return run
 

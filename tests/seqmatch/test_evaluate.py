@@ -93,9 +93,10 @@ def test_likelihood_of_a_uniform_policy(encoded):
   found = evaluate.make_likelihood(apply, LossConfig("chi2", 0.5, 0.9, True), 8)(1.0, known)
   # All but <pad> and <bos>; <backspace> too after the first of an answer's three actions.
   legal = vocab.size - 2
-  assert found == pytest.approx(-np.mean(np.log([legal - 1, legal, legal])), rel=1e-6)
+  wanted = [-np.mean(np.log([legal - 1, legal, legal])), -np.log(legal - 1)]
+  assert found == pytest.approx(wanted, rel=1e-6) and evaluate.policies(True)[1] == ", forbidden"
   found = evaluate.make_likelihood(apply, LossConfig("chi2", 0.5, 0.9, False), 8)(1.0, known)
-  assert found == pytest.approx(-np.log(legal - 1), rel=1e-6)
+  assert found == pytest.approx(wanted[1:], rel=1e-6)
 
 
 def test_likelihood_does_not_depend_on_the_batch(encoded):
@@ -105,7 +106,7 @@ def test_likelihood_does_not_depend_on_the_batch(encoded):
     return jax.nn.one_hot(token, vocab.size) * params + position[..., None] / 7
 
   config = LossConfig("kl", 0.1, 0.9, False)
-  found = [evaluate.make_likelihood(apply, config, batch)(2.0, known) for batch in (1, 8, 64)]
+  found = [evaluate.make_likelihood(apply, config, batch)(2.0, known)[0] for batch in (1, 8, 64)]
   assert found == pytest.approx([found[0]] * 3, rel=1e-5)
 
 

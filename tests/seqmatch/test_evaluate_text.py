@@ -27,13 +27,21 @@ def test_texts_that_are_prompts_only_have_no_perplexity_a_character():
   vocab = Vocab(tuple("ab"))
   found = Documents.from_parts([np.full(10, 4, np.uint16)], [np.array([4, 6])])
   held = packing.pack(found, vocab.size, 8, 0, 4)  # a row each, the longer text first
-  total = lambda params, rows: (np.float32(-5000.0), np.float32(1.0))  # noqa: E731
+  total = lambda params, rows: (np.float32([-5000.0]), np.float32(1.0))  # noqa: E731
   both = dict(evaluate_text.likelihood(total, None, held, vocab, 2, 2))
   assert both == {"perplexity/token": np.inf, "perplexity/character": np.inf}
   held = packing.Packed(**{**vars(held), "first": held.first[1:]})
   assert [name for name, _ in evaluate_text.likelihood(total, None, held, vocab, 1, 1)] == [
     "perplexity/token"
   ]
+
+
+def test_perplexity_is_of_the_policy_and_of_the_one_that_may_not_erase():
+  held = packing.pack(documents("ab", "c"), VOCAB.size, 8, 0, 0)  # 3 characters, an <eos> each
+  total = lambda params, rows: (np.float32([-10.0, -5.0]), np.float32(5.0))  # noqa: E731
+  found = dict(evaluate_text.likelihood(total, None, held, VOCAB, 1, 1))
+  wanted = {"token": 2, "character": 10 / 3, "token, forbidden": 1, "character, forbidden": 5 / 3}
+  assert found == pytest.approx({f"perplexity/{k}": np.exp(v) for k, v in wanted.items()})
 
 
 def test_erasures_are_counted():

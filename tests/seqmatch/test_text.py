@@ -92,7 +92,7 @@ def test_perplexity_is_that_of_one_document_after_the_other(run, config):
     row[: 1 + len(piece)] = [BOS, *piece]
   place = np.broadcast_to(np.arange(width), rows.shape)
   logits = np.array(jax.jit(network.apply)(state.params, rows, place, np.full_like(rows, width)))
-  total, count, characters = 0.0, 0, 0
+  total, forbidden, count, characters = 0.0, 0.0, 0, 0
   for row, piece in zip(logits.astype(np.float64), pieces, strict=True):
     for i, token in enumerate(piece):
       if i >= k or token == EOS:
@@ -100,10 +100,15 @@ def test_perplexity_is_that_of_one_document_after_the_other(run, config):
         if i <= min(k, len(piece) - 1):
           row[i, BACKSPACE] = -np.inf  # at the prompt
         total += row[i, token] - np.log(np.exp(row[i]).sum())
+        row[i, BACKSPACE] = -np.inf
+        forbidden += row[i, token] - np.log(np.exp(row[i]).sum())
         count += 1
     characters += len(vocab.decode(piece[k:]))
-  np.testing.assert_allclose(found["perplexity/token"], np.exp(-total / count), rtol=1e-4)
-  np.testing.assert_allclose(found["perplexity/character"], np.exp(-total / characters), rtol=1e-4)
+  for name, nats in (("", total), (", forbidden", forbidden)):
+    a_token, a_character = (np.exp(-nats / n) for n in (count, characters))
+    np.testing.assert_allclose(found[f"perplexity/token{name}"], a_token, rtol=1e-4)
+    np.testing.assert_allclose(found[f"perplexity/character{name}"], a_character, rtol=1e-4)
+  assert forbidden > total
   assert found["backspaces/T=1, forbidden"] == 0 < found["backspaces/T=1"] < 1
   assert 0 <= found["finished/T=1"] <= 1
 
