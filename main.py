@@ -155,7 +155,7 @@ def make_given(config: ConfigDict, facts: dict, devices) -> dict:
     convert = functools.partial(module.convert, config=config)
   trained = start.read(config.init_from, config.method, abstract, devices, convert)
   run = {"config": config.to_dict(), "facts": facts}
-  start.check_alike(trained, run, module.SAME)
+  start.check_alike(trained, run, module.same(config))
   given, line = start.choose(trained, abstract(config, facts), module.FRESH)
   if jax.process_index() == 0:
     print(line, flush=True)

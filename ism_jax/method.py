@@ -110,9 +110,13 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
   )
 
 
-# For config.init_from (see train_jax/start.py): what must be equal there, what may be missing or of
-# another size, and which published weights can be read.
-SAME = ("config.model.heads",)
+def same(config) -> tuple[str, ...]:
+  """What must be equal where config.init_from points (see train_jax/start.py)."""
+  del config
+  return ("config.model.heads",)
+
+
+# What may be missing there or of another size, and which published weights can be read.
 FRESH = ("embed_class", "embed_guidance", "embed_step")
 convert = sit.convert
 

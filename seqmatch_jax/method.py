@@ -52,9 +52,16 @@ def task_of(config):
   raise UserError(f"data.source={config.data.source!r} is unknown; choose from {known}.")
 
 
-# For config.init_from (see train_jax/start.py): what must be equal there, and what may be missing.
-SAME = ("config.model.heads", "config.lora.alpha", "facts.symbols", "facts.tokenizer.sha256")
-FRESH = ()
+def same(config) -> tuple[str, ...]:
+  """What must be equal where config.init_from points (see train_jax/start.py)."""
+  keys = ("config.model.heads", "config.lora.alpha", "facts.symbols", "facts.tokenizer.sha256")
+  if not (config.get("lora") and config.lora.rank):
+    return keys
+  # Adapters belong to the matrices that they were learned on.
+  return (*keys, "facts.weights_sha256" if config.get("pretrained") else "config.seed")
+
+
+FRESH = ()  # what may be missing there
 
 
 def make_limits(config, facts: dict) -> rollout.RolloutConfig:
