@@ -69,6 +69,13 @@ flags.DEFINE_integer("top_k", None, "sample text: only of so many likeliest.", l
 flags.DEFINE_float(
   "top_p", None, "sample text: only of the likeliest that have this probability.", 0, 1
 )
+flags.DEFINE_integer(
+  "max_actions",
+  None,
+  "sample text: tokens typed, erased ones and <backspace>s too; default: what the run learned.",
+  lower_bound=1,
+)
+flags.DEFINE_bool("backspace", True, "sample text: whether it may erase.")
 flags.DEFINE_bool("stream", False, "sample text: show each as it is typed and erased.")
 flags.DEFINE_string(
   "pretrained",
@@ -101,7 +108,8 @@ READ = {
   "compile": "topology",
   "encode": "images side vae texts tokenizer shards out",
   "sample ism": "step num seed nfe guidance labels vae out",
-  "sample seqmatch": "step num seed prompt prompts temperature top_k top_p stream pretrained out",
+  "sample seqmatch": "step num seed prompt prompts temperature top_k top_p max_actions "
+  "backspace stream pretrained out",
   "evaluate ism": "step num seed nfe guidance metrics reference inception dinov2 classes "
   "save_samples vae out",
   "evaluate seqmatch": "step seed features pretrained out",

@@ -101,6 +101,8 @@ class Loaded:
     seed: int = 0,
     top_k: int | None = None,
     top_p: float | None = None,
+    max_actions: int | None = None,
+    backspace: bool = True,
     batch: int = 64,
   ) -> list[Generation]:
     """Goes on from each prompt, as `--mode=sample` does with the same prompts, settings and seed.
@@ -113,6 +115,9 @@ class Loaded:
       temperature: 0 is greedy; None is 0 for questions and 1 for text.
       seed: of the draws, which depend on a prompt's place among the prompts.
       top_k, top_p: only of so many likeliest, only of the likeliest that have this probability.
+      max_actions: tokens typed after a prompt, at most, <backspace>s and <eos> among them; None:
+        until there is no more room.
+      backspace: whether a model that has learned to erase may.
       batch: prompts at a time, at most.
 
     Raises:
@@ -122,7 +127,10 @@ class Loaded:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     how = self.record["generation"]
     temperature = how["temperature"] if temperature is None else temperature
-    settings = sample.sampling_options(temperature, how["retype"], how["backspace"], top_k, top_p)
+    erases = how["backspace"] and backspace
+    settings = sample.sampling_options(
+      temperature, how["retype"], erases, top_k, top_p, max_actions
+    )
     prompt, length = tokens.encode_prompts(prompts, self.vocab, how["max_length"])
     size, key = min(batch, len(prompts)), jax.random.key(seed)
     made = rollout.in_batches(self.rollout, self.params, prompt, length, size, key, **settings)

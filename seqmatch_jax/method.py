@@ -228,8 +228,13 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   task, vocab = task_of(config), tokens.from_facts(facts)
   asked = task.ask(config, facts, sample.prompts(flags), flags.num or 64)
   temperature = task.TEMPERATURE if flags.temperature is None else flags.temperature
+  if not temperature and (flags.num or 1) > 1 and (flags.prompt or flags.prompts):
+    raise UserError(
+      f"--num={flags.num} of each prompt would all be the same at temperature 0; set --temperature."
+    )
+  erases = config.loss.backspace and flags.backspace
   settings = sample.sampling_options(
-    temperature, task.RETYPE, config.loss.backspace, flags.top_k, flags.top_p
+    temperature, task.RETYPE, erases, flags.top_k, flags.top_p, flags.max_actions
   )
   network, limits = make_network(config, facts), make_limits(config, facts)
   mesh = model.mesh_of(config)
@@ -248,7 +253,8 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   if not flags.stream:
     for begin, keys in zip(asked.texts, typed, strict=True):
       print(f"{begin}{task.GAP}{show.line(keys, sys.stdout.isatty())}")
-  chosen = {"temperature": temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+  names = ("top_k", "top_p", "max_actions")
+  chosen = {"temperature": temperature} | {name: getattr(flags, name) for name in names}
   chosen = {"step": step, **chosen, "seed": flags.seed}
   title = ", ".join(f"{name} {value}" for name, value in chosen.items() if value is not None)
   show.write(out, title, asked.texts, typed, task.GAP)

@@ -180,8 +180,8 @@ def pack(documents: Documents, vocab: int, context: int, errors: int, prompt: in
     )
   if documents.length.max() <= prompt:
     raise UserError(
-      f"data.prompt={prompt} leaves nothing to learn: none of these texts has more tokens; choose "
-      f"less than {documents.length.max()}."
+      f"data.prompt={prompt} leaves nothing to learn: none of these {len(documents.length)} texts "
+      f"has more tokens; choose less than {documents.length.max()}."
     )
   document, start, stop = cut(documents.length, most)
   row = assign(1 + stop - start, context - errors)

@@ -107,6 +107,7 @@ class Settings(NamedTuple):
     allow_backspace: whether the model may erase.
     retype: whether a token may be typed again where it was erased.
     forced: int32 [b, a], see `make_rollout`.
+    most: actions of a trajectory, at most.
     nucleus: None, or (top_k, top_p), see `nucleus`.
   """
 
@@ -116,6 +117,7 @@ class Settings(NamedTuple):
   allow_backspace: jax.Array
   retype: jax.Array
   forced: jax.Array
+  most: jax.Array
   nucleus: tuple[jax.Array, jax.Array] | None
 
 
@@ -232,15 +234,17 @@ def make_settings(
   forced=None,
   top_k: int | None = None,
   top_p: float | None = None,
+  max_actions: int | None = None,
 ) -> Settings:
   """The settings of a rollout, see `make_rollout`; of one type whatever they are given as."""
   if forced is None:
     forced = np.full((len(row), config.max_actions), PAD, np.int32)  # jnp's would be compiled
-  most = None
+  best = None
   if top_k is not None or top_p is not None:
-    most = jnp.int32(top_k or np.iinfo(np.int32).max), jnp.float32(1 if top_p is None else top_p)
+    best = jnp.int32(top_k or np.iinfo(np.int32).max), jnp.float32(1 if top_p is None else top_p)
   switches = jnp.float32(temperature), jnp.bool_(allow_backspace), jnp.bool_(retype)
-  return Settings(key, jnp.asarray(row), *switches, jnp.asarray(forced), most)
+  most = jnp.int32(min(max_actions or config.max_actions, config.max_actions))
+  return Settings(key, jnp.asarray(row), *switches, jnp.asarray(forced), most, best)
 
 
 def make_rollout(
@@ -248,8 +252,8 @@ def make_rollout(
 ) -> Callable[..., Rollout]:
   """Returns `rollout(params, prompt, length, key, row, ...)`: continues prompts in one go.
 
-  It goes on until each is over, see `is_over`, or has `max_actions`. A row's trajectory depends on
-  its prompt, (key, row) and the settings: not on the batch. One compilation serves all settings,
+  It goes on until each is over, see `is_over`, or has its most actions. A row's trajectory depends
+  on its prompt, (key, row) and the settings: not on the batch. One compilation serves all settings,
   and another one those with `top_k` or `top_p`. The arguments:
 
     prompt: int32 [b, p], left-aligned; never erased.
@@ -263,6 +267,7 @@ def make_rollout(
     forced: int32 [b, a], actions that are played at these times instead of the model's choice;
       PAD where it is free. The rules hold (`legal`), what the model may not repeat does not.
     top_k, top_p: what is drawn is among the likeliest actions only, see `nucleus`.
+    max_actions: the most, if not those of `config`, which are also the limit.
 
   Args:
     mesh: of the devices that share the rows out, each of which then has all that was made; None
@@ -276,7 +281,7 @@ def make_rollout(
     prompt, prompt_length, row, forced = rows
     settings = settings._replace(row=row, forced=forced)
     state = begin(params, prompt, prompt_length)
-    made = advance(params, state, prompt_length, settings, config.max_actions).rollout
+    made = advance(params, state, prompt_length, settings, settings.most).rollout
     inside = jnp.arange(config.max_length) < made.length[:, None]
     made = made._replace(tokens=jnp.where(inside, made.tokens, PAD))
     return jax.tree.map(lambda x: x[:n], made)
@@ -330,8 +335,8 @@ def make_stream(
   def stream(params, prompt, length, key, row, *args, **kwargs) -> Iterator[np.ndarray]:
     settings = make_settings(config, key, row, *args, **kwargs)
     state, done = begin(params, prompt, length), 0
-    while done < config.max_actions:
-      state = advance(params, state, length, settings, min(done + every, config.max_actions))
+    while done < (most := int(settings.most)):
+      state = advance(params, state, length, settings, min(done + every, most))
       step, over = int(state.step), bool(is_over(config, state.rollout).all())
       yield np.asarray(state.rollout.actions)[:, done:step]  # a slice in JAX would be compiled
       if over:

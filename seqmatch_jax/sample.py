@@ -25,7 +25,7 @@ KEYS_A_SECOND = 40  # as they are shown, or one sees nothing of a fast model's e
 
 
 def prompts(flags) -> list[str]:
-  """The prompts that the flags ask for; [] if they do not."""
+  """The prompts that the flags ask for, each --num times; [] if they do not."""
   if flags.prompts and flags.prompt:
     raise UserError("--prompt and --prompts are both given; choose one.")
   if flags.prompts:
@@ -36,21 +36,27 @@ def prompts(flags) -> list[str]:
     found = [line for line in lines if line.strip()]
     if not found:
       raise UserError(f"--prompts={flags.prompts} holds no prompt; write one on each line.")
-    return found
-  return flags.prompt or []
+  else:
+    found = flags.prompt or []
+  return [prompt for prompt in found for _ in range(flags.num or 1)]
 
 
 def sampling_options(
-  temperature: float, retype: bool, backspace: bool, top_k: int | None, top_p: float | None
+  temperature: float,
+  retype: bool,
+  backspace: bool,
+  top_k: int | None,
+  top_p: float | None,
+  max_actions: int | None,
 ) -> dict:
   """How samples are drawn: the last arguments of `rollout.make_rollout`'s function.
 
   Args:
     retype: whether what is drawn may type again what it has erased.
-    backspace: whether the model has learned to erase.
+    backspace: whether the model has learned to erase, and may.
 
   Raises:
-    UserError: a temperature below 0, top_k below 1, or top_p outside [0, 1].
+    UserError: a temperature below 0, top_k or max_actions below 1, or top_p outside [0, 1].
   """
   if not 0 <= temperature < math.inf:
     raise UserError(f"temperature={temperature} must be finite and at least 0; 0 is greedy.")
@@ -58,12 +64,15 @@ def sampling_options(
     raise UserError(f"top_k={top_k} must be at least 1; None leaves all tokens.")
   if top_p is not None and not 0 <= top_p <= 1:
     raise UserError(f"top_p={top_p} must lie in [0, 1]; None leaves all tokens.")
+  if max_actions is not None and max_actions < 1:
+    raise UserError(f"max_actions={max_actions} must be at least 1; None leaves the model's limit.")
   return {
     "temperature": temperature,
     "retype": retype and temperature > 0,  # a greedy one would repeat itself
     "allow_backspace": backspace,
     "top_k": top_k,
     "top_p": top_p,
+    "max_actions": max_actions,
   }
 
 

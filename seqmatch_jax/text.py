@@ -6,6 +6,7 @@ import hashlib
 
 import jax
 import numpy as np
+from absl import logging
 
 from seqmatch_jax import (
   corpus,
@@ -91,6 +92,26 @@ def _pack(config, found: Documents, vocab) -> packing.Packed:
   return packing.pack(found, vocab.size, source.context, config.noise.max_errors, source.prompt)
 
 
+def _describe(packed: packing.Packed, batch: int) -> None:
+  """Prints how much there is to learn; warns where most of it is prompts."""
+  size, length = packed.stop - packed.start, packed.documents.length
+  learned = np.maximum(size - packed.prompt, 0).sum() / size.sum()
+  if jax.process_index():
+    return
+  print(
+    f"data: {len(length)} documents, {size.sum()} tokens in {packed.rows} rows, an epoch of "
+    f"{packed.rows / batch:.1f} batches; {learned:.0%} of the tokens are learned, the others are "
+    "prompts",
+    flush=True,
+  )
+  if learned < 0.5:
+    logging.warning(
+      "data.prompt=%d takes most of these texts, and prompts are not learned: lower it (half of "
+      "the documents have %d tokens or fewer).",
+      *(packed.prompt, np.median(length)),
+    )
+
+
 def make_task(config, mesh) -> Task:
   """Documents of `config.data`; raises UserError if they do not fit the config."""
   if config.noise.source != "uniform":
@@ -103,6 +124,7 @@ def make_task(config, mesh) -> Task:
     raise UserError(f"eval.samples={config.eval.samples} must be at least {least}{why}.")
   train, test, vocab = open_documents(config.data)
   packed, erasures = _pack(config, train, vocab), config.eval.erasures
+  _describe(packed, config.batch)
   most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
   facts = {
     **tokens.to_facts(vocab),

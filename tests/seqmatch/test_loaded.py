@@ -90,6 +90,7 @@ def get_run(perturb, tmp_path_factory):
 def sampled(run, out, **flags):
   """What `--mode=sample` writes."""
   known = {"prompts": None, "top_k": None, "top_p": None, "stream": False, "num": None}
+  known |= {"max_actions": None, "backspace": True}
   flags = SimpleNamespace(**known, **flags, prompt=run.prompts)
   seqmatch.sample_mode(run.config, run.facts, run.load, flags, out)
   return json.loads((out / "generations.json").read_text())
@@ -127,6 +128,16 @@ def test_one_prompt_and_the_run_s_own_temperature(trained, get_run):
   assert likeliest == trained.generate(prompts, temperature=1.0, top_p=0.0) != drawn
 
 
+def test_it_may_be_kept_short_and_from_erasing(trained, get_run):
+  prompts, drawn = get_run("arithmetic").prompts, {"temperature": 1.0, "seed": 3}
+  whole, short = (trained.generations(prompts, max_actions=n, **drawn) for n in (None, 2))
+  assert [made.typed[:2] for made in whole] == [made.typed for made in short]
+  assert not all(made.finished for made in short)
+  kept = trained.generations(prompts, backspace=False, **drawn)
+  erased = ["\b" in made.typed for made in whole]
+  assert any(erased) and not any("\b" in made.typed for made in kept)
+
+
 def test_says_what_it_is(trained, get_run, differences):
   run = get_run("arithmetic")
   record = trained.record
@@ -159,6 +170,7 @@ assert len(model.generate({run.prompts[:2]!r}, temperature=1.0)) == 2
     ({"temperature": -1.0}, r"temperature=-1.0 must be finite and at least 0"),
     ({"top_k": 0}, r"top_k=0 must be at least 1"),
     ({"top_p": 1.5}, r"top_p=1.5 must lie in \[0, 1\]"),
+    ({"max_actions": 0}, r"max_actions=0 must be at least 1"),
   ],
 )
 def test_bad_requests_are_refused(request_, message, trained):

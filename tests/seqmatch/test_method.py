@@ -29,6 +29,8 @@ FLAGS = {
   "temperature": None,
   "top_k": None,
   "top_p": None,
+  "max_actions": None,
+  "backspace": True,
   "stream": False,
   "num": 3,
   "seed": 0,
@@ -194,7 +196,8 @@ def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):
   flags = SimpleNamespace(**{**FLAGS, "prompts": str(tmp_path / "prompts"), "temperature": 1.0})
   seqmatch.sample_mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
   rows = json.loads((tmp_path / "generations.json").read_text())
-  assert [row["prompt"] for row in rows] == ["012345=9", "fedcba=1"]
+  assert [row["prompt"] for row in rows] == ["012345=9"] * 3 + ["fedcba=1"] * 3
+  assert len({row["typed"] for row in rows}) > 2
   out = capsys.readouterr().out
   assert "012345=9  " in out and "actions/s" in out
   page = (tmp_path / "generations.html").read_text()
@@ -231,6 +234,7 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
     ({"prompt": ["0" * 99]}, r"has 99 tokens, and the context of 11 tokens"),
     ({"prompts": "nowhere"}, r"--prompts=nowhere cannot be read"),
     ({"prompts": "a", "prompt": ["b"]}, r"--prompt and --prompts are both given"),
+    ({"prompt": ["12"]}, r"--num=3 of each prompt would all be the same at temperature 0"),
   ],
 )
 def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, default, tmp_path):

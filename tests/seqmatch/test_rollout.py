@@ -225,6 +225,13 @@ def test_a_stream_makes_the_same_actions_bit_by_bit(model):
   done = np.flatnonzero(whole.any(0))[-1] + 1
   assert [part.shape[1] for part in parts] == [7] * (done // 7) + ([done % 7] if done % 7 else [])
   np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[:, :done])
+  # Fewer are asked for: the same, up to there.
+  few = {"forced": forced_actions(), "max_actions": 10}
+  cut = rollout(params, PROMPT, LENGTH, KEY, ROW, 1.0, **few)
+  assert not np.asarray(cut.actions)[:, 10:].any() and not cut.finished.all()
+  np.testing.assert_array_equal(cut.actions[:, :10], whole[:, :10])
+  parts = list(stream(params, PROMPT, LENGTH, KEY, ROW, 1.0, **few))
+  np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[:, :10])
   # The last chunk ends with the actions: one more would be written over the last.
   assert done > 10
   stream = make_stream(network, replace(LIMITS, max_actions=10), every=7)

@@ -23,6 +23,8 @@ FLAGS = {
   "temperature": None,
   "top_k": None,
   "top_p": 0.9,
+  "max_actions": None,
+  "backspace": True,
   "stream": False,
   "num": 3,
   "seed": 0,
@@ -140,6 +142,20 @@ def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, caps
   out = capsys.readouterr().out
   assert all(prompt in out for prompt in held) and "tokens/s" in out
   assert "top_p 0.9" in (tmp_path / "generations.html").read_text()
+
+
+@pytest.mark.parametrize(("prompt", "share", "warned"), [(2, "75%", 0), (6, "25%", 1)])
+def test_how_much_there_is_to_learn_is_told(
+  prompt, share, warned, one_device, tmp_path, capsys, caplog
+):
+  path, config = tmp_path / "texts.txt", seqmatch_text.get_config("debug")
+  path.write_text("\n<|endoftext|>\n".join(["abcdefgh"] * 5))
+  config.data.update(path=str(path), tests=1, prompt=prompt)
+  text.make_task(config, one_device)
+  assert "data: 4 documents, 32 tokens in" in (said := capsys.readouterr().out)
+  assert f"{share} of the tokens are learned" in said
+  found = [line for line in caplog.messages if "takes most of these texts" in line]
+  assert len(found) == warned
 
 
 def test_other_texts_have_other_facts(config, tmp_path):
