@@ -209,6 +209,8 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   saved = Checkpoints(workdir).newest_meta()
   if saved:
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
+    if config.init_from and config.init_from != saved["config"].get("init_from"):
+      logging.warning("--workdir=%s holds a run, which goes on: init_from is not read.", workdir)
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor)
   mesh.check_batch(config.batch, devices, config.optim.accumulate)
   method, facts = method_module(config).make_method(config, devices)
