@@ -210,7 +210,10 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   if saved:
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
     if config.init_from and config.init_from != saved["config"].get("init_from"):
-      logging.warning("--workdir=%s holds a run, which goes on: init_from is not read.", workdir)
+      raise UserError(
+        f"--workdir={workdir} holds a run, which goes on from its own checkpoint and would not "
+        f"read init_from={config.init_from!r}; choose another --workdir, or leave it out."
+      )
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor)
   mesh.check_batch(config.batch, devices, config.optim.accumulate)
   method, facts = method_module(config).make_method(config, devices)
