@@ -257,7 +257,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   chosen = {"temperature": temperature} | {name: getattr(flags, name) for name in names}
   chosen = {"step": step, **chosen, "seed": flags.seed}
   title = ", ".join(f"{name} {value}" for name, value in chosen.items() if value is not None)
-  show.write(out, title, asked.texts, typed, task.GAP)
+  show.write(out, title, asked.texts, typed, task.GAP, asked.references)
   print(sample.speed(typed, seconds))
   print(f"watch:   {out / 'generations.html'}")
   print(f"samples: {out / 'generations.json'}")

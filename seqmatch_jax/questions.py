@@ -116,5 +116,7 @@ def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
 
 def ask(config, facts: dict, given: list[str], count: int) -> Asked:
   """The prompts that are `given`, or else the first `count` test questions."""
-  texts = given or [x.question for x in make_examples(config)[1][:count]]
-  return Asked(texts, *tokens.encode_prompts(texts, tokens.from_facts(facts), facts["max_length"]))
+  found = [] if given else make_examples(config)[1][:count]
+  texts, answers = given or [x.question for x in found], [x.answer for x in found]
+  encoded = tokens.encode_prompts(texts, tokens.from_facts(facts), facts["max_length"])
+  return Asked(texts, *encoded, answers)

@@ -209,12 +209,18 @@ def page(title: str, prompts: Sequence[str], typed: Sequence[Sequence[str]]) -> 
 
 
 def write(
-  out: Path, title: str, prompts: Sequence[str], typed: Sequence[Sequence[str]], gap: str = "  "
+  out: Path,
+  title: str,
+  prompts: Sequence[str],
+  typed: Sequence[Sequence[str]],
+  gap: str = "  ",
+  references: Sequence[str] = (),
 ) -> None:
   """Writes `out/generations.html` and `out/generations.json`: prompt, typed, answer.
 
   Args:
     gap: what stands between a prompt and what follows.
+    references: what the data have after each prompt, for the second file; or none.
   """
   out.mkdir(parents=True, exist_ok=True)
   shown = page(title, [prompt + gap for prompt in prompts], typed)
@@ -223,6 +229,8 @@ def write(
     {"prompt": prompt, "typed": "".join(keys), "answer": answer(keys)}
     for prompt, keys in zip(prompts, typed, strict=True)
   ]
+  for row, reference in zip(rows, references, strict=False):
+    row["reference"] = reference
   text = json.dumps(rows, indent=1, ensure_ascii=False)
   (out / "generations.json").write_text(text, encoding="utf-8")
 

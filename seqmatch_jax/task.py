@@ -9,7 +9,7 @@ A task is a module with constants for `--mode=sample` (see questions.py) and thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +42,10 @@ class Asked(NamedTuple):
     texts: as the reader sees them.
     prompt: int32 [b, p], <bos> first, PAD last.
     length: int32 [b].
+    references: what the data have after each; none where the prompts are somebody's own.
   """
 
   texts: list[str]
   prompt: np.ndarray
   length: np.ndarray
+  references: Sequence[str] = ()

@@ -191,8 +191,8 @@ def beginnings(held: packing.Packed, count: int) -> tuple[np.ndarray, np.ndarray
   return held.prompts(first[np.arange(count) % len(first)])
 
 
-def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
-  """(`Method.evaluate`, number of generations)."""
+def _held_out(config, facts: dict) -> tuple[packing.Packed, Vocab | TextVocab]:
+  """What a trained run has held out, and its vocabulary; UserError where the data are others."""
   train, test, vocab = open_documents(config.data, tokens.from_facts(facts))
   if len(train.length) != facts["documents"]:
     raise UserError(
@@ -200,16 +200,26 @@ def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
       f"run had {facts['documents']}: others are held out; put the texts (or the Python, whose "
       "texts '' are) of that time back."
     )
-  held = _pack(config, test, vocab)
+  return _pack(config, test, vocab), vocab
+
+
+def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
+  """(`Method.evaluate`, number of generations)."""
+  held, vocab = _held_out(config, facts)
   run = _evaluate(config, held, vocab, network, generate, loss_config, mesh)
   return run, config.eval.samples
 
 
 def ask(config, facts: dict, given: list[str], count: int) -> Asked:
   """The prompts that are `given`, or else the beginnings of `count` held-out documents."""
-  vocab = tokens.from_facts(facts)
   if given:
+    vocab = tokens.from_facts(facts)
     return Asked(given, *tokens.encode_prompts(given, vocab, facts["max_length"]))
-  _, test, vocab = open_documents(config.data, vocab)
-  prompt, length = beginnings(_pack(config, test, vocab), count)
-  return Asked([vocab.decode(row.tolist()) for row in prompt], prompt, length)
+  held, vocab = _held_out(config, facts)
+  prompt, length = beginnings(held, count)
+  texts = [vocab.decode(row.tolist()) for row in prompt]
+  order = held.document[_first(held)]
+  known = [held.documents.read(order[i % len(order)]) for i in range(count)]
+  whole = [vocab.decode(document.tolist()) for document in known]
+  rest = [text[len(begin) :] for text, begin in zip(whole, texts, strict=True)]
+  return Asked(texts, prompt, length, rest)

@@ -197,7 +197,7 @@ def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):
   seqmatch.sample_mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
   rows = json.loads((tmp_path / "generations.json").read_text())
   assert [row["prompt"] for row in rows] == ["012345=9"] * 3 + ["fedcba=1"] * 3
-  assert len({row["typed"] for row in rows}) > 2
+  assert len({row["typed"] for row in rows}) > 2 and "reference" not in rows[0]
   out = capsys.readouterr().out
   assert "012345=9  " in out and "actions/s" in out
   page = (tmp_path / "generations.html").read_text()
@@ -212,6 +212,7 @@ def test_without_prompts_the_test_questions_are_answered(default, tmp_path):
   rows = json.loads((tmp_path / "generations.json").read_text())
   asked = questions.make_examples(get_config())[1]
   assert [row["prompt"] for row in rows] == [x.question for x in asked[:3]]
+  assert [row["reference"] for row in rows] == [x.answer for x in asked[:3]]
 
 
 def test_evaluate_mode_writes_its_numbers(default, tmp_path):

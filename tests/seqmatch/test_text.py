@@ -139,6 +139,8 @@ def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, caps
   _, test, vocab = text.open_documents(config.data)
   held = [vocab.decode(test.read(i, 0, config.data.prompt)) for i in range(3)]
   assert [row["prompt"] for row in rows] == held
+  whole = [row["prompt"] + row["reference"] for row in rows]
+  assert whole == [vocab.decode(test.read(i).tolist()) for i in range(3)]
   out = capsys.readouterr().out
   assert all(prompt in out for prompt in held) and "tokens/s" in out
   assert "top_p 0.9" in (tmp_path / "generations.html").read_text()
