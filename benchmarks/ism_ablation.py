@@ -29,6 +29,10 @@ def _fast(config):
   config.ema.target = 0.95
 
 
+def _unguided(config):
+  config.guidance.baked = 0.0
+
+
 def _guidance(config):
   full = ism_digits.get_config()
   config.loss = full.loss
@@ -49,11 +53,14 @@ def _pairing(config):
   config.pairing = ism_digits.get_config().pairing
 
 
-# Each rung is the one before it and one change more, "- fast EMA" excepted: the paper adds its
-# twin EMA last, so the last rung but one has the slow target and the last has both averages.
+# Shortcut models as released have guidance baked in; at w = 0 the others are to be compared with
+# those that have none. From there on each rung is the one before it and one change more, from the
+# slow target average: the paper adds its twin EMA last.
 LADDER = {
   "shortcut": [],
+  "shortcut, unguided": [_unguided],
   "shortcut + fast EMA": [_fast],
+  "shortcut + fast EMA, unguided": [_fast, _unguided],
   "+ intrinsic guidance": [_guidance],
   "+ interval": [_guidance, _interval],
   "+ wavelet": [_guidance, _interval, _wavelet],
@@ -77,7 +84,15 @@ WAVELETS = {
   "wavelet, a mean per band": [*_FULL, _set("wavelet", decay=4.0)],
   "wavelet, charbonnier": [*_FULL, _set("wavelet", norm="charbonnier")],
 }
-ALL = LADDER | WAVELETS
+
+
+def _no_guidance(config):
+  config.loss.shares = (5, 0, 3)
+  config.guidance.w_max = 0.0
+  config.eval.guidance = (0.0,)
+
+
+ALL = LADDER | WAVELETS | {"whole method, no guidance": [*_FULL, _no_guidance]}
 
 
 def rung_config(rung: str, seed: int, steps: int):
