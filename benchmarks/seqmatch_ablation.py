@@ -26,10 +26,12 @@ TASKS = ("two_sum", "two_sum_hard", "arithmetic", "generated")
 COLUMNS = {
   "T=1": "exact/T=1",
   "T=1, forbidden": "forbidden/T=1",
+  "T=1, no retyping": "exact/T=1, no retyping",
   "T=0.5": "exact/T=0.5",
   "greedy": "exact/greedy",
   "recovery, T=1": "recovery/T=1",
   "recovery, greedy": "recovery/greedy",
+  "actions, T=1": "actions/T=1",
   "erased, of actions": "rate/T=1",
   "precision": "precision/T=1",
   "recall": "recall/T=1",

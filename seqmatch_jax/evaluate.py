@@ -20,7 +20,14 @@ from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import mesh as mesh_lib
 from train_jax.signals import pause
 
-TEMPERATURES = {"greedy": 0.0, "T=1": 1.0, "T=0.5": 0.5}
+# (temperature, retype) of a generation, see `rollout.make_rollout`. At a temperature above 0 the
+# policy is the model's as it is; not to type again what was erased is a search of its own.
+GENERATIONS = {
+  "greedy": (0.0, False),
+  "T=1": (1.0, True),
+  "T=1, no retyping": (1.0, False),
+  "T=0.5": (0.5, True),
+}
 
 
 class Erasures(NamedTuple):
@@ -157,29 +164,35 @@ def make_likelihood(
 
 
 def measure(
-  generate: Callable, data: Encoded, backspace: bool, seed: int
+  generate: Callable, data: Encoded, backspace: bool, seed: int, noise: Noise
 ) -> Iterator[tuple[str, float]]:
   """Yields ("exact/greedy", value) and so on.
 
-  For each temperature: `exact`, exact match with <backspace> allowed; `forbidden`, without it;
-  `recovery`, the final answer is right although a wrong token was forced into it; `rate`,
-  `precision`, `recall` of erasures; `finished`, trajectories that came to <eos>. Where the model
-  has no <backspace> there are `exact`, `recovery` and `finished` only.
+  For each of GENERATIONS: `exact`, exact match with <backspace> allowed; `forbidden`, without it;
+  `recovery`, the final answer is right although a wrong token was forced into it; `actions`, how
+  many an answer takes; `rate`, `precision`, `recall` of erasures; `finished`, trajectories that
+  came to <eos>. Where the model has no <backspace> there are `exact`, `recovery`, `actions` and
+  `finished` only, and retyping makes no difference.
 
   Args:
-    generate: (temperature, backspace, forced or None, seed) -> actions int32 [e, a].
+    generate: (temperature, retype, backspace, forced or None, seed) -> actions int32 [e, a].
+    noise: of the training; the tokens that are forced are of its kind.
   """
   rng = np.random.default_rng(seed)
-  wrong = data.wrong(Noise())
-  for name, temperature in TEMPERATURES.items():
-    actions = generate(temperature, backspace, None, seed)
+  wrong = data.wrong(noise)
+  for name, how in GENERATIONS.items():
+    again = name == "T=1, no retyping"
+    if again and not backspace:
+      continue
+    actions = generate(*how, backspace, None, seed)
     yield f"exact/{name}", float(exact_match(actions, data.answer).mean())
-    if backspace:
-      plain = generate(temperature, False, None, seed)
+    if backspace and not again:
+      plain = generate(*how, False, None, seed)
       yield f"forbidden/{name}", float(exact_match(plain, data.answer).mean())
     forced = force_error(rng, data.answer, wrong, actions.shape[1])
-    recovered = generate(temperature, backspace, forced, seed)
+    recovered = generate(*how, backspace, forced, seed)
     yield f"recovery/{name}", float(exact_match(recovered, data.answer).mean())
+    yield f"actions/{name}", float(np.mean(np.sum(actions != PAD, axis=1)))
     if backspace:
       for metric, value in erasures(actions, data.answer)._asdict().items():
         if not math.isnan(value):

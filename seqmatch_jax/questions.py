@@ -93,13 +93,15 @@ def _evaluate(config, asked: Encoded, network, generate, loss_config, facts: dic
     del step
     few = asked if final else asked.first(max(len(asked.answer) // 4, 1))
 
-    def actions(temperature, backspace, forced, seed):
-      how = {"temperature": temperature, "allow_backspace": backspace, "forced": forced}
+    def actions(temperature, retype, backspace, forced, seed):
+      how = {"temperature": temperature, "retype": retype}
+      how |= {"allow_backspace": backspace, "forced": forced}
       return rollout.in_batches(
         generate, params, few.prompt, few.prompt_length, config.batch, jax.random.key(seed), **how
       ).actions
 
-    yield from evaluate.measure(actions, few, loss_config.backspace, config.seed)
+    noise = Noise(source=config.noise.source)
+    yield from evaluate.measure(actions, few, loss_config.backspace, config.seed, noise)
     names = evaluate.policies(loss_config.backspace)
     for name, value in zip(names, likelihood(params, few), strict=True):
       yield f"log_likelihood/data{name}", value

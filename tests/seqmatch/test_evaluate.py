@@ -115,8 +115,8 @@ def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
   known, _ = encoded
   calls = []
 
-  def generate(temperature, allowed, forced, seed):
-    calls.append((temperature, allowed, forced is not None))
+  def generate(temperature, retype, allowed, forced, seed):
+    calls.append((temperature, retype, allowed))
     if forced is None:  # without the <backspace> that it has learned it is lost
       return known.answer if allowed == backspace else np.full_like(known.answer, EOS)
     length = np.sum(forced != PAD, axis=1)
@@ -126,14 +126,19 @@ def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
     ]
     return rows(*rest)
 
-  found = dict(evaluate.measure(generate, known, backspace, 0))
-  for name in evaluate.TEMPERATURES:
+  found = dict(evaluate.measure(generate, known, backspace, 0, Noise()))
+  search = "T=1, no retyping"
+  assert (f"exact/{search}" in found) == backspace and f"forbidden/{search}" not in found
+  for name in {*evaluate.GENERATIONS} - {search}:
     assert found[f"exact/{name}"] == 1
+    assert found[f"actions/{name}"] == np.mean(np.sum(known.answer != PAD, axis=1))
     assert found[f"recovery/{name}"] == float(backspace)
     assert found[f"finished/{name}"] == 1
     assert (f"forbidden/{name}" in found) == backspace
     # Erasures are those of its own actions, not of what it does about a forced error.
     assert found.get(f"forbidden/{name}", 0) == found.get(f"rate/{name}", 0) == 0
-  assert {temperature for temperature, *_ in calls} == {0.0, 0.5, 1.0}
-  assert {allowed for _, allowed, _ in calls} == ({True, False} if backspace else {False})
+  # Greedily it would repeat itself; at a temperature the policy is the model's own.
+  own = {(0.0, False), (1.0, True), (0.5, True)}
+  assert {tuple(how) for *how, _ in calls} == own | ({(1.0, False)} if backspace else set())
+  assert {allowed for *_, allowed in calls} == ({True, False} if backspace else {False})
   assert known.nodes(Noise()) >= 11
