@@ -353,12 +353,11 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
       "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
     )
   source = make_source(config)
-  for name, now in _facts(source).items():
-    if now != facts.get(name, now):
-      raise UserError(
-        f"the {name} of data.path={config.data.path!r} are {now} now, and of the run they were "
-        f"{facts[name]}; put the images of that time back."
-      )
+  if changed := [name for name, now in _facts(source).items() if now != facts.get(name, now)]:
+    raise UserError(
+      f"data.path={config.data.path!r} has other {', '.join(changed)} than the run had; put the "
+      "images of that time back."
+    )
   if why := evaluators.not_measurable(source):
     raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
   run = evaluators.make_evaluate(config, source, facts, apply, mesh)

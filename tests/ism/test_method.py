@@ -347,7 +347,7 @@ def test_evaluate_mode_refuses_other_images_than_the_run_had(tmp_path):
   _, facts = build(config)
   save_images(root, {"c": 3})  # whose label is that of no class
   flags = SimpleNamespace(**{**FLAGS, "num": None})
-  with pytest.raises(UserError, match=r"the names of .*'c'\] now, .* they were .*'b'\]"):
+  with pytest.raises(UserError, match=r"has other names, examples than the run had"):
     ism.evaluate_mode(config, facts, None, flags, tmp_path)
 
 
