@@ -119,7 +119,10 @@ READ = {
 
 
 def check_flags(method: str = "") -> None:
-  """Raises UserError for a flag that does nothing in this mode, or in it for a run of `method`."""
+  """Raises UserError for a flag that does nothing in this mode, or in it for a run of `method`.
+
+  So it does for a key of --config, where none but `backend` is read.
+  """
   read = READ.get(f"{FLAGS.mode} {method}".strip(), "").split()
   where = f"--mode={FLAGS.mode}" + (f" of a run of {method}" if method else "")
   for name in sorted({*" ".join(READ.values()).split()} - {*read}):

@@ -18,10 +18,10 @@ hours if nothing were lost between them.
 
 Expected FID-50k, the paper's numbers and not ours: 5.27, 2.44, 2.05, 1.93, 1.88 at 1, 2, 4, 8, 128
 steps; after 250k steps 6.56 and 2.16 at 1 and 4. The paper does not publish the split of the rows
-nor the warm-up: those are ours. In three more things the defaults are ours (docs/RESULTS.md says
-why), and the option `paper` has the paper's: one mean over all rows, not three equal weights; w = 0
-in half of the consistency rows (guidance.zero), not in none; noise paired within classes, since
-without regard to them it tells the class.
+nor the warm-up: those are ours. So are three defaults (docs/RESULTS.md says why), and the option
+`paper` has the paper's values in their place. The loss is one mean over all rows (the paper: three
+equal weights); half of the consistency rows have w = 0 (the paper: none); noise is paired within
+classes (the paper: without regard to them, so that it tells the class).
 
 What keeps XL from diverging: the gradient is clipped to norm 1; a step whose loss or gradient is
 not finite is skipped, counted, and after ten in a row the run goes back once; lr warms up;

@@ -199,6 +199,7 @@ def _warn_of_few_rows(config, mesh: jax.sharding.Mesh) -> None:
 
 
 def _facts(source: data.Source | latents.Latents) -> dict:
+  """What every source says of its images, as JSON: names of the classes, shape, number."""
   return {
     "names": list(source.names),
     "shape": list(source.shape),

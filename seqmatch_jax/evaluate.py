@@ -109,14 +109,14 @@ def force_error(
   return out
 
 
-def policies(backspace: bool) -> tuple[str, ...]:
-  """The policies whose likelihood is measured, as a metric's name has them.
+def policies(backspace: bool) -> dict[str, bool]:
+  """The policies whose likelihood is measured: end of a metric's name -> whether it may erase.
 
-  The policy itself, and where it may erase, the same with that forbidden: right answers and real
-  texts have no <backspace>, so the probability that it has there is none of the next token's, and
-  to compare with a model without it is to compare the second.
+  The policy itself, and if that may erase, the same where it may not. Right answers and real texts
+  have no <backspace>: the first counts the probability that it has there as an error, so the second
+  is the one to compare with a model without it.
   """
-  return ("", ", forbidden") if backspace else ("",)
+  return {"": True, ", forbidden": False} if backspace else {"": False}
 
 
 def make_total(apply: Callable, config: LossConfig, mesh: Mesh | None = None) -> Callable:
@@ -125,8 +125,7 @@ def make_total(apply: Callable, config: LossConfig, mesh: Mesh | None = None) ->
   Under each of `policies`: float32 [policies]; of the actions that carry weight, <eos> too. Of
   `config`, whether it may erase counts. The devices of `mesh` share the rows out.
   """
-  plain = [LossConfig("chi2", 0.0, 1.0, may) for may in (config.backspace, False)]
-  plain = plain[: len(policies(config.backspace))]
+  plain = [LossConfig("chi2", 0.0, 1.0, may) for may in policies(config.backspace).values()]
 
   def total(params, rows):
     logits = apply(params, rows["token"], rows["position"], rows["end"])
@@ -181,12 +180,13 @@ def measure(
   rng = np.random.default_rng(seed)
   wrong = data.wrong(noise)
   for name, how in GENERATIONS.items():
-    again = name == "T=1, no retyping"
-    if again and not backspace:
+    temperature, retype = how
+    search = temperature > 0 and not retype  # without <backspace> it is as with retyping
+    if search and not backspace:
       continue
     actions = generate(*how, backspace, None, seed)
     yield f"exact/{name}", float(exact_match(actions, data.answer).mean())
-    if backspace and not again:
+    if backspace and not search:
       plain = generate(*how, False, None, seed)
       yield f"forbidden/{name}", float(exact_match(plain, data.answer).mean())
     forced = force_error(rng, data.answer, wrong, actions.shape[1])

@@ -192,7 +192,7 @@ class Saver:
       whole = [path for path in paths if stored.looks_whole(path)]  # newest first
       kept = set()
       if every := self._keep_every:
-        first = {int(path.name) // every: path for path in whole}
+        first = {int(path.name) // every: path for path in whole}  # the oldest, which comes last
         kept = {path for multiple, path in first.items() if multiple}
       self._remove([path for path in whole[self._keep :] if path not in kept])
 

@@ -94,7 +94,8 @@ def test_likelihood_of_a_uniform_policy(encoded):
   # All but <pad> and <bos>; <backspace> too after the first of an answer's three actions.
   legal = vocab.size - 2
   wanted = [-np.mean(np.log([legal - 1, legal, legal])), -np.log(legal - 1)]
-  assert found == pytest.approx(wanted, rel=1e-6) and evaluate.policies(True)[1] == ", forbidden"
+  assert found == pytest.approx(wanted, rel=1e-6)
+  assert [*evaluate.policies(True)] == ["", ", forbidden"]
   found = evaluate.make_likelihood(apply, LossConfig("chi2", 0.5, 0.9, False), 8)(1.0, known)
   assert found == pytest.approx(wanted[1:], rel=1e-6)
 
