@@ -17,16 +17,21 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from seqmatch_jax import pretrained, rollout, sample, show, tokens, transformer
-from seqmatch_jax.tokens import TextVocab, Vocab
+from seqmatch_jax import loss, pretrained, rollout, sample, show, tokens, transformer
+from seqmatch_jax.actions import tree
+from seqmatch_jax.tokens import EOS, TextVocab, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import exported, lora
+from train_jax.errors import UserError
 from train_jax.files import read_json
 
 METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
@@ -124,8 +129,7 @@ class Loaded:
       UserError: a prompt is too long or has characters that the model does not know, or a setting
         is out of range.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    how = self.record["generation"]
+    prompts, how = _listed(prompts), self.record["generation"]
     temperature = how["temperature"] if temperature is None else temperature
     erases = how["backspace"] and backspace
     settings = sample.sampling_options(
@@ -143,6 +147,67 @@ class Loaded:
       )
 
     return [generation(*row) for row in zip(length, *made, strict=True)]
+
+  def log_likelihoods(
+    self,
+    prompts: str | Sequence[str],
+    texts: str | Sequence[str],
+    backspace: bool = False,
+    finished: bool = True,
+    batch: int = 8,
+  ) -> np.ndarray:
+    """log p(text | prompt) of each pair, in nats: typed token by token, with nothing erased.
+
+    Args:
+      prompts, texts: [b]; a text is encoded apart from its prompt.
+      backspace: whether a model that has learned to erase may. Then each token counts without the
+        probability of <backspace> in its place, which no text holds; see `evaluate.policies`.
+      finished: whether <eos> after the text counts too.
+      batch: pairs at a time, at most.
+
+    Returns:
+      float32 [b].
+
+    Raises:
+      UserError: not as many texts as prompts, one that is too long with its prompt, or one that has
+        characters that the model does not know.
+    """
+    prompts, texts = _listed(prompts), _listed(texts)
+    if len(prompts) != len(texts):
+      raise UserError(f"there are {len(prompts)} prompts and {len(texts)} texts; give one of each.")
+    how = self.record["generation"]
+    prompt, length = tokens.encode_prompts(prompts, self.vocab, how["max_length"])
+    typed = [self.vocab.encode(text) for text in texts]
+    size = length + np.array([len(text) for text in typed])
+    if size.max() > how["max_length"]:
+      worst = int(size.argmax())
+      raise UserError(
+        f"{tokens.short(texts[worst])} and its prompt take {size[worst]} tokens, and the model's "
+        f"context holds {how['max_length']}; shorten one of them."
+      )
+    actions = tokens.padded([[*text, EOS] for text in typed])
+    rows, found = tree(prompt, length, actions, int(size.max())), []
+    rows["weight"] *= finished | (rows["action"] != EOS)
+    for start in range(0, len(texts), batch):
+      index = np.arange(start, start + min(batch, len(texts))) % len(texts)  # one shape
+      part = {name: x[index] for name, x in rows.items()}
+      found.append(self._score(self.params, part, how["backspace"] and backspace))
+    return np.concatenate(found)[: len(texts)]
+
+  @cached_property
+  def _score(self) -> Callable:
+    """(params, rows of a tree, backspace) -> each row's log-likelihood, float32 [b]."""
+
+    def score(params, rows, backspace: bool):
+      logits = self.network.apply(params, rows["token"], rows["position"], rows["end"])
+      policy = loss.LossConfig("chi2", 0.0, 1.0, backspace)
+      return jnp.sum(loss.terms(policy, logits, rows).log_prob * rows["weight"], axis=1)
+
+    return jax.jit(score, static_argnums=2)
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+  return [texts] if isinstance(texts, str) else list(texts)
 
 
 def load_pretrained(directory: str | Path) -> Loaded:

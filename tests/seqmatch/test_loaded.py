@@ -138,6 +138,50 @@ def test_it_may_be_kept_short_and_from_erasing(trained, get_run):
   assert any(erased) and not any("\b" in made.typed for made in kept)
 
 
+@pytest.mark.parametrize("kind", ["arithmetic", "adapters"])
+def test_log_likelihoods_are_sums_of_single_steps(kind, get_run):
+  run = get_run(kind)
+  trained = seqmatch_jax.load_pretrained(run.exported)
+  texts = ["12", "", "3"] if kind == "arithmetic" else ["ab c", "", "f"]
+  prompts = run.prompts[:2] + run.prompts[:1]
+
+  def naive(prompt, text, erases, finished):
+    """One pass for each token, over the text so far."""
+    before, total = [tokens.BOS, *trained.vocab.encode(prompt)], 0.0
+    for i, token in enumerate([*trained.vocab.encode(text), *[tokens.EOS] * finished]):
+      n = len(before)
+      row = (np.array([before]), np.arange(n)[None], np.full((1, n), n))
+      logits = np.asarray(trained.network.apply(trained.params, *row)[0, -1], np.float64)
+      never = {tokens.PAD, tokens.BOS} | ({tokens.BACKSPACE} if not (erases and i) else set())
+      legal = [logits[k] for k in range(len(logits)) if k not in never]
+      total += logits[token] - np.log(np.sum(np.exp(legal)))
+      before.append(token)
+    return total
+
+  for erases, finished in ((False, True), (True, True), (False, False)):
+    found = trained.log_likelihoods(prompts, texts, erases, finished, batch=2)
+    erases = erases and run.config.loss.backspace
+    rows = zip(prompts, texts, strict=True)
+    wanted = [naive(prompt, text, erases, finished) for prompt, text in rows]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+  one = trained.log_likelihoods(prompts[0], texts[0], finished=False)
+  np.testing.assert_allclose(one, found[:1], rtol=1e-5)
+  assert trained.log_likelihoods(prompts[0], "", finished=False) == 0
+
+
+@pytest.mark.parametrize(
+  ("texts", "message"),
+  [
+    (["1", "2"], "there are 1 prompts and 2 texts; give one of each"),
+    (["1" * 20], "and its prompt take 26 tokens, and the model's context holds 20; shorten"),
+    (["z"], "'z' has characters that the model does not know"),
+  ],
+)
+def test_what_cannot_be_scored_is_refused(texts, message, trained):
+  with pytest.raises(UserError, match=message):
+    trained.log_likelihoods(["fed=1"], texts)
+
+
 def test_says_what_it_is(trained, get_run, differences):
   run = get_run("arithmetic")
   record = trained.record
