@@ -106,7 +106,8 @@ flags.DEFINE_string("topology", None, "compile: v5e:16x16, v5p:2x2x2, v6e:4x4, .
 READ = {
   "train": "",
   "compile": "topology",
-  "encode": "images side vae texts tokenizer shards out",
+  "encode images": "images side vae shards out",
+  "encode texts": "texts tokenizer shards out",
   "sample ism": "step num seed nfe guidance labels vae out",
   "sample seqmatch": "step num seed prompt prompts temperature top_k top_p max_actions "
   "backspace stream pretrained out",
@@ -118,13 +119,16 @@ READ = {
 }
 
 
-def check_flags(method: str = "") -> None:
-  """Raises UserError for a flag that does nothing in this mode, or in it for a run of `method`.
+def check_flags(of: str = "") -> None:
+  """Raises UserError for a flag that does nothing in this mode, or in it for a run of method `of`.
 
-  So it does for a key of --config, where none but `backend` is read.
+  In `--mode=encode` `of` is what is encoded, images or texts. A key of --config is refused like a
+  flag, where none but `backend` is read.
   """
-  read = READ.get(f"{FLAGS.mode} {method}".strip(), "").split()
-  where = f"--mode={FLAGS.mode}" + (f" of a run of {method}" if method else "")
+  read = READ.get(f"{FLAGS.mode} {of}".strip(), "").split()
+  where = f"--mode={FLAGS.mode}"
+  if of:
+    where += f" --{of}" if FLAGS.mode == "encode" else f" of a run of {of}"
   for name in sorted({*" ".join(READ.values()).split()} - {*read}):
     if FLAGS[name].value != FLAGS[name].default:
       known = FLAGS.mode == "train" and FLAGS.config and name in FLAGS.config
@@ -283,6 +287,7 @@ def main(argv: list[str]) -> bool:
       raise UserError("--mode=encode needs --images=SOURCE or --texts=SOURCE.")
     if FLAGS.images and FLAGS.texts:
       raise UserError("--images and --texts are both given; choose one.")
+    check_flags("texts" if FLAGS.texts else "images")
     package = "seqmatch_jax" if FLAGS.texts else "ism_jax"
     importlib.import_module(f"{package}.encode").encode_mode(FLAGS)
   elif FLAGS.mode not in ("train", "compile"):

@@ -21,7 +21,7 @@ def make_evaluate(config, source, facts: dict, apply, mesh, leak=None) -> Callab
     source: images or latents, see data.py.
     facts: those saved with a checkpoint.
     apply: the network s(params, x, t, d, c, w).
-    leak: () -> the class leak of the pairing, measured once at the end; None for not at all.
+    leak: () -> the class leak of the pairing, named, once at the end; None for not at all.
   """
   if config.eval.get("metrics"):
     return _make_large(config, facts, apply, mesh, leak)
@@ -60,7 +60,7 @@ def _make_small(config, source: data.Source, sampler, leak):
     sized = [(nfe, w, n // 2 if final and nfe == path.FINEST else number) for nfe, w in settings]
     yield from evaluate.measure(sampler, params, reference(), classes, sized, config.seed)
     if final and leak:
-      yield "class_leak", leak()
+      yield from leak()
     yield "grid", _sample_grid(sampler, params, source.names, settings, config.seed)
 
   return run
@@ -92,7 +92,7 @@ def _make_large(config, facts: dict, apply, mesh, leak):
       print(benchmark.header({"step": step, "samples": number, **large.facts()}), flush=True)
     yield from large.measure(params, settings, number)
     if final and leak:
-      yield "class_leak", leak()
+      yield from leak()
     labels = _grid_labels(len(names))
     pictures = large.pictures(params, settings, labels)
     yield "grid", evaluate.labelled_grid(pictures, settings, names, labels)

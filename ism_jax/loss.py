@@ -10,6 +10,7 @@ Dimensions: b batch, g group, h w image, c channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ class LossConfig:
   def __post_init__(self):
     if self.norm not in ("l2", "charbonnier"):
       raise UserError(f"wavelet.norm={self.norm!r} is unknown; choose 'l2' or 'charbonnier'.")
-    if len(self.shares) != 3 or self.shares[0] < 1 or min(self.shares) < 0:
+    counts = len(self.shares) == 3 and all(isinstance(share, int) for share in self.shares)
+    if not counts or self.shares[0] < 1 or min(self.shares) < 0:
       raise UserError(
         f"loss.shares={self.shares} must be three counts (velocity, guidance, consistency), "
         "the first at least 1."
@@ -70,7 +72,8 @@ class LossConfig:
         f"loss.shares={self.shares} has {self.shares[1]} guidance rows but guidance.w_max="
         f"{self.w_max:g}: a strength is learned in guidance rows, so set both or neither to 0."
       )
-    steps = round(self.w_max / self.w_step) if self.w_step > 0 else -1
+    multiple = self.w_step > 0 and 0 <= self.w_max < math.inf
+    steps = round(self.w_max / self.w_step) if multiple else -1
     if steps < 0 or abs(steps * self.w_step - self.w_max) > 1e-6:
       raise UserError(
         f"guidance.w_max={self.w_max:g} must be a multiple of guidance.w_step={self.w_step:g}, "

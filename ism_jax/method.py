@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -215,9 +216,10 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """
   loss_config = make_loss_config(config, classes=0)
   pair_config = pairing.PairingConfig(**config.pairing)
-  pairing.check_size(pair_config, config.batch)
   source = make_source(config)
   _check(config, source)
+  largest = np.bincount(source.labels).max() / len(source.labels)
+  pairing.check_size(pair_config, config.batch, largest)
   _warn_of_few_rows(config, mesh)
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
@@ -252,10 +254,12 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     labels = source.labels[rows]
     return pairing.pair(pair_config, noise_rng, source.images(rows), labels, noise, classes)
 
-  def leak() -> float:
+  def leak() -> Iterator[tuple[str, float]]:
     x0 = path.draw_noise(noise_rng, noise_of_pool(config.seed, 0), source.shape)
     labels = source.labels[rows_of_pool(config.seed, 0)]
-    return pairing.class_leak(np.asarray(x0).reshape(len(x0), -1), labels)
+    value = pairing.class_leak(np.asarray(x0).reshape(len(x0), -1), labels)
+    if np.isfinite(value):
+      yield "class_leak", value
 
   def stream(seed: int, position: int):
     return data.stream(

@@ -67,20 +67,25 @@ class PairingConfig:
       raise UserError(f"pairing.pool={self.pool} must be at least 0 (0 is random pairing).")
 
 
-def check_size(config: PairingConfig, batch: int) -> None:
-  """Raises UserError if one blind problem of a pool takes over half of the first device's memory.
+def check_size(config: PairingConfig, batch: int, largest: float) -> None:
+  """Raises UserError if one problem of a pool takes over half of the first device's memory.
 
   The other half is for the step, beside which it is solved. 16 GiB where the size is not known.
+
+  Args:
+    largest: share of the images that the most frequent class has.
   """
-  n = 0 if config.condition == "class" else config.pool * batch
+  share = largest if config.condition == "class" else 1.0
+  n = math.ceil(share * config.pool * batch)
   size = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**34) // 2
   if PAIR_BYTES * n**2 > size:
+    most = int(math.isqrt(size // PAIR_BYTES) / (share * batch))
+    other = ", or pairing.condition=class where there are classes" if share == 1 else ""
     raise UserError(
-      f"pairing.pool={config.pool} batches of {batch} rows are one problem of {n} with "
+      f"pairing.pool={config.pool} batches of {batch} rows have a problem of {n} with "
       f"pairing.condition={config.condition!r}, which takes {PAIR_BYTES * n**2 / 2**30:.0f} GiB on "
-      f"one device and may take {size / 2**30:.0f}; choose pairing.pool="
-      f"{math.isqrt(size // PAIR_BYTES) // batch} or less (0 is random pairing), or "
-      "pairing.condition=class."
+      f"one device and may take {size / 2**30:.0f}; choose pairing.pool={most} or less (0 is "
+      f"random pairing){other}."
     )
 
 
@@ -268,11 +273,16 @@ def pair(
 def class_leak(noise: np.ndarray, label: np.ndarray) -> float:
   """How well the class can be read from the paired noise: a number that should be at chance.
 
-  Two-fold cross-validated accuracy of a logistic regression from noise [n, k] to label [n].
+  Two-fold cross-validated accuracy of a logistic regression from noise [n, k] to label [n]; NaN
+  where there are no two classes with two rows, of which alone it is taken.
   """
   from sklearn.linear_model import LogisticRegression
   from sklearn.model_selection import cross_val_score
 
+  kept = np.isin(label, np.flatnonzero(np.bincount(label) > 1))
+  noise, label = noise[kept], label[kept]
+  if len(np.unique(label)) < 2:
+    return math.nan
   return float(np.mean(cross_val_score(LogisticRegression(max_iter=300), noise, label, cv=2)))
 
 

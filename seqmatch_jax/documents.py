@@ -13,7 +13,7 @@ Dimensions: d documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +67,19 @@ class Documents:
     return Documents(self.parts, self.length[index], self.part[index], self.offset[index])
 
   def split(self, tests: int) -> tuple[Documents, Documents]:
-    """(the others, `tests` documents that are evenly spread over all); UserError if too few."""
+    """(the others, `tests` documents that are evenly spread over all); UserError if too few.
+
+    Of a single document, such as a book, its last tenth is held out.
+    """
     size = len(self.length)
+    if size == 1:
+      end = self.length[0] * 9 // 10
+      rest = Documents(self.parts, self.length - end, self.part, self.offset + end)
+      return replace(self, length=0 * self.length + end), rest
     if not 1 <= tests < size:
       raise UserError(
-        f"data.tests={tests} must be at least 1 and less than the {size} documents there are."
+        f"data.tests={tests} must be at least 1 and less than the {size} documents there are; "
+        "choose another number, or give data.test."
       )
     held = np.linspace(0, size - 1, tests + 2).round().astype(int)[1:-1]
     if tests == size - 1:  # the places are less than 1 apart

@@ -92,6 +92,11 @@ def _check(config) -> None:
     if not 1 <= memory[name] <= most:
       limit = "" if most == math.inf else f" and at most batch={most}"
       raise UserError(f"buffer.{name}={memory[name]} must be at least 1{limit}.")
+  if memory.rows < memory.rollouts:
+    raise UserError(
+      f"buffer.rows={memory.rows} must be at least buffer.rollouts={memory.rollouts}, which are "
+      "kept at once."
+    )
 
 
 def without_data(config) -> tuple[ConfigDict, int]:

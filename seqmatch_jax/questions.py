@@ -35,6 +35,11 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
       )
     faults = source.get("max_faults", LIMIT)
     return data.read_module(train, faults), data.read_module(test, faults)
+  if source.get("train") or source.get("test"):
+    raise UserError(
+      f"data.train={source.train!r} and data.test={source.test!r} are not read where data.source="
+      f"{source.source!r}; choose data.source=files, or leave them empty."
+    )
   if min(source.examples, source.tests) < 1:
     raise UserError(
       f"data.examples={source.examples} and data.tests={source.tests} must be at least 1."
@@ -44,6 +49,21 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
   else:
     made = data.make_add_or_sub_in_base(wanted, 0)
   return made[: source.examples], made[source.examples :]
+
+
+def _digest(examples: tuple[Example, ...]) -> str:
+  return hashlib.sha256(repr(examples).encode()).hexdigest()
+
+
+def _tests(config, facts: dict) -> tuple[Example, ...]:
+  """The test examples of a trained run; UserError where they are others now."""
+  test = make_examples(config)[1]
+  if (now := _digest(test)) != facts.get("tests_sha256", now):  # older runs do not know it
+    raise UserError(
+      f"data.test={config.data.test!r} has other questions than the run had; put the file of that "
+      "time back."
+    )
+  return test
 
 
 def _check_lanes(config, mesh) -> None:
@@ -67,8 +87,8 @@ def make_task(config, mesh) -> Task:
   facts = {
     **tokens.to_facts(vocab),
     "examples": len(train),
-    "examples_sha256": hashlib.sha256(repr(train).encode()).hexdigest(),
-    "tests_sha256": hashlib.sha256(repr(test).encode()).hexdigest(),
+    "examples_sha256": _digest(train),
+    "tests_sha256": _digest(test),
     "max_length": max(x.nodes(Noise()) for x in (known, asked)),
     "max_actions": answers + 2 * erasures,
     "max_erasures": erasures,
@@ -111,14 +131,14 @@ def _evaluate(config, asked: Encoded, network, generate, loss_config, facts: dic
 
 def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
   """(`Method.evaluate`, number of test examples)."""
-  asked = data.encode(make_examples(config)[1], tokens.from_facts(facts), config.data.context)
+  asked = data.encode(_tests(config, facts), tokens.from_facts(facts), config.data.context)
   run = _evaluate(config, asked, network, generate, loss_config, facts, mesh)
   return run, len(asked.answer)
 
 
 def ask(config, facts: dict, given: list[str], count: int) -> Asked:
   """The prompts that are `given`, or else the first `count` test questions."""
-  found = [] if given else make_examples(config)[1][:count]
+  found = [] if given else _tests(config, facts)[:count]
   texts, answers = given or [x.question for x in found], [x.answer for x in found]
   encoded = tokens.encode_prompts(texts, tokens.from_facts(facts), facts["max_length"])
   return Asked(texts, *encoded, answers)

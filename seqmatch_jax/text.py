@@ -92,6 +92,11 @@ def _pack(config, found: Documents, vocab) -> packing.Packed:
   return packing.pack(found, vocab.size, source.context, config.noise.max_errors, source.prompt)
 
 
+def _digest(found: Documents) -> str:
+  """Of how many tokens each document has, in order."""
+  return hashlib.sha256(found.length.tobytes()).hexdigest()
+
+
 def _describe(packed: packing.Packed, batch: int) -> None:
   """Prints how much there is to learn; warns where most of it is prompts."""
   size, length = packed.stop - packed.start, packed.documents.length
@@ -129,7 +134,8 @@ def make_task(config, mesh) -> Task:
   facts = {
     **tokens.to_facts(vocab),
     "documents": len(train.length),
-    "lengths_sha256": hashlib.sha256(train.length.tobytes()).hexdigest(),  # in order
+    "lengths_sha256": _digest(train),
+    "tests_lengths_sha256": _digest(test),
     "max_length": most,
     "max_actions": most + 2 * erasures,
     "max_erasures": erasures,
@@ -160,10 +166,11 @@ def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_confi
     rows = held.rows if final else max(held.rows // 4, 1)
     count = config.eval.samples if final else max(config.eval.samples // 4, 1)
     yield from evaluate_text.likelihood(total, params, held, vocab, rows, config.batch)
-    real = evaluate_text.real_texts(held, _first(held)[:count])
+    piece = continued(held, count)
+    real = evaluate_text.real_texts(held, np.unique(piece))
     yield from evaluate_text.variety(real, "real")
     known = evaluate_text.embed(real, vocab, features) if features else None
-    prompt, length = beginnings(held, count)
+    prompt, length = held.prompts(piece)
     key = jax.random.key(config.seed)
     for name, (backspace, top_p) in settings.items():
       # The policy itself: it may type again what it has just erased. Where a good token was erased
@@ -179,26 +186,27 @@ def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_confi
   return run
 
 
-def _first(held: packing.Packed) -> np.ndarray:
-  """The pieces that held-out documents begin with, in the order of these."""
-  first = np.flatnonzero(held.start == 0)
-  return first[np.argsort(held.document[first])]
+def continued(held: packing.Packed, count: int) -> np.ndarray:
+  """`count` held-out pieces whose prompts are gone on from: numbers, int64 [count].
 
-
-def beginnings(held: packing.Packed, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """(prompt int32 [count, p], length int32 [count]): how held-out documents begin, in turn."""
-  first = _first(held)
-  return held.prompts(first[np.arange(count) % len(first)])
+  Those that documents begin with, in the order of these; then their second ones, and so on; and
+  where there are not so many, all again.
+  """
+  order = np.lexsort((held.document, held.start))
+  return order[np.arange(count) % len(order)]
 
 
 def _held_out(config, facts: dict) -> tuple[packing.Packed, Vocab | TextVocab]:
   """What a trained run has held out, and its vocabulary; UserError where the data are others."""
   train, test, vocab = open_documents(config.data, tokens.from_facts(facts))
-  if len(train.length) != facts["documents"]:
+  now = {"lengths_sha256": _digest(train), "tests_lengths_sha256": _digest(test)}
+  if len(train.length) != facts["documents"] or any(
+    digest != facts.get(name, digest) for name, digest in now.items()
+  ):
     raise UserError(
       f"data.path={config.data.path!r} has {len(train.length)} documents to train on now, and the "
-      f"run had {facts['documents']}: others are held out; put the texts (or the Python, whose "
-      "texts '' are) of that time back."
+      f"run had {facts['documents']}, or they or those held out are others or in another order; "
+      "put the texts (or the Python, whose texts '' are) of that time back."
     )
   return _pack(config, test, vocab), vocab
 
@@ -211,15 +219,15 @@ def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
 
 
 def ask(config, facts: dict, given: list[str], count: int) -> Asked:
-  """The prompts that are `given`, or else the beginnings of `count` held-out documents."""
+  """The prompts that are `given`, or else those of `count` held-out pieces, see `continued`."""
   if given:
     vocab = tokens.from_facts(facts)
     return Asked(given, *tokens.encode_prompts(given, vocab, facts["max_length"]))
   held, vocab = _held_out(config, facts)
-  prompt, length = beginnings(held, count)
+  piece = continued(held, count)
+  prompt, length = held.prompts(piece)
   texts = [vocab.decode(row.tolist()) for row in prompt]
-  order = held.document[_first(held)]
-  known = [held.documents.read(order[i % len(order)]) for i in range(count)]
-  whole = [vocab.decode(document.tolist()) for document in known]
+  places = zip(held.document[piece], held.start[piece], strict=True)
+  whole = [vocab.decode(held.documents.read(*place).tolist()) for place in places]
   rest = [text[len(begin) :] for text, begin in zip(whole, texts, strict=True)]
   return Asked(texts, prompt, length, rest)

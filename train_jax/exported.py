@@ -55,6 +55,11 @@ def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
       f"{str(directory)!r} is no exported model: {path} cannot be read; make one with "
       "--mode=export --workdir=RUN."
     ) from err
+  if method in record:  # of pretrained weights
+    raise UserError(
+      f"{str(directory)!r} is a Hugging Face folder that --mode=export wrote; begin from it with "
+      f"pretrained={str(directory)!r}."
+    )
   if record.get("format") != FORMAT or record.get("method") != method:
     raise UserError(
       f"{path} is of format {record.get('format')} and method {record.get('method')!r}, where "

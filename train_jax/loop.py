@@ -283,14 +283,16 @@ class _Run:
     step, results = int(self.state.step), {}
     found = self.method.evaluate(self.state.ema["sample"], step, final, *self.frozen)
     found = metrics_lib.watched(found, active=jax.process_index() == 0)
-    for name, value in found if final else self._until_told(found):
-      if np.ndim(value):
-        self.log.writer.picture(step, name, value)
-      else:
-        results[name] = value
-      if not final and self._told():
-        break
-    self.log.writer.scalars(step, {f"eval/{name}": value for name, value in results.items()})
+    try:
+      for name, value in found if final else self._until_told(found):
+        if np.ndim(value):
+          self.log.writer.picture(step, name, value)
+        else:
+          results[name] = value
+        if not final and self._told():
+          break
+    finally:  # an error, too, leaves the numbers that there are
+      self.log.writer.scalars(step, {f"eval/{name}": value for name, value in results.items()})
     return results
 
 
@@ -340,6 +342,8 @@ class _Log:
         shown = {name: f"{value:.3g}" for name, value in values.items() if name != "skipped"}
         self.writer.scalars(step, {**values, "milliseconds_per_step": self.clock.lap(step)})
         self.bar.set_postfix(shown, refresh=False)
+      if step == self._start + 1:
+        self.clock.restart(step)
 
   def close(self) -> None:
     self.bar.close()

@@ -159,6 +159,12 @@ def test_class_leak_is_what_a_held_out_half_shows(pool, paired):
     assert abs(pairing.class_leak(noise, label) - readable(paired(name), label)) < 0.08
 
 
+def test_class_leak_of_classes_that_are_too_few_is_none():
+  noise = np.random.default_rng(0).normal(size=(9, 4))
+  assert np.isnan(pairing.class_leak(noise, np.array([0] * 8 + [3])))
+  assert np.isfinite(pairing.class_leak(noise, np.array([0] * 4 + [1] * 4 + [3])))
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 def test_groups_shared_out_over_devices_give_the_same_pairs(devices, pool):
   pixels, label, noise, _ = pool
@@ -362,7 +368,9 @@ def test_a_blind_pool_that_does_not_fit_is_refused(stats, fits, message, monkeyp
   device = SimpleNamespace(memory_stats=lambda: stats)
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
   for condition in ("none", "weight"):
-    pairing.check_size(PairingConfig(fits, condition), 2048)
+    pairing.check_size(PairingConfig(fits, condition), 2048, 1.0)
     with pytest.raises(UserError, match=message + ".*or pairing.condition=class"):
-      pairing.check_size(PairingConfig(fits + 1, condition), 2048)
-  pairing.check_size(PairingConfig(10 * fits), 2048)
+      pairing.check_size(PairingConfig(fits + 1, condition), 2048, 1.0)
+  pairing.check_size(PairingConfig(10 * fits), 2048, 0.1)
+  with pytest.raises(UserError, match=r"'class', .* choose pairing.pool=\d+ or .*pairing\)\."):
+    pairing.check_size(PairingConfig(20 * (fits + 1)), 2048, 0.05)

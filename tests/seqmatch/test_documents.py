@@ -168,6 +168,14 @@ def test_held_out_documents_are_spread_and_not_trained_on():
     documents.encode_texts(texts, vocab).split(1000)
 
 
+def test_of_a_single_document_the_end_is_held_out():
+  text = "".join(f"{i:03d}" for i in range(100))
+  vocab = Vocab.from_texts([text])
+  for tests in (1, 500):
+    train, test = documents.encode_texts(corpus.from_list([text], "text"), vocab).split(tests)
+    assert (texts_of(train, vocab), texts_of(test, vocab)) == ([text[:270]], [text[270:]])
+
+
 def test_texts_without_tokens_and_too_many_characters(monkeypatch):
   vocab = Vocab.from_texts(["ab"])
   found = documents.encode_texts(corpus.from_list(["ab", "", "b"], "text"), vocab)

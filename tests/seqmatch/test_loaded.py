@@ -18,6 +18,7 @@ from seqmatch_jax import model, tokens
 from seqmatch_jax.show import END
 from tests.light import heavy_imports
 from tests.seqmatch import hf_folder
+from train_jax import exported
 from train_jax.errors import UserError
 
 WORDS = ["w7 w8", "w9", "w3 w4 w5"]
@@ -228,6 +229,12 @@ def test_what_is_no_export_is_refused(tmp_path):
   folder = hf_folder.write(tmp_path / "hf", "gpt2")  # not written by --mode=export
   with pytest.raises(UserError, match="method None, where format 1 and method 'seqmatch'"):
     seqmatch_jax.load_pretrained(folder)
+
+
+def test_an_export_in_hugging_face_s_layout_is_no_init_from(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "gpt2", "seqmatch": {}}')
+  with pytest.raises(UserError, match="begin from it with pretrained="):
+    exported.load(tmp_path, "seqmatch")
 
 
 @pytest.mark.parametrize("kind", [tokenizer, weights])

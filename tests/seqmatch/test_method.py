@@ -276,6 +276,8 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
       {"data__lanes": 2, "optim__accumulate": 2},
       r"data.lanes=2: batch=16 .* 16 parts \(devices times optim.accumulate\)",
     ),
+    ({"data__train": "here"}, r"data.train='here' and data.test='' are not read where data.source"),
+    ({"buffer__rows": 7}, r"buffer.rows=7 must be at least buffer.rollouts=8"),
     ({"buffer__rollouts": 99}, r"buffer.rollouts=99 must be at least 1 and at most batch=16"),
     ({"model__heads": 3}, r"model.width=16 must be a multiple of 2 x model.heads=3"),
   ],

@@ -146,6 +146,39 @@ def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, caps
   assert "top_p 0.9" in (tmp_path / "generations.html").read_text()
 
 
+def test_a_book_is_a_corpus(config, one_device, tmp_path):
+  """A single document: its end is held out, and gone on from at several places."""
+  book, other = tmp_path / "book.txt", config.copy_and_resolve_references()
+  book.write_text(" ".join(str(i) for i in range(1000)))
+  other.data.path = str(book)
+  found = text.make_task(other, one_device)
+  assert found.facts["documents"] == 1
+  asked = text.ask(other, found.facts, [], 5)
+  whole = [prompt + rest for prompt, rest in zip(asked.texts, asked.references, strict=True)]
+  assert len(set(asked.texts)) == 5 and all(book.read_text().endswith(x) for x in whole)
+  _, facts = seqmatch.make_method(other, one_device)
+  assert facts["documents"] == 1
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_what_is_held_out_must_be_what_the_run_held_out(test, config, one_device, tmp_path):
+  files = [tmp_path / name for name in ("train.txt", "test.txt")]
+  documents = [str(i) * (2 + i) for i in range(10)]
+  write = lambda file, texts: file.write_text("\n<|endoftext|>\n".join(texts))  # noqa: E731
+  write(files[0], documents)
+  write(files[1], documents)
+  own = config.copy_and_resolve_references()
+  own.data.path, own.data.tests, own.data.prompt = str(files[0]), 3, 1
+  own.data.test = str(files[1]) if test else ""
+  facts = text.make_task(own, one_device).facts
+  text.ask(own, facts, [], 2)
+  old = {name: x for name, x in facts.items() if not name.endswith("sha256")}
+  write(files[test], documents[1:] + documents[:1])
+  text.ask(own, old, [], 2)  # of a version that did not know
+  with pytest.raises(UserError, match="others or in another order; put the texts"):
+    text.ask(own, facts, [], 2)
+
+
 @pytest.mark.parametrize(("prompt", "share", "warned"), [(2, "75%", 0), (6, "25%", 1)])
 def test_how_much_there_is_to_learn_is_told(
   prompt, share, warned, one_device, tmp_path, capsys, caplog

@@ -169,13 +169,23 @@ def test_evaluates_the_slow_average_on_time(tmp_path, train, method, load, lines
   monkeypatch.setattr(metrics.StepClock, "restart", spy)
   train(tmp_path, method=method._replace(evaluate=evaluate), steps=5, eval_every=2)
   assert seen == [(2, False), (4, False), (5, True)]
-  assert laps == [0, 2, 4, 5]  # saves and evaluations are not timed as steps
+  assert laps == [0, 1, 2, 4, 5]  # compiling, saves and evaluations are not timed as steps
   found = [(line["step"], line["eval/norm"]) for line in lines(tmp_path) if "eval/norm" in line]
   assert [step for step, _ in found] == [2, 4, 5]
   kernel = load(tmp_path)[0].ema["sample"]["layer"]["kernel"]
   assert found[-1][1] == pytest.approx(float(jnp.linalg.norm(kernel)))
   pictures = sorted(p.name for p in (tmp_path / "samples").iterdir())
   assert pictures == ["00000002_grid.png", "00000004_grid.png", "00000005_grid.png"]
+
+
+def test_an_evaluation_that_fails_leaves_its_numbers(tmp_path, train, lines, method):
+  def evaluate(params, step, final):
+    yield "norm", 2.5
+    raise OSError("no such network")
+
+  with pytest.raises(OSError, match="no such network"):
+    train(tmp_path, method=method._replace(evaluate=evaluate), steps=2)
+  assert lines(tmp_path)[-1] == {"step": 2, "eval/norm": 2.5}
 
 
 def test_what_was_learned_is_on_disk_or_on_its_way_before_an_evaluation(
