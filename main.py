@@ -177,10 +177,16 @@ def make_given(config: ConfigDict, facts: dict, devices) -> dict:
   return given
 
 
+def make_schedule(config: ConfigDict):
+  """The learning rate by step that `config.optim` describes."""
+  hyper = config.optim
+  return optim.schedule(hyper.lr, hyper.warmup, config.steps, hyper.final)
+
+
 def make_optimizer(config: ConfigDict):
   """The optimiser that `config.optim` describes."""
   hyper = config.optim
-  rate = optim.schedule(hyper.lr, hyper.warmup, config.steps, hyper.final)
+  rate = make_schedule(config)
   return optim.adamw(rate, hyper.b1, hyper.b2, hyper.weight_decay, hyper.mu_dtype)
 
 
@@ -232,9 +238,8 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   record = {"config": config.to_dict(), "facts": facts}
   given = functools.partial(make_given, config, facts, devices)
   check_writable(workdir)
-  complete = loop.train(
-    method, make_optimizer(config), dict(config.ema), settings, devices, workdir, record, given
-  )
+  engine = make_optimizer(config), make_schedule(config), dict(config.ema), settings, devices
+  complete = loop.train(method, *engine, workdir, record, given)
   if complete and jax.process_index() == 0:
     for grid in sorted((workdir / "samples").glob("*_grid.png"))[-1:]:
       print(f"samples:     {grid}")

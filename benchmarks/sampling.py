@@ -16,20 +16,8 @@ from timing import in_turn, show
 from train_step import get_config
 
 from ism_jax import method as ism
-from ism_jax.sample import integrate
+from ism_jax.sample import classifier_free, integrate
 from train_jax import mesh as mesh_lib
-
-
-def classifier_free(apply, null: int):
-  """The network whose output is s(null) + (1 + w) (s(label) - s(null))."""
-
-  def guided(params, x, t, d, label, w):
-    twice = [jnp.concatenate([part, part]) for part in (x, t, d)]
-    labels = jnp.concatenate([label, jnp.full_like(label, null)])
-    with_class, without = jnp.split(apply(params, *twice, labels, jnp.tile(0 * w, 2)), 2)
-    return without + (1 + w[:, None, None, None]) * (with_class - without)
-
-  return guided
 
 
 def main(args) -> None:

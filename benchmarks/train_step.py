@@ -39,7 +39,7 @@ import numpy as np
 import optax
 from timing import in_turn, matmul_peak, show
 
-from main import make_optimizer, method_module
+from main import make_optimizer, make_schedule, method_module
 from train_jax import cost, loop
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
@@ -193,7 +193,8 @@ def in_loop(step: Step, rounds: int, steps: int) -> float:
   settings = loop.LoopConfig(total, steps, 0, total, 1, 0, optim.clip, optim.accumulate, 10, 0)
   method = step.method._replace(stream=stream, evaluate=lambda *_: ())
   with tempfile.TemporaryDirectory() as top:
-    loop.train(method, step.tx, dict(step.config.ema), settings, step.mesh, Path(top), {})
+    engine = step.tx, make_schedule(step.config), dict(step.config.ema), settings, step.mesh
+    loop.train(method, *engine, Path(top), {})
   medians = {name: np.median(times[1:]) for name, times in seconds.items()}
   return float(medians["loop"] / medians["step"])
 

@@ -20,7 +20,7 @@ def make_evaluate(config, source, facts: dict, apply, mesh, leak=None) -> Callab
   Args:
     source: images or latents, see data.py.
     facts: those saved with a checkpoint.
-    apply: the network s(params, x, t, d, c, w).
+    apply: the network s(params, x, t, d, c, w), as samplers call it.
     leak: () -> the class leak of the pairing, named, once at the end; None for not at all.
   """
   if config.eval.get("metrics"):

@@ -11,6 +11,7 @@ Dimensions: n samples, h w image, c channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,8 @@ class Loaded:
   Attributes:
     names: of the classes, by label.
     shape: (h, w, c) of what the network makes.
-    w_max: strongest guidance that was trained.
+    w_max: strongest guidance that was trained; inf for a plain flow model, see
+      `sample.classifier_free`.
     record: config.json: sizes, step, and the config of the run.
     params: the network's parameters, nested dicts of float32 arrays.
     apply: (params, x, t, d, label, w) -> step direction (see dit.DiT).
@@ -93,7 +95,10 @@ def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Loa
   params = exported.fill(stored, jax.eval_shape(init, jax.random.key(0)))
   config, facts = record["run"]["config"], record["run"]["facts"]
   shape, names, w_max = tuple(facts["shape"]), tuple(facts["names"]), config["guidance"]["w_max"]
-  sampler = sample.make_sampler(apply, shape)
+  sampled = apply
+  if not any(config["loss"]["shares"][1:]) and config["loss"]["class_dropout"] > 0:
+    sampled, w_max = sample.classifier_free(apply, len(names)), math.inf
+  sampler = sample.make_sampler(sampled, shape)
   if vae is not None:
     if "vae" not in facts:
       raise UserError(f"vae={str(vae)!r} decodes latents, but {directory} makes images; omit it.")

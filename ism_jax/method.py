@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -136,6 +137,22 @@ def make_network(config, facts: dict):
   return dit.make_network(make_sizes(config, facts))
 
 
+def make_sampled(config, facts: dict) -> Callable:
+  """The network as samplers call it: a plain flow model's w is classifier-free guidance."""
+  _, apply = make_network(config, facts)
+  return sample.classifier_free(apply, len(facts["names"])) if _is_flow(config) else apply
+
+
+def _is_flow(config) -> bool:
+  """Whether only velocity rows are learned, with and without a class."""
+  return not any(config.loss.shares[1:]) and config.loss.class_dropout > 0
+
+
+def _strongest(config) -> float:
+  """The largest w that a sample may have."""
+  return math.inf if _is_flow(config) else config.guidance.w_max
+
+
 def make_loss_config(config, classes: int) -> loss.LossConfig:
   """The objective of `config`."""
   guidance, bands, shares = config.guidance, config.wavelet, tuple(config.loss.shares)
@@ -180,7 +197,7 @@ def _check(config, source: data.Source) -> None:
       f"batch={config.batch} is not divisible by {group}, the sum of loss.shares="
       f"{tuple(config.loss.shares)}{times}; choose a multiple of {group * parts}."
     )
-  path.check_settings(config.eval.nfe, config.eval.guidance, config.guidance.w_max)
+  path.check_settings(config.eval.nfe, config.eval.guidance, _strongest(config))
   if config.eval.samples < 16:  # a quarter of it in training, and recall needs 4
     raise UserError(f"eval.samples={config.eval.samples} must be at least 16.")
 
@@ -279,7 +296,9 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     loss=loss_fn,
     augment=latents.draw if in_latents else no_augment,
     stream=stream,
-    evaluate=evaluators.make_evaluate(config, source, facts, apply, mesh, measured),
+    evaluate=evaluators.make_evaluate(
+      config, source, facts, make_sampled(config, facts), mesh, measured
+    ),
   )
   return method, facts
 
@@ -288,7 +307,7 @@ def _settings(config, flags, nfe, guidance) -> list[tuple[int, float]]:
   """(nfe, w) pairs, a flag winning over what is given here, checked against what was trained."""
   nfe = numbers("nfe", flags.nfe, int) or nfe
   guidance = numbers("guidance", flags.guidance, float) or guidance
-  path.check_settings(nfe, guidance, config.guidance.w_max)
+  path.check_settings(nfe, guidance, _strongest(config))
   return [(steps, w) for steps in nfe for w in guidance]
 
 
@@ -305,9 +324,8 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
   labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
   path.check_labels(labels, len(names))
-  _, apply = make_network(config, facts)
   mesh = mesh_of(config)
-  sampler = sample.make_sampler(apply, tuple(facts["shape"]), mesh)
+  sampler = sample.make_sampler(make_sampled(config, facts), tuple(facts["shape"]), mesh)
   if "vae" in facts:
     if not flags.vae:
       raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
@@ -345,7 +363,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   config.eval.nfe = sorted({nfe for nfe, _ in settings})
   config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
-  _, apply = make_network(config, facts)
+  apply = make_sampled(config, facts)
   protocol, mesh = evaluators.make_protocol(config, flags), mesh_of(config)
   if protocol:
     n = flags.num or 50_000

@@ -1,6 +1,7 @@
 """One-, few- and many-step sampling from the same network (arXiv 2510.21250, section 2).
 
-Guidance is an input: each step is one forward pass, whatever w.
+Guidance is an input: each step is one forward pass, whatever w. Only a plain flow model, which has
+not learned that input, takes two for w > 0.
 
 Dimensions: b batch, h w image, c channel, n samples.
 """
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ism_jax.path import draw_noise, seen_step
+from ism_jax.targets import both_fields
 from train_jax import mesh as mesh_lib
 from train_jax.signals import pause
 
@@ -42,6 +44,24 @@ def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Arra
     return x + d * apply(params, x, t, seen, label, w)
 
   return jax.lax.fori_loop(0, nfe, step, x0)
+
+
+def classifier_free(apply: Callable, null: int) -> Callable:
+  """A flow model's `apply` for sampling: w is classifier-free guidance (arXiv 2207.12598).
+
+  Its steps are s(c) + w (s(c) - s(null)), two passes in one call over twice the rows; one pass
+  where no w of a batch is above 0. Others write the scale 1 + w.
+  """
+
+  def guided(params, x, t, d, label, w):
+    del d
+    of_class, of_null = both_fields(apply, params, x, t, label, null)
+    return of_class + w[:, None, None, None] * (of_class - of_null)
+
+  def step(params, x, t, d, label, w):
+    return jax.lax.cond(jnp.any(w > 0), guided, apply, params, x, t, d, label, w)
+
+  return step
 
 
 def make_sampler(

@@ -42,15 +42,21 @@ def velocity_rows(x0, x1, t, label) -> Rows:
   return _rows(interpolate(x0, x1, t), t, zero, label, zero, velocity(x0, x1))
 
 
-def guidance_direction(apply: Callable, params, x, t, label, null: int) -> jax.Array:
-  """s(x, t, 0, c, 0) - s(x, t, 0, null, 0), both from one call; zero where c is null."""
+def both_fields(apply: Callable, params, x, t, label, null: int) -> tuple[jax.Array, jax.Array]:
+  """s(x, t, 0, c, 0) and s(x, t, 0, null, 0), from one call."""
   # The two of a row are neighbours in the call: both stay on the row's device.
   x, t = jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2)
   zero = jnp.zeros_like(t)
   labels = jnp.stack([label, jnp.full_like(label, null)], axis=1).reshape(-1)
   both = apply(params, x, t, zero, labels, zero)
   both = both.reshape(-1, 2, *both.shape[1:])
-  return both[:, 0] - both[:, 1]
+  return both[:, 0], both[:, 1]
+
+
+def guidance_direction(apply: Callable, params, x, t, label, null: int) -> jax.Array:
+  """s(x, t, 0, c, 0) - s(x, t, 0, null, 0); zero where c is null."""
+  of_class, of_null = both_fields(apply, params, x, t, label, null)
+  return of_class - of_null
 
 
 def guidance_rows(apply, params, x0, x1, t, label, w, *, start: float, null: int) -> Rows:

@@ -93,6 +93,7 @@ def data_seed(seed: int, rollbacks: int) -> int:
 def train(
   method: Method,
   tx: optax.GradientTransformation,
+  rate: optax.Schedule,
   decays: dict[str, float],
   config: LoopConfig,
   mesh: jax.sharding.Mesh,
@@ -103,6 +104,7 @@ def train(
   """Runs or resumes a run to its end; goes back to its last checkpoint once if it diverges.
 
   Args:
+    rate: learning rate of `tx` by step, to be logged.
     decays: of the named EMAs; "sample" is the one that is evaluated.
     record: JSON saved with every checkpoint (the config and facts about the data).
     given: called where a run begins at step 0, for the parameters that it begins with instead of
@@ -121,7 +123,7 @@ def train(
     if not 0 <= decay < 1:
       raise UserError(f"ema.{name}={decay} must be at least 0 and below 1.")
   with Signals() as signals:
-    run = partial(_Run, method, tx, decays, config, mesh, workdir, record, given, signals)
+    run = partial(_Run, method, tx, rate, decays, config, mesh, workdir, record, given, signals)
     try:
       return run(rollbacks=0).train()
     except DivergedError as err:
@@ -146,6 +148,7 @@ class _Run:
 
   method: Method
   tx: optax.GradientTransformation
+  rate: optax.Schedule
   decays: dict[str, float]
   config: LoopConfig
   mesh: jax.sharding.Mesh
@@ -163,7 +166,7 @@ class _Run:
     if frozen := self.method.frozen:
       self.frozen = (frozen.make(mesh_lib.state_sharding(frozen.shapes, self.mesh)),)
     self.state, self.position = self._begin(jax.jit(init, out_shardings=self.shardings))
-    self.log = _Log(self.config, self.workdir, int(self.state.step))
+    self.log = _Log(self.config, self.rate, self.workdir, int(self.state.step))
 
   def _begin(self, init: Callable) -> tuple[TrainState, int]:
     """State and position of the newest good step, or of step 0."""
@@ -306,8 +309,9 @@ class _Log:
     diverged: the step at which they were too many; no step after it is read. 0 until then.
   """
 
-  def __init__(self, config: LoopConfig, workdir: Path, start: int):
-    self._config, self._start, self._chief = config, start, jax.process_index() == 0
+  def __init__(self, config: LoopConfig, rate: optax.Schedule, workdir: Path, start: int):
+    self._config, self._rate, self._start = config, rate, start
+    self._chief = jax.process_index() == 0
     self.writer = metrics_lib.MetricWriter(workdir, start, active=self._chief)
     self.bar = metrics_lib.progress_bar(
       config.steps, start, active=self._chief, unit="step", desc="compiling"
@@ -340,7 +344,8 @@ class _Log:
       if step % self._config.log_every == 0 or step == self._config.steps:
         values = {name: float(value) for name, value in values.items()}
         shown = {name: f"{value:.3g}" for name, value in values.items() if name != "skipped"}
-        self.writer.scalars(step, {**values, "milliseconds_per_step": self.clock.lap(step)})
+        known = {"lr": float(self._rate(step - 1)), "milliseconds_per_step": self.clock.lap(step)}
+        self.writer.scalars(step, {**values, **known})
         self.bar.set_postfix(shown, refresh=False)
       if step == self._start + 1:
         self.clock.restart(step)

@@ -9,7 +9,7 @@ import pytest
 
 import ism_jax
 from configs import ism_digits
-from ism_jax import latents, sample
+from ism_jax import latents, path, sample
 from ism_jax import method as ism
 from tests.light import heavy_imports
 from train_jax.errors import UserError
@@ -51,6 +51,28 @@ def test_samples_are_those_of_the_run_bit_for_bit(config, params, model, tmp_pat
   sampler = sample.make_sampler(ism.make_network(config, FACTS)[1], (8, 8, 1))
   exact = sampler(params, 3, [0, 2, 0, 2, 0, 2], 1.0, 4)
   assert images.dtype == np.float32 and images.tobytes() == exact.tobytes()
+
+
+def test_a_flow_model_is_guided_without_a_classifier(perturb, tmp_path):
+  config = ism_digits.get_config("flow,debug")
+  init, apply = ism.make_network(config, FACTS)
+  params = jax.jit(lambda key: perturb(init(key)))(jax.random.key(0))
+  flags = SimpleNamespace(nfe=["2"], guidance=["20"], labels=["0", "2"], num=4, seed=3, vae=None)
+  ism.sample_mode(config, FACTS, lambda mesh: (params, 7), flags, tmp_path)
+  ism.export_mode(config, FACTS, lambda mesh: (params, 7), flags, tmp_path)
+  model = ism_jax.load_pretrained(tmp_path)
+  images = model.sample([0, 2, 0, 2], nfe=2, guidance=20.0, seed=3)
+  with np.load(tmp_path / "samples.npz") as saved:
+    np.testing.assert_allclose(sample.to_uint8(images), saved["arr_0"].astype(float), atol=1)
+
+  x, zero = path.draw_noise(jax.random.key(3), np.arange(4), (8, 8, 1)), np.zeros(4)
+  for t in (0.0, 0.5):
+    of_class, of_null = (
+      apply(params, x, zero + t, zero, np.array(label), zero) for label in ([0, 2] * 2, [3] * 4)
+    )
+    x = x + (of_null + 21 * (of_class - of_null)) / 2
+  np.testing.assert_allclose(images, x, atol=1e-3)
+  assert np.abs(images - model.sample([0, 2, 0, 2], nfe=2, seed=3)).max() > 0.05
 
 
 def test_says_what_it_is(config, params, model, differences):

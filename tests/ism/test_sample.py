@@ -60,6 +60,29 @@ def test_labels_and_strengths_reach_their_images(start):
   np.testing.assert_allclose(same, column(LABELS + 5.0) + np.zeros(SHAPE), atol=1e-5)
 
 
+def test_classifier_free_guidance_is_two_passes_where_there_is_a_strength(start):
+  slopes, calls = np.array([0.5, -1.0, 2.0, 0.25]), []  # of three classes and null
+
+  def apply(params, x, t, d, label, w):
+    jax.debug.callback(lambda rows: calls.append(len(rows)), label)
+    return column(jnp.asarray(slopes)[label] + t + 100 * w) * x  # a strength must not come here
+
+  sampler = sample.make_sampler(sample.classifier_free(apply, null=3), SHAPE)
+  w = np.array([0.0, 0.5, 1.0, 1.5, 2.0])
+  found, wanted = sampler({}, 7, LABELS, w, 4), start.astype(np.float64)
+  for i in range(4):
+    of_class, of_null = slopes[LABELS] + i / 4, slopes[3] + i / 4
+    wanted = wanted * (1 + column(of_class + w * (of_class - of_null)) / 4)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  jax.effects_barrier()
+  assert calls == [16] * 4  # five rows are filled up to eight
+  calls.clear()
+  plain = sampler({}, 7, LABELS, 0.0, 4)
+  np.testing.assert_array_equal(plain[0], found[0])
+  jax.effects_barrier()
+  assert calls == [8] * 4
+
+
 def test_an_image_does_not_depend_on_batch_or_number():
   config = dit.DiTConfig(side=4, channels=1, classes=3, patch=2, width=16, depth=1, heads=2)
   init, apply = dit.make_network(config)

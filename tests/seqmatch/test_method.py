@@ -159,7 +159,8 @@ def train(settings, one_device):
     method = method._replace(evaluate=lambda params, step, final: iter(()))
     tx = optax.adam(1e-3)
     record = {"config": {}, "facts": facts}
-    return loop.train(method, tx, DECAYS, settings(steps=steps), one_device, workdir, record)
+    engine = tx, optax.constant_schedule(1e-3), DECAYS, settings(steps=steps), one_device
+    return loop.train(method, *engine, workdir, record)
 
   return run
 

@@ -17,13 +17,14 @@ from tests.train.stored_steps import meta_of
 from train_jax import loop
 from train_jax.checkpoint import Checkpoints
 
+RATE = optax.linear_schedule(0.05, 0.01, 8)
 DECAYS = {"target": 0.05, "sample": 0.99}  # apart from the first step on
 RECORD = {"config": {"name": "tiny"}, "facts": {"classes": 3}}
 
 
 @pytest.fixture(scope="module")
 def tx():
-  return optax.adamw(optax.linear_schedule(0.05, 0.01, 8))
+  return optax.adamw(RATE)
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def train(method, tx, one_device, settings):
   """(workdir, method, mesh, given, **settings) -> what loop.train returns."""
 
   def run(workdir, method=method, mesh=one_device, given=dict, **kwargs):
-    return loop.train(method, tx, DECAYS, settings(**kwargs), mesh, workdir, RECORD, given)
+    return loop.train(method, tx, RATE, DECAYS, settings(**kwargs), mesh, workdir, RECORD, given)
 
   return run
 

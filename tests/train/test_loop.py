@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from train_jax import checksum, loop, metrics
@@ -211,7 +212,10 @@ def test_logs_every_so_many_steps_and_the_last(tmp_path, train, lines, losses):
   train(tmp_path, steps=7, log_every=3)
   assert [step for step, _ in losses(tmp_path)] == [3, 6, 7]
   first = lines(tmp_path)[0]
-  assert {"loss", "noise", "grad_norm", "skipped", "milliseconds_per_step"} < set(first)
+  assert {"loss", "noise", "grad_norm", "skipped", "lr", "milliseconds_per_step"} < set(first)
+  assert [line["lr"] for line in lines(tmp_path) if "lr" in line] == pytest.approx(
+    [0.05 - 0.005 * before for before in (2, 5, 6)]
+  )
 
 
 def test_resume_says_so_and_the_bar_goes_on(tmp_path, train, capsys):
@@ -267,7 +271,8 @@ def test_numbers_that_would_learn_nothing_or_break_later_are_refused(settings, w
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decays_must_be_below_one(tmp_path, method, tx, settings, one_device, decay):
   with pytest.raises(UserError, match=rf"ema.sample={decay} must be at least 0 and below 1"):
-    loop.train(method, tx, {"sample": decay}, settings(), one_device, tmp_path, {})
+    rate = optax.constant_schedule(0.1)
+    loop.train(method, tx, rate, {"sample": decay}, settings(), one_device, tmp_path, {})
 
 
 def test_frozen_arrays_are_seen_by_all_and_saved_by_none(

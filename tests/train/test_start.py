@@ -25,7 +25,8 @@ def abstract(method):
 @pytest.fixture(scope="module")
 def workdir(method, one_device, settings, tmp_path_factory):
   path = tmp_path_factory.mktemp("run")
-  assert loop.train(method, optax.adam(0.1), DECAYS, settings(), one_device, path, RUN)
+  engine = optax.adam(0.1), optax.constant_schedule(0.1), DECAYS, settings(), one_device
+  assert loop.train(method, *engine, path, RUN)
   return path
 
 
