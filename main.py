@@ -23,7 +23,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from train_jax import aot, distributed, loop, mesh, optim, start
+from train_jax import aot, distributed, loop, mesh, optim, signals, start
 from train_jax import config as config_lib
 from train_jax.checkpoint import Checkpoints
 from train_jax.distributed import check_same_everywhere
@@ -327,7 +327,9 @@ def run(argv: list[str]) -> int:
     if wanted != argv:
       show_help()
       return 0
-    if not main(args) and os.environ.get("STOPPED_FAILS"):
+    with signals.interruptible():
+      complete = main(args)
+    if not complete and os.environ.get("STOPPED_FAILS"):
       return os.EX_TEMPFAIL
   except UserError as err:
     print(f"error: {err}", file=sys.stderr)
@@ -335,7 +337,7 @@ def run(argv: list[str]) -> int:
   except (loop.DivergedError, SaveError) as err:
     print(f"stopped: {err}", file=sys.stderr)
     return 1
-  except KeyboardInterrupt:  # while training, the loop takes it
+  except (KeyboardInterrupt, signals.Interrupted):  # while training, the loop takes it
     print("interrupted", file=sys.stderr)
     return 130
   except Exception:

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image
 
 from ism_jax import (
   benchmark,
@@ -36,7 +35,7 @@ from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
 from train_jax.faults import LIMIT
-from train_jax.metrics import report, watched
+from train_jax.metrics import report
 from train_jax.step import Method, no_augment
 
 
@@ -385,15 +384,5 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
     raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
   run = evaluators.make_evaluate(config, source, facts, apply, mesh)
   params, step = load(mesh)
-  out.mkdir(parents=True, exist_ok=True)
-  found = watched(run(params, step, final=True), active=jax.process_index() == 0)
-  found, results = dict(found), {}
-  if jax.process_index():
-    return
-  for name, value in found.items():
-    if np.ndim(value):
-      Image.fromarray(value).save(out / f"evaluation_{name}.png")
-      print(f"{name + ':':<8} {out / f'evaluation_{name}.png'}")
-    else:
-      results[name] = value
-  report({"step": step, "seed": flags.seed, "samples": config.eval.samples}, results, out)
+  about = {"step": step, "seed": flags.seed, "samples": config.eval.samples}
+  report(about, run(params, step, final=True), out)

@@ -38,7 +38,7 @@ from seqmatch_jax.model import make_given, make_network, moved  # noqa: F401  ma
 from train_jax import aot, lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.metrics import report, watched
+from train_jax.metrics import report
 from train_jax.step import Method
 
 
@@ -285,10 +285,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   run, asked = task_of(config).make_evaluate(config, facts, network, generate, loss_config, mesh)
   # Of the config as it was: drawn parameters are of its own seed.
   params, step = model.load_whole(trained, facts, load, mesh)
-  results = dict(watched(run(params, step, True), active=jax.process_index() == 0))
-  if jax.process_index():  # every process has all of it
-    return
-  report({"step": step, "seed": flags.seed, "examples": asked}, results, out)
+  report({"step": step, "seed": flags.seed, "examples": asked}, run(params, step, True), out)
 
 
 def export_mode(config, facts: dict, load, flags, out: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from PIL import Image
@@ -204,11 +205,24 @@ def table(results: dict[str, float]) -> str:
   )
 
 
-def report(facts: dict[str, int], results: dict[str, float], out: Path) -> None:
-  """Prints the numbers of an evaluation; writes them, with `facts` about it, as JSON into `out`."""
-  said = ", ".join(f"{name} {value}" for name, value in facts.items())
-  print(f"{said}; docs/METRICS.md says what is what\n{table(results)}")
+def report(facts: dict[str, int], found: Iterator[tuple[str, Any]], out: Path) -> None:
+  """Prints an evaluation's numbers, and writes them with `facts` about it to out/evaluation.json.
+
+  The file is written anew after each number: what was measured survives a run that is cut off.
+  Pictures are `out/evaluation_NAME.png`. All processes must call it; the first one writes.
+  """
+  chief, path, results = jax.process_index() == 0, out / "evaluation.json", {}
   out.mkdir(parents=True, exist_ok=True)
-  path = out / "evaluation.json"
-  path.write_text(files.plain_json({**facts, **results}, indent=1))
-  print(f"numbers: {path}")
+  for name, value in watched(found, active=chief):
+    if not chief:
+      continue
+    if np.ndim(value):
+      Image.fromarray(value).save(out / f"evaluation_{name}.png")
+      print(f"{name + ':':<8} {out / f'evaluation_{name}.png'}")
+      continue
+    results[name] = value
+    with files.whole_file(path) as file:
+      file.write(files.plain_json({**facts, **results}, indent=1).encode())
+  if chief:
+    said = ", ".join(f"{name} {value}" for name, value in facts.items())
+    print(f"{said}; docs/METRICS.md says what is what\n{table(results)}\nnumbers: {path}")

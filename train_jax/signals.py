@@ -44,6 +44,29 @@ def pausing(told: Callable[[], bool]) -> Iterator[None]:
     _told.reset(token)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+  """Ctrl-C is a KeyboardInterrupt inside; where Python drops that one, Interrupted at a `pause`.
+
+  It drops what is raised in a finalizer or a callback of the garbage collector. A program that was
+  started deaf to Ctrl-C, in the background, stays so.
+  """
+  came = threading.Event()
+
+  def note(*_) -> None:
+    came.set()
+    raise KeyboardInterrupt
+
+  before = signal.getsignal(signal.SIGINT)
+  try:
+    if before is not signal.SIG_IGN:
+      signal.signal(signal.SIGINT, note)
+    with pausing(came.is_set):
+      yield
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
 class Signals:
   """Signals, noted instead of obeyed; a second one ends the program at once.
 

@@ -203,3 +203,34 @@ def test_only_google_machines_are_asked(tmp_path, monkeypatch, product, there):
     assert not watchers()
   (tmp_path / "product_name").write_text(product)
   assert metadata.expected() is there
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_python_drops_is_noticed_at_the_next_pause():
+  class Dropped:
+    def __del__(self):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(0.01)
+
+  before = handlers()
+  with pytest.raises(KeyboardInterrupt), signals.interruptible():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+  reached = []
+  with pytest.raises(signals.Interrupted), signals.interruptible():
+    Dropped()
+    reached.append("after it")
+    signals.pause()
+  assert reached and handlers() == before
+  signals.pause()
+
+
+def test_what_was_started_in_the_background_stays_deaf():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with signals.interruptible():
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(0.01)
+      signals.pause()
+  finally:
+    signal.signal(signal.SIGINT, before)
