@@ -56,7 +56,9 @@ flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps, of 1,
 flags.DEFINE_list(
   "guidance", None, "sample, evaluate images: strengths w, 0 to the run's guidance.w_max."
 )
-flags.DEFINE_list("labels", None, "sample images: classes by number, in turn; default: all.")
+flags.DEFINE_list(
+  "labels", None, "sample images: classes by number or name, in turn; default: all."
+)
 flags.DEFINE_multi_string("prompt", None, "sample text: a prompt; may be given again.")
 flags.DEFINE_string("prompts", None, "sample text: a file of prompts, one a line.")
 flags.DEFINE_float(
@@ -233,7 +235,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   check_same_everywhere(facts)
   if saved:  # by a version that knew fewer facts, perhaps
     known = {name: value for name, value in facts.items() if name in saved["facts"]}
-    config_lib.check_same(known, saved["facts"], workdir)
+    config_lib.check_same(known, saved["facts"], workdir, "set of data")
 
   record = {"config": config.to_dict(), "facts": facts}
   given = functools.partial(make_given, config, facts, devices)

@@ -172,9 +172,12 @@ def find(source: str) -> Images:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-  """An image of any kind in `mode`, L or RGB: 8 bits a channel."""
+  """An image of any kind in `mode`, L or RGB: 8 bits a channel; what is transparent is white."""
   if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  if image.has_transparency_data:  # what colour lies under it, often black, was not to be seen
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
   return image.convert(mode)
 
 

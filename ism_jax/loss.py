@@ -55,14 +55,9 @@ class LossConfig:
   norm: str
 
   def __post_init__(self):
+    check_shares(self.shares)
     if self.norm not in ("l2", "charbonnier"):
       raise UserError(f"wavelet.norm={self.norm!r} is unknown; choose 'l2' or 'charbonnier'.")
-    counts = len(self.shares) == 3 and all(isinstance(share, int) for share in self.shares)
-    if not counts or self.shares[0] < 1 or min(self.shares) < 0:
-      raise UserError(
-        f"loss.shares={self.shares} must be three counts (velocity, guidance, consistency), "
-        "the first at least 1."
-      )
     if len(self.weights) != 3:
       raise UserError(
         f"loss.weights={self.weights} must be three numbers (velocity, guidance, consistency)."
@@ -72,6 +67,11 @@ class LossConfig:
         f"loss.shares={self.shares} has {self.shares[1]} guidance rows but guidance.w_max="
         f"{self.w_max:g}: a strength is learned in guidance rows, so set both or neither to 0."
       )
+    if not 0 <= self.interval_start < 1 or not self.baked_guidance >= 0:
+      raise UserError(
+        f"guidance.start={self.interval_start:g} must be at least 0 and below 1, where images are "
+        f"whole, and guidance.baked={self.baked_guidance:g} at least 0."
+      )
     multiple = self.w_step > 0 and 0 <= self.w_max < math.inf
     steps = round(self.w_max / self.w_step) if multiple else -1
     if steps < 0 or abs(steps * self.w_step - self.w_max) > 1e-6:
@@ -79,6 +79,16 @@ class LossConfig:
         f"guidance.w_max={self.w_max:g} must be a multiple of guidance.w_step={self.w_step:g}, "
         "which must be above 0."
       )
+
+
+def check_shares(shares: tuple) -> None:
+  """Raises UserError unless they are three counts of rows, some of them of the first role."""
+  counts = len(shares) == 3 and all(isinstance(share, int) for share in shares)
+  if not counts or shares[0] < 1 or min(shares) < 0:
+    raise UserError(
+      f"loss.shares={shares} must be three counts (velocity, guidance, consistency), the first at "
+      "least 1."
+    )
 
 
 def split_rows(shares: tuple[int, ...], *arrays: jax.Array) -> list[tuple[jax.Array, ...]]:

@@ -155,6 +155,7 @@ def _strongest(config) -> float:
 def make_loss_config(config, classes: int) -> loss.LossConfig:
   """The objective of `config`."""
   guidance, bands, shares = config.guidance, config.wavelet, tuple(config.loss.shares)
+  loss.check_shares(shares)
   return loss.LossConfig(
     shares=shares,
     weights=tuple(config.loss.weights) or tuple(share / sum(shares) for share in shares),
@@ -224,6 +225,17 @@ def _facts(source: data.Source | latents.Latents) -> dict:
   }
 
 
+def _describe(config, source: data.Source | latents.Latents) -> None:
+  """Prints what there is to learn; warns where the classes look like parts of a data set."""
+  count, names = len(source.labels), source.names
+  mirrored = ", half of them mirrored" if config.data.get("flip") else ""
+  some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+  size = "x".join(map(str, source.shape))
+  print(f"data: {count} images of {size}{mirrored}; {len(names)} class(es): {some}", flush=True)
+  if set(names) <= {"train", "val", "valid", "validation", "test"}:
+    logging.warning("data.path=%s: is one of these the data set? Then give that.", config.data.path)
+
+
 def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """Returns the method and the facts about its data that sampling needs (class names, shape).
 
@@ -237,6 +249,8 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   largest = np.bincount(source.labels).max() / len(source.labels)
   pairing.check_size(pair_config, config.batch, largest)
   _warn_of_few_rows(config, mesh)
+  if jax.process_index() == 0 and not config.data.get("made_up"):
+    _describe(config, source)
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
   facts = _facts(source)
@@ -318,10 +332,26 @@ def mesh_of(config, devices: list | None = None) -> jax.sharding.Mesh:
   return mesh_lib.fitting("fsdp", **config.mesh, devices=devices)
 
 
+def _labels(flags, names: list[str]) -> tuple[int, ...]:
+  """The classes of --labels, by number or by name; all where there is none."""
+  known = {name: i for i, name in enumerate(names)}
+  try:
+    found = [
+      int(each) if each.lstrip("-").isdigit() else known[each] for each in flags.labels or ()
+    ]
+  except KeyError as err:
+    some = ", ".join(f"{i} {name}" for i, name in enumerate(names[:20]))
+    raise UserError(
+      f"--labels={','.join(flags.labels)}: {err} is no number or name of a class; they are {some}"
+      f"{', ...' if len(names) > 20 else ''}."
+    ) from err
+  return tuple(found) or tuple(range(len(names)))
+
+
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=sample`: see evaluate.write_samples. `load(mesh) -> (params, step)` is called last."""
   settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
-  labels = numbers("labels", flags.labels, int) or tuple(range(len(names)))
+  labels = _labels(flags, names)
   path.check_labels(labels, len(names))
   mesh = mesh_of(config)
   sampler = sample.make_sampler(make_sampled(config, facts), tuple(facts["shape"]), mesh)

@@ -52,6 +52,8 @@ def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) 
     if steps not in NFES:
       raise UserError(f"nfe={steps} was not trained; choose from {', '.join(map(str, NFES))}.")
   for w in guidance:
+    if not isinstance(w, (int, float)):
+      raise UserError(f"guidance={w!r} must be a number.")
     if not 0 <= w <= w_max:
       raise UserError(f"guidance={w:g} is outside the trained range 0 to {w_max:g}; choose within.")
 

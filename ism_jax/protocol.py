@@ -59,10 +59,14 @@ class Protocol:
         raise UserError(f"the metric {metric!r} is unknown; choose from {', '.join(METRICS)}.")
       network = METRICS[metric][0]
       if not getattr(self, network):
-        raise UserError(f"the metric {metric!r} needs the weights of a network: --{network}=FILE.")
+        raise UserError(
+          f"the metric {metric!r} needs the weights of a network: --{network}=FILE, in "
+          f"training --config.eval.{network}=FILE."
+        )
     if not self.reference and self.metrics != ("is",):
       raise UserError(
-        "no reference was given to compare with: --reference=FILE, an .npz or folder."
+        "no reference was given to compare with: --reference=FILE, an .npz or folder, in training "
+        "--config.eval.reference=FILE."
       )
     if self.classes not in ("balanced", "random"):
       raise UserError(f"classes={self.classes!r} is unknown; choose 'balanced' or 'random'.")

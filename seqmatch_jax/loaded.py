@@ -96,7 +96,10 @@ class Loaded:
   rollout: Callable = field(repr=False)
 
   def generate(self, prompts: str | Sequence[str], **settings) -> list[str]:
-    """The finished text after each prompt; the arguments are those of `generations`."""
+    """What is left after each prompt, nothing erased; the arguments are those of `generations`.
+
+    It breaks off where there is no more room: `Generation.finished` says so.
+    """
     return [made.text for made in self.generations(prompts, **settings)]
 
   def generations(
@@ -120,8 +123,8 @@ class Loaded:
       temperature: 0 is greedy; None is 0 for questions and 1 for text.
       seed: of the draws, which depend on a prompt's place among the prompts.
       top_k, top_p: only of so many likeliest, only of the likeliest that have this probability.
-      max_actions: tokens typed after a prompt, at most, <backspace>s and <eos> among them; None:
-        until there is no more room.
+      max_actions: tokens typed after a prompt, at most, <backspace>s and <eos> among them; None, or
+        more than there is room for: until there is no more.
       backspace: whether a model that has learned to erase may.
       batch: prompts at a time, at most.
 

@@ -87,6 +87,8 @@ def _check(config) -> None:
       f"noise.rate={config.noise.rate} types errors that loss.backspace=False cannot erase; "
       "choose noise.rate=0 or loss.backspace=True."
     )
+  if config.eval.erasures < 0:
+    raise UserError(f"eval.erasures={config.eval.erasures} must be at least 0.")
   memory = config.buffer
   for name, most in (("refresh", math.inf), ("draw", math.inf), ("rollouts", config.batch)):
     if not 1 <= memory[name] <= most:

@@ -173,6 +173,11 @@ def pack(documents: Documents, vocab: int, context: int, errors: int, prompt: in
     UserError: the numbers do not fit each other.
   """
   most = context - errors - 1
+  if most < 1:
+    raise UserError(
+      f"data.context={context} leaves no room for text: <bos> takes 1 and noise.max_errors "
+      f"{errors}; choose more context."
+    )
   if not 0 <= prompt < most:
     raise UserError(
       f"data.prompt={prompt} must be at least 0 and, with data.context={context} and "

@@ -126,6 +126,11 @@ class TextVocab:
     """
     path = Path(path).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+      raise UserError(
+        f"there is no tokenizer {path}; give a tokenizer.json, or a folder that holds one (nothing "
+        "is fetched by name)."
+      )
     vocab = cls(str(path), sha256(path), 0, 0)
     bos, eos = (_special(vocab._tokenizer, path.parent, name) for name in ("bos", "eos"))
     if eos is None:

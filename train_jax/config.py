@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 from flax import traverse_util
+from ml_collections import config_flags
 
 from train_jax.errors import UserError
 
@@ -63,30 +64,47 @@ def _config_file(argv: list[str]) -> str | None:
   return None
 
 
+def _no_config(path: str, why: str) -> UserError:
+  known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "common"))
+  return UserError(f"--config={path} {why}; the configs here are {known}.")
+
+
+def _check_config_file(path: str | None) -> None:
+  """Raises UserError for a file that cannot be a config; without running it."""
+  file = Path((path or "").partition(":")[0])
+  if path and file.is_file() and "get_config" not in file.read_text(errors="replace"):
+    raise _no_config(path, "is no config, it has no get_config")
+
+
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses absl flags, config overrides included; returns the arguments left over.
 
   Raises:
     UserError: for whatever is wrong with them, in one sentence.
   """
+  if sum(arg.partition("=")[0] == "--config" for arg in argv) > 1:
+    raise UserError("--config is given twice; give one config.")
+  _check_config_file(_config_file(argv))
   try:
     left = flags.FLAGS(argv)
     if flags.FLAGS.config is not None:
       flags.FLAGS.config.to_dict()  # a file that can't be loaded raises only once it is used
+      if "method" in config_flags.get_override_values(flags.FLAGS["config"]):
+        raise UserError("--config.method belongs to the config; choose another --config instead.")
     return left
   except flags.Error as err:
     if _config_file(argv) is None and any(arg.startswith("--config.") for arg in argv):
-      raise UserError("--config.KEY=VALUE needs --config=configs/NAME.py beside it.") from err
+      raise UserError(
+        "--config.KEY=VALUE needs --config=configs/NAME.py beside it, in training; in other modes "
+        "leave it out, they have options of their own, such as --seed."
+      ) from err
     lines = [line for line in str(err).splitlines() if line.strip()]
     said = lines[-1].removeprefix("ValueError: ")
     if isinstance(err, flags.UnrecognizedFlagError):
       said += "; --help lists the options, and a config's keys are written --config.KEY=VALUE."
     raise UserError(said) from err
   except OSError as err:
-    known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "common"))
-    raise UserError(
-      f"--config={_config_file(argv)} cannot be read; the configs here are {known}."
-    ) from err
+    raise _no_config(_config_file(argv), "cannot be read") from err
   except (AttributeError, KeyError) as err:
     sys.argv = [argv[0], f"--config={_config_file(argv)}"]  # config_flags looks for overrides here
     flags.FLAGS(sys.argv)
@@ -102,15 +120,25 @@ def explain_unknown_key(key: str, config: dict) -> str:
   near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
   by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
   guess = (by_leaf or near or [known[0]])[0]
-  return f"the config has no key {key!r}; did you mean --config.{guess}?"
+  section = key.rpartition(".")[0]
+  there = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+  has = f" ({section} has {', '.join(there)})" if section and there else ""
+  return f"the config has no key {key!r}; did you mean --config.{guess}?{has}"
 
 
-def check_same(config: dict, saved: dict, workdir) -> None:
+def check_same(config: dict, saved: dict, workdir, what: str = "config") -> None:
   """Raises UserError, saying what differs, if `config` must not go on from a run of `saved`.
+
+  So it does for facts about the data; `what` is what they are called.
 
   What differs in TOLD and PATHS is printed by process 0. Keys that `saved` does not have are of a
   newer version, and are told.
   """
+  if (found := saved.get("method")) != (wanted := config.get("method")):
+    raise UserError(
+      f"--workdir={workdir} holds a run of {found}, and this config is of {wanted}; choose another "
+      "--workdir."
+    )
   new, old = flatten(config), flatten(saved)
   changed = [
     key
@@ -124,10 +152,10 @@ def check_same(config: dict, saved: dict, workdir) -> None:
   ]
   if differ:
     raise UserError(
-      f"--workdir={workdir} holds a run of another config ({'; '.join(differ[:5])}"
-      f"{f'; and {len(differ) - 5} more' if len(differ) > 5 else ''}); "
-      "choose another --workdir (with init_from= this one, to train it further), or set these as "
-      "they were there."
+      f"--workdir={workdir} holds a run of another {what} ({'; '.join(differ[:5])}"
+      f"{f'; and {len(differ) - 5} more' if len(differ) > 5 else ''}); choose another --workdir "
+      "(with init_from= this one, to train it further), or "
+      + ("set these as they were there." if what == "config" else "put the data of that time back.")
     )
   for key in changed if jax.process_index() == 0 else ():
     print(f"goes on with {key}={new.get(key)!r} ({old[key]!r} before)", flush=True)

@@ -203,9 +203,7 @@ class _Run:
         reason = (self.signals.received or ["another process was told to stop"])[0]
         logging.warning("%s: saved step %d; the same command goes on.", reason, step)
         return False
-      results = self._evaluate(final=True)
-      if jax.process_index() == 0:
-        print(metrics_lib.table(results))
+      self._evaluate(final=True)
       return True
     finally:
       stream.close()
@@ -296,6 +294,8 @@ class _Run:
           break
     finally:  # an error, too, leaves the numbers that there are
       self.log.writer.scalars(step, {f"eval/{name}": value for name, value in results.items()})
+    if results and jax.process_index() == 0:
+      self.log.bar.write(f"step {step}\n{metrics_lib.table(results)}")
     return results
 
 
@@ -343,7 +343,7 @@ class _Log:
       self.bar.update()
       if step % self._config.log_every == 0 or step == self._config.steps:
         values = {name: float(value) for name, value in values.items()}
-        shown = {name: f"{value:.3g}" for name, value in values.items() if name != "skipped"}
+        shown = {name: f"{values[name]:.3g}" for name in ("loss", "grad_norm")}
         known = {"lr": float(self._rate(step - 1)), "milliseconds_per_step": self.clock.lap(step)}
         self.writer.scalars(step, {**values, **known})
         self.bar.set_postfix(shown, refresh=False)

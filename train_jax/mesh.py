@@ -216,7 +216,9 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
   if accumulate < 1:
     raise UserError(f"optim.accumulate={accumulate} must be at least 1.")
   n = batch_parts(mesh) * accumulate
-  if batch < 1 or batch % n:
+  if batch < 1:
+    raise UserError(f"batch={batch} must be at least 1.")
+  if batch % n:
     times = f" times optim.accumulate={accumulate}" if accumulate > 1 else ""
     raise UserError(
       f"batch={batch} is not divisible by the {parts_in_words(mesh)}{times}; "

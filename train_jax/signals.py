@@ -8,6 +8,7 @@ comes as SIGTERM alone.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -85,9 +86,11 @@ class Signals:
     return self
 
   def _note(self, number, _frame) -> None:
-    self.received.append(signal.Signals(number).name)
+    self.received.append(name := signal.Signals(number).name)
     for each in self._before:
       signal.signal(each, signal.SIG_DFL)
+    # Not by print: the signal may have come within one.
+    os.write(2, f"\n{name}: ends after this step and saves; the next one ends at once\n".encode())
     if self._breaks:
       raise Interrupted
 

@@ -60,9 +60,10 @@ def read(
     return Trained(path, convert(Weights(where)), {})
   checkpoints = Checkpoints(where)
   if not checkpoints.steps():
+    or_file = ", or a .safetensors file" if convert else ""
     raise UserError(
       f"init_from={path!r} holds nothing to begin from; give the directory of an exported model, "
-      f"the workdir of a run of method {method!r}{', or a .safetensors file' if convert else ''}."
+      f"or the workdir of a run of method {method!r}{or_file}."
     )
   run = checkpoints.require_meta()
   if (found := run["config"]["method"]) != method:

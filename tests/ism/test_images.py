@@ -186,6 +186,21 @@ def test_grey_palette_and_alpha_become_rgb():
     assert pixels.shape == (32, 32, 3) and label == 5
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode):
+  """A black square; around it nothing, under which lies black as well."""
+  drawn = Image.new("RGBA", (32, 32))
+  drawn.paste((0, 0, 0, 255), (8, 8, 24, 24))
+  file = io.BytesIO()
+  drawn.convert(mode).save(file, "png")
+  one = images.Images(1, (), lambda i: (file.getvalue(), 0), str)
+  wanted = np.full((32, 32, 3), 255)
+  wanted[8:24, 8:24] = 0
+  np.testing.assert_array_equal(images.read_image(one, 0, 32)[0], wanted)
+  grey = images.area_square(Image.open(file), 32, 1)
+  np.testing.assert_array_equal(grey, wanted[..., :1])
+
+
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
   values = (np.arange(256).reshape(16, 16) * 256).astype(np.uint16)
   Image.fromarray(values).save(tmp_path / "1.png")

@@ -155,7 +155,10 @@ FLAGS = {"nfe": None, "guidance": None, "labels": None, "num": 6, "seed": 0, "va
 
 def test_sample_mode_writes_what_was_asked_for(default, tmp_path):
   _, facts, params = default
-  flags = SimpleNamespace(**{**FLAGS, "nfe": ["1", "2"], "guidance": ["0.5"], "labels": ["3", "5"]})
+  flags = SimpleNamespace(
+    **{**FLAGS, "nfe": ["1", "2"], "guidance": ["0.5"], "labels": ["3", "five"]}
+  )
+  facts = {**facts, "names": [*facts["names"][:5], "five", *facts["names"][6:]]}
   ism.sample_mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
   with np.load(tmp_path / "samples.npz") as saved:
     np.testing.assert_array_equal(saved["labels"], [3, 5, 3, 5, 3, 5] * 2)
@@ -202,6 +205,10 @@ def test_only_the_first_process_writes_and_prints(default, tmp_path, monkeypatch
     ({"guidance": ["9"]}, r"guidance=9 is outside the trained range 0 to"),
     ({"labels": ["0", "10"]}, r"label 10 is out of range: the classes are 0 to 9\."),
     ({"labels": ["-1"]}, r"label -1 is out of range"),
+    (
+      {"labels": ["0", "cat"]},
+      r"--labels=0,cat: 'cat' is no number or name of a class; .* 0 0, 1 1",
+    ),
     ({"vae": "v"}, r"--vae=v decodes latents, and this run makes images; leave it out"),
   ],
 )
@@ -232,6 +239,11 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"loss__class_dropout": 1.5}, r"loss.class_dropout=1.5 is a probability"),
     ({"guidance__zero": -0.1}, r"guidance.zero=-0.1 is a probability"),
     ({"loss__class_dropout": 0.0}, r"loss.class_dropout=0 with guidance: .* choose .*=0.1"),
+    ({"loss__shares": (0, 0, 0)}, r"loss.shares=\(0, 0, 0\) must be three counts"),
+    ({"loss__shares": (4, 1, "x")}, r"loss.shares=.* must be three counts"),
+    ({"guidance__start": 2.0}, r"guidance.start=2 must be at least 0 and below 1"),
+    ({"guidance__baked": -1.0}, r"guidance.baked=-1 at least 0"),
+    ({"eval__guidance": (0.0, "x")}, r"guidance='x' must be a number"),
     ({"pairing__condition": "labels"}, r"pairing.condition='labels' is unknown"),
     ({"pairing__pool": 10**6, "pairing__condition": "none"}, r"pool=1000000 batches of 16 rows"),
     ({"eval__nfe": (1, 5)}, r"nfe=5 was not trained"),
@@ -321,7 +333,9 @@ def test_images_without_classes_are_trained_on_and_not_measured(counts, tmp_path
   config = get_config(**FOLDER, data__path=str(root), eval__guidance=(0.0,))
   method, facts = build(config)
   assert facts["names"] == [name or "photos" for name in counts]
-  (said,) = capsys.readouterr().out.splitlines()
+  data, said = capsys.readouterr().out.splitlines()
+  some = f"{len(counts)} class(es): {', '.join(facts['names'])}"
+  assert data == f"data: {sum(counts.values())} images of 8x8x3; {some}"
   assert said.startswith("evaluation: a grid of samples, without numbers: the classifier")
   assert said.endswith(f"have {len(counts)}, the smallest of {min(counts.values())}")
   batch = next(method.stream(0, 0))

@@ -187,7 +187,7 @@ def test_a_vocabulary_is_made_again_from_its_facts_and_from_no_other_file(tmp_pa
 
 
 def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
-  with pytest.raises(UserError, match=r"tokenizer.json' cannot be read: No such file"):
+  with pytest.raises(UserError, match=r"there is no tokenizer .*tokenizer.json; give"):
     TextVocab.from_file(tmp_path)
   byte_level(tmp_path)
   with pytest.raises(UserError, match=r"nothing beside .* says which token ends a text; write"):

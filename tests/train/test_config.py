@@ -27,7 +27,9 @@ CONFIG = {"steps": 5, "optim": {"lr": 0.1, "clip": 1.0}, "model": {"width": 16}}
 )
 def test_unknown_key_names_the_nearest(key, nearest):
   sentence = config.explain_unknown_key(key, CONFIG)
-  assert sentence == f"the config has no key {key!r}; did you mean --config.{nearest}?"
+  assert sentence.startswith(f"the config has no key {key!r}; did you mean --config.{nearest}?")
+  section = key.rpartition(".")[0]
+  assert sentence.endswith(f"({section} has {', '.join(CONFIG[section])})" if section else "?")
 
 
 def test_flatten_joins_names_and_makes_tuples_lists():
@@ -45,6 +47,15 @@ def test_other_config_is_refused_and_says_what_differs():
     config.check_same({**CONFIG, "seed": 6}, {**saved, "seed": 5}, "runs/a")
   assert "--workdir=runs/a" in str(err.value)
   assert "(model.depth: 2 there, None here; seed: 5 there, 6 here)" in str(err.value)
+
+
+def test_a_run_of_the_other_method_and_other_data_are_said_as_such():
+  with pytest.raises(
+    UserError, match=r"holds a run of ism, and this config is of seqmatch; choose"
+  ):
+    config.check_same({**CONFIG, "method": "seqmatch"}, {**CONFIG, "method": "ism"}, "runs/a")
+  with pytest.raises(UserError, match=r"another set of data \(examples: 5 .* put the data of"):
+    config.check_same({"examples": 6}, {"examples": 5}, "runs/a", "set of data")
 
 
 def test_a_run_may_be_lengthened_and_its_optimiser_changed_and_says_so(capsys):
@@ -175,7 +186,7 @@ def parse(tmp_path, monkeypatch):
     "def get_config(arg=''):\n"
     "  if arg == 'odd':\n"
     "    raise ValueError('no such option')\n"
-    "  return ConfigDict({'steps': 5, 'optim': {'lr': 0.1}})\n"
+    "  return ConfigDict({'steps': 5, 'method': 'ism', 'optim': {'lr': 0.1}})\n"
   )
   if "config" not in flags.FLAGS:
     config_flags.DEFINE_config_file("config", None, "")
@@ -193,7 +204,7 @@ def parse(tmp_path, monkeypatch):
 def test_overrides_reach_the_config(parse):
   left, found = parse("--config=FILE", "--config.optim.lr=0.5", "stray")
   assert left == ["stray"]
-  assert found == {"steps": 5, "optim": {"lr": 0.5}}
+  assert found == {"steps": 5, "method": "ism", "optim": {"lr": 0.5}}
   assert parse() == ([], None)
 
 
@@ -208,6 +219,9 @@ def test_overrides_reach_the_config(parse):
     (["--config=FILE:odd"], "^no such option"),
     (["--config=nowhere.py"], r"--config=nowhere\.py cannot be read; .* here are configs/ism_"),
     (["--config", "nowhere.py", "--config.steps=1"], r"--config=nowhere\.py cannot be read"),
+    (["--config=FILE", "--config=FILE"], "--config is given twice"),
+    (["--config=FILE", "--config.method=x"], "--config.method belongs to the config"),
+    (["--config=README.md"], r"README\.md is no config, it has no get_config; .* configs/ism_"),
     (["--config.steps=3"], r"--config\.KEY=VALUE needs --config=configs/NAME\.py beside it"),
   ],
 )

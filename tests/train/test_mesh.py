@@ -136,11 +136,14 @@ def test_tensor_alone_fits_into_a_slice(axis, found, monkeypatch):
   assert mesh_lib.fitting(axis, 8, devices=sliced(2, 4)).shape == found
 
 
-@pytest.mark.parametrize("batch, near", [(12, 8), (20, 16), (3, 8), (0, 8), (-8, 8)])
+@pytest.mark.parametrize("batch, near", [(12, 8), (20, 16), (3, 8)])
 def test_batch_that_does_not_divide_is_refused(batch, near):
   wanted = rf"batch={batch} is not divisible by the 8 devices; .* multiple of 8, such as {near}\."
   with pytest.raises(UserError, match=wanted):
     mesh_lib.check_batch(batch, mesh_lib.make_mesh())
+  for none in (0, -8):
+    with pytest.raises(UserError, match=f"batch={none} must be at least 1"):
+      mesh_lib.check_batch(none, mesh_lib.make_mesh())
 
 
 def test_batch_of_a_mesh_with_tensor_divides_over_its_groups():
