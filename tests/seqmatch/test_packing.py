@@ -198,7 +198,7 @@ def test_numbers_that_do_not_fit(made):
   message = "data.prompt=20 must be at least 0 .* data.context=24 and noise.max_errors=3, less"
   with pytest.raises(UserError, match=message):
     packing.pack(made, VOCAB, CONTEXT, ERRORS, 20)
-  with pytest.raises(UserError, match="data.context=0 leaves no room for text"):
+  with pytest.raises(UserError, match=r"data.context=0 leaves no room for text"):
     packing.pack(made, VOCAB, 0, ERRORS, 0)
   assert (
     packing.pack(made, VOCAB, CONTEXT, ERRORS, 0).batch(
