@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import ism_digits, ism_imagenet256
+from ism_jax import evaluators, loss, path
 from ism_jax import method as ism
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
@@ -137,6 +138,85 @@ def test_noise_is_drawn_from_its_number_alone(default, batches):
   np.testing.assert_allclose(float(metrics(turned)["pair_cost"]), cost, rtol=1e-5)
   random = {**batch, "noise": batch["noise"][::-1]}
   assert float(metrics(random)["pair_cost"]) > cost
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "field"),
+  [
+    ("loss.shares", (2, 1, 1), "shares"),
+    ("loss.weights", (1.0, 2.0, 3.0), "weights"),
+    ("loss.class_dropout", 0.3, "class_dropout"),
+    ("guidance.w_max", 1.0, "w_max"),
+    ("guidance.w_step", 0.5, "w_step"),
+    ("guidance.zero", 0.125, "zero_w"),
+    ("guidance.start", 0.4, "interval_start"),
+    ("guidance.baked", 0.75, "baked_guidance"),
+    ("wavelet.levels", 1, "levels"),
+    ("wavelet.decay", 0.25, "level_decay"),
+    ("wavelet.norm", "charbonnier", "norm"),
+  ],
+)
+def test_every_setting_reaches_the_loss(key, value, field):
+  config = get_config()
+  before = ism.make_loss_config(config, 10)
+  section, _, name = key.partition(".")
+  config[section][name] = value
+  after = ism.make_loss_config(config, 10)
+  assert getattr(after, field) == value != getattr(before, field)
+  assert after.classes == 10
+
+
+def test_the_loss_is_of_the_batch_s_noise_and_the_target_average(default, batches, perturb):
+  method, facts, params = default
+  config, batch, key = get_config(), batches[0], jax.random.key(4)
+  target = jax.jit(perturb)(params)
+  noise_rng = jax.random.fold_in(jax.random.key(config.seed), 2)
+  x0 = path.draw_noise(noise_rng, batch["noise"], (8, 8, 1))
+  apply, loss_config = ism.make_network(config, facts)[1], ism.make_loss_config(config, 10)
+  args = params, target, x0, batch["image"], batch["label"], key
+  wanted, terms = jax.jit(lambda *args: loss.loss(loss_config, apply, *args))(*args)
+  ema = {"target": target, "sample": jax.tree.map(np.zeros_like, params)}
+  found, metrics = jax.jit(method.loss)(params, ema, batch, key)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  np.testing.assert_allclose(metrics["consistency"], terms["consistency"], rtol=1e-5)
+  online = loss.loss(loss_config, apply, params, params, *args[2:])[0]
+  assert abs(float(online - wanted)) > 1e-3  # it makes a difference
+
+
+def test_what_is_evaluated_is_what_the_config_says(default, monkeypatch):
+  """Steps, strengths, numbers of samples and the seed; the leak of the pairs of training."""
+  *_, params = default
+  asked, read, drawn = [], [], []
+  monkeypatch.setattr(evaluators, "make_reference", lambda source: "reference")
+
+  def measure(sampler, params, reference, classes, settings, seed):
+    asked.append((reference, classes, settings, seed))
+    yield from ()
+
+  def make_sampler(*_):
+    def sampler(params, seed, labels, w, nfe):
+      drawn.append((nfe, w, seed))
+      return np.zeros((len(labels), 8, 8, 1), np.float32)
+
+    return sampler
+
+  monkeypatch.setattr(evaluators.evaluate, "measure", measure)
+  monkeypatch.setattr(evaluators.sample, "make_sampler", make_sampler)
+  monkeypatch.setattr(ism.pairing, "class_leak", lambda *args: read.append(args) or 0.25)
+  config = get_config(seed=5, eval__nfe=(1, 8, 128), eval__guidance=(0.5,), eval__samples=80)
+  method, _ = build(config)
+  assert "class_leak" not in dict(method.evaluate(params, 1, False))
+  assert dict(method.evaluate(params, 2, True))["class_leak"] == 0.25
+  quick = [(1, 0.0, 20), (1, 0.5, 20)]
+  final = [(nfe, w, 40 if nfe == 128 else 80) for nfe in (1, 8, 128) for w in (0.0, 0.5)]
+  assert asked == [("reference", 10, quick, 5), ("reference", 10, final, 5)]
+  assert drawn == [(nfe, w, 5) for nfe, w, _ in quick + final]
+  pool = list(itertools.islice(method.stream(5, 0), config.pairing.pool))
+  noise, label = (np.concatenate([batch[name] for batch in pool]) for name in ("noise", "label"))
+  x0 = path.draw_noise(jax.random.fold_in(jax.random.key(5), 2), noise, (8, 8, 1))
+  ((found, labels),) = read
+  np.testing.assert_array_equal(labels, label)
+  np.testing.assert_allclose(found, np.asarray(x0).reshape(len(noise), -1), rtol=1e-6)
 
 
 def test_evaluation_always_has_w_0_and_a_grid(default):

@@ -1,11 +1,13 @@
 """SequenceMatch assembled: phases, rollouts inside the step, resume with the buffer, bad input."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -106,6 +108,153 @@ def test_rollouts_are_legal_trajectories_of_the_batch_s_prompts():
     replay(prompt, actions)  # raises where a <backspace> meets the prompt
     ends = np.flatnonzero(actions == EOS)
     assert len(ends) <= 1 and (len(ends) == 0 or np.all(actions[ends[0] + 1 :] == PAD))
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("divergence", "chi2"),
+    ("alpha", 0.5),
+    ("gamma", 0.5),
+    ("backspace", False),
+    ("unlikelihood", 0.25),
+  ],
+)
+def test_every_setting_reaches_the_loss(key, value):
+  config = get_config()
+  before = seqmatch.make_loss_config(config)
+  config.loss[key] = value
+  after = seqmatch.make_loss_config(config)
+  assert getattr(after, key) == value != getattr(before, key)
+
+
+def fake_rollouts(monkeypatch):
+  """Rollouts of one token and <eos> in place of the policy's; returns what they are asked for."""
+  asked = []
+
+  def make_rollout(network, limits, mesh=None):
+    def generate(params, prompt, length, key, row, temperature, backspace, retype):
+      how = {"temperature": temperature, "backspace": backspace, "retype": retype}
+      asked.append({**how, "params": params, "key": jax.random.key_data(key), "row": row})
+      actions = np.zeros((len(prompt), limits.max_actions), np.int32)
+      actions[:, :2] = 4, EOS
+      return SimpleNamespace(actions=jnp.asarray(actions))
+
+    return generate
+
+  monkeypatch.setattr(seqmatch.rollout, "make_rollout", make_rollout)
+  return asked
+
+
+def test_rollouts_are_draws_of_the_policy_itself(monkeypatch):
+  """Of the parameters and not of an average, at temperature 1, erasing and retyping, anew."""
+  asked = fake_rollouts(monkeypatch)
+  method, _ = build(get_config(loss__warmup=0, buffer__refresh=2, buffer__draw=3))
+  state = jax.jit(state_lib.create(method, optax.adam(1e-2), DECAYS, 0))()
+  state = dataclasses.replace(state, ema=jax.tree.map(jnp.zeros_like, state.ema))
+  batch = next(method.stream(0, 0))
+  with jax.disable_jit():
+    for step in range(4):
+      state = dataclasses.replace(state, step=jnp.int32(step))
+      extra, ready = method.augment(state, batch, jax.random.key(step))
+      state = dataclasses.replace(state, extra=extra)
+  assert len(asked) == 2
+  for one in asked:
+    assert (one["temperature"], one["backspace"], one["retype"]) == (1.0, True, True)
+    np.testing.assert_array_equal(one["row"], np.arange(8))
+    for mine, wanted in zip(*map(jax.tree.leaves, (one["params"], state.params)), strict=True):
+      assert mine is wanted
+  assert np.any(asked[0]["key"] != asked[1]["key"])
+  # Three rows are drawn; those that fill them up, for eight devices to share, carry nothing.
+  weight = np.asarray(ready["model"]["weight"])
+  assert len(weight) == 8 and weight.sum(1).tolist() == [2] * 3 + [0] * 5
+
+
+def test_alpha_begins_after_the_warm_up_and_grows_linearly(monkeypatch):
+  fake_rollouts(monkeypatch)
+  method, _ = build(get_config(loss__warmup=3, loss__anneal=4))
+  state = jax.jit(state_lib.create(method, optax.adam(1e-2), DECAYS, 0))()
+  batch, found = next(method.stream(0, 0)), []
+  augment = jax.jit(lambda step: method.augment(step, batch, jax.random.key(0))[1]["strength"])
+  for step in range(9):
+    found.append(float(augment(dataclasses.replace(state, step=jnp.int32(step)))))
+  assert found == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
+
+
+def test_noise_begins_after_the_warm_up_where_the_data_are():
+  late = build(get_config(loss__warmup=3, noise__rate=0.9))[0].stream(0, 0)
+  at_once = build(get_config(loss__warmup=0, noise__rate=0.9))[0].stream(0, 3)
+  for batch, wanted in zip(itertools.islice(late, 3, 5), at_once, strict=False):
+    for name in wanted:
+      np.testing.assert_array_equal(batch[name], wanted[name])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_data_and_own_trajectories_each_have_their_pass(strength, monkeypatch):
+  config = get_config(loss__warmup=0)
+  method, facts = build(config)
+  params, _ = jax.jit(method.init)(jax.random.key(0))
+  state = jax.jit(state_lib.create(method, optax.adam(1e-2), DECAYS, 0))()
+  _, batch = jax.jit(method.augment)(state, next(method.stream(0, 0)), jax.random.key(1))
+  batch["strength"], seen = jnp.float32(strength), []
+
+  def loss(*args):
+    seen.append(args)
+    return 0.0, {}
+
+  monkeypatch.setattr(seqmatch.loss, "loss", loss)
+  with jax.disable_jit():
+    method.loss(params, {}, batch, jax.random.key(0))
+  ((loss_config, logits, rows, model, own, alpha, counts),) = seen
+  assert loss_config == seqmatch.make_loss_config(config) and float(alpha) == strength
+  assert model is batch["model"] and counts is batch["counts"] and rows is batch
+  apply = seqmatch.make_network(config, facts).apply
+  places = lambda tree: (tree["token"], tree["position"], tree["end"])  # noqa: E731
+  np.testing.assert_allclose(logits, apply(params, *places(batch)), atol=1e-5)
+  wanted = apply(params, *places(model))
+  np.testing.assert_allclose(own, wanted if strength else 0 * wanted, atol=1e-5)
+  assert model["token"].shape != batch["token"].shape or np.any(model["token"] != batch["token"])
+
+
+def test_a_generation_has_room_for_as_many_erasures_as_the_config_says():
+  few, more = (build(get_config(eval__erasures=n))[1] for n in (3, 5))
+  assert (few["max_erasures"], more["max_erasures"]) == (3, 5)
+  assert more["max_actions"] - few["max_actions"] == 2 * 2  # each takes its token with it
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_questions_are_evaluated_as_they_say(final, default, monkeypatch):
+  _, facts, params = default
+  asked, measured = [], []
+  measure = questions.evaluate.measure
+
+  def in_batches(generate, params, prompt, length, batch, key, **how):
+    asked.append((len(prompt), jax.random.key_data(key).tolist(), how))
+    return SimpleNamespace(actions=np.full((len(prompt), facts["max_actions"]), EOS, np.int32))
+
+  def spy(*args):
+    measured.append(args)
+    return measure(*args)
+
+  monkeypatch.setattr(questions.rollout, "in_batches", in_batches)
+  monkeypatch.setattr(questions.evaluate, "measure", spy)
+  config = get_config(seed=6)
+  results = dict(build(config)[0].evaluate(params, 1, final))
+  assert {"log_likelihood/data", "exact/greedy", "recovery/T=1"} <= set(results)
+  count = config.data.tests if final else config.data.tests // 4
+  assert {(n, tuple(key)) for n, key, _ in asked} == {(count, (0, 6))}
+  found = {
+    (how["temperature"], how["retype"], how["allow_backspace"], how["forced"] is not None)
+    for *_, how in asked
+  }
+  policies = {(0.0, False), (1.0, True), (0.5, True)}
+  wanted = {
+    (*how, *rest) for how in policies for rest in ((True, False), (False, False), (True, True))
+  }
+  assert found == wanted | {(1.0, False, True, False), (1.0, False, True, True)}
+  ((_, examples, backspace, seed, noise),) = measured
+  assert (len(examples.answer), backspace, seed) == (count, True, 6)
+  assert noise.source == config.noise.source
 
 
 @pytest.mark.parametrize("options", ["two_sum,mle", "two_sum,bc"])

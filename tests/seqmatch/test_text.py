@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import seqmatch_gpt2, seqmatch_llama7b, seqmatch_text
-from seqmatch_jax import encode, text, tokens
+from seqmatch_jax import encode, rollout, text, tokens
 from seqmatch_jax import method as seqmatch
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS
 from train_jax import mesh as mesh_lib
@@ -144,6 +144,29 @@ def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, caps
   out = capsys.readouterr().out
   assert all(prompt in out for prompt in held) and "tokens/s" in out
   assert "top_p 0.9" in (tmp_path / "generations.html").read_text()
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_texts_are_drawn_as_the_columns_say(final, run, config, monkeypatch):
+  method, facts, state, _ = run
+  asked = []
+
+  def in_batches(generate, params, prompt, length, batch, key, **how):
+    asked.append((len(prompt), how))
+    n, most = len(prompt), facts["max_actions"]
+    made = np.zeros((n, facts["max_length"]), np.int32)
+    made[:, : prompt.shape[1]] = prompt
+    return rollout.Rollout(np.full((n, most), EOS, np.int32), made, length, np.ones(n, bool))
+
+  monkeypatch.setattr(text.rollout, "in_batches", in_batches)
+  dict(method.evaluate(state.params, 2, final))
+  own = {"temperature": 1.0, "retype": True}
+  count = config.eval.samples if final else config.eval.samples // 4
+  assert asked == [
+    (count, {**own, "allow_backspace": True, "top_p": None}),
+    (count, {**own, "allow_backspace": True, "top_p": 0.95}),
+    (count, {**own, "allow_backspace": False, "top_p": None}),
+  ]
 
 
 def test_a_book_is_a_corpus(config, one_device, tmp_path):
