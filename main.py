@@ -54,7 +54,9 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("seed", 0, "sample, evaluate: seed of the noise.", 0, 2**32 - 1)
 flags.DEFINE_list("nfe", None, "sample, evaluate images: numbers of steps, of 1, 2, 4, ... 128.")
 flags.DEFINE_list(
-  "guidance", None, "sample, evaluate images: strengths w, 0 to the run's guidance.w_max."
+  "guidance",
+  None,
+  "sample, evaluate images: strengths w, 0 to the run's guidance.w_max; of a flow model any.",
 )
 flags.DEFINE_list(
   "labels", None, "sample images: classes by number or name, in turn; default: all."
