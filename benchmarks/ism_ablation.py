@@ -81,7 +81,7 @@ def _set(section: str, **values):
 
 WAVELETS = {
   "no wavelet": [*_FULL, _set("wavelet", levels=0)],
-  "wavelet, a mean per band": [*_FULL, _set("wavelet", decay=4.0)],
+  "wavelet, levels equal": [*_FULL, _set("wavelet", decay=4.0)],
   "wavelet, charbonnier": [*_FULL, _set("wavelet", norm="charbonnier")],
 }
 
@@ -92,7 +92,11 @@ def _no_guidance(config):
   config.eval.guidance = (0.0,)
 
 
-ALL = LADDER | WAVELETS | {"whole method, no guidance": [*_FULL, _no_guidance]}
+CONTROLS = {
+  "shortcut + fast EMA, unguided, iSM's shares": [_fast, _unguided, _set("loss", shares=(5, 0, 3))],
+  "whole method, no guidance": [*_FULL, _no_guidance],
+}
+ALL = LADDER | WAVELETS | CONTROLS
 
 
 def rung_config(rung: str, seed: int, steps: int):

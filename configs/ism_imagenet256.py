@@ -20,7 +20,7 @@ Expected FID-50k, the paper's numbers and not ours: 5.27, 2.44, 2.05, 1.93, 1.88
 steps; after 250k steps 6.56 and 2.16 at 1 and 4. The paper does not publish the split of the rows
 nor the warm-up: those are ours. So are three defaults (docs/RESULTS.md says why), and the option
 `paper` has the paper's values in their place. The loss is one mean over all rows (the paper: three
-equal weights); half of the consistency rows have w = 0 (the paper: none); noise is paired within
+equal weights); half of the consistency rows have w = 0 (the paper: 1 of 15); noise is paired within
 classes (the paper: without regard to them, so that it tells the class).
 
 What keeps XL from diverging: the gradient is clipped to norm 1; a step whose loss or gradient is
@@ -96,7 +96,7 @@ def debug(config):
 def paper(config):
   """The paper's values where it states them and the defaults are others."""
   config.loss.weights = (1.0, 1.0, 1.0)
-  config.guidance.zero = 0.0
+  config.guidance.zero = 1 / 15  # w is uniform on 0, 0.25, ..., 3.5
   config.pairing.condition = "none"
 
 

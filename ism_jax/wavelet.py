@@ -58,7 +58,8 @@ def level_weights(levels: int, decay: float) -> list[float]:
   """Weight of a squared orthonormal coefficient at levels 1..L and, last, in the low band.
 
   `decay^(l - 1)`, normalised so that white noise costs what it costs under the MSE. decay = 1 is
-  the MSE; 0.5 stresses high frequencies mildly; 4 is a mean per band with equal bands.
+  the MSE; 0.5 stresses high frequencies mildly; 4 gives each level the same sum of weights, and the
+  low band four times what a mean per band would.
   """
   raw = [decay**level for level in range(levels + 1)]
   share = [3 / 4 ** (level + 1) for level in range(levels)] + [1 / 4**levels]  # of the coefficients

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ism_jax import data, evaluate, evaluators
+from ism_jax import data, evaluate, evaluators, fid
 from ism_jax.sample import to_uint8
 
 
@@ -31,6 +31,15 @@ def test_random_labels_are_uniform_by_the_seed_and_begin_alike():
   assert np.abs(np.bincount(labels) - 2000).max() < 6 * np.sqrt(2000)
   np.testing.assert_array_equal(evaluate.random_labels(77, 10, seed=1), labels[:77])
   assert np.any(evaluate.random_labels(77, 10, seed=2) != labels[:77])
+
+
+def test_precision_and_recall_are_of_three_neighbours(reference, source):
+  noise = np.random.default_rng(0).normal(0, 0.5, (300, 8, 8, 1)).astype(np.float32)
+  noisy = (source.images(np.arange(300)) + noise).clip(-1, 1)
+  found = evaluate.compare(reference, noisy, source.labels[:300])
+  features = reference.extract.features(noisy)
+  three, five = (fid.precision_recall(reference.features, features, k=k) for k in (3, 5))
+  assert (found["precision"], found["recall"]) == three != five
 
 
 def test_real_images_are_judged_real(reference, source):
