@@ -102,8 +102,10 @@ def test_parameters_stay_float32_where_the_computation_is_bfloat16():
 def test_options_combine_and_unknown_ones_are_named():
   small = ism_imagenet256.get_config("B/2,debug")
   assert small.steps == 2 and small.model.depth == 2
-  paper = ism.make_loss_config(ism_imagenet256.get_config("S/2,paper"), 1000)
-  assert paper.weights == (1, 1, 1) and paper.zero_w == 0 and paper.w_max == 3.5
+  config = ism_imagenet256.get_config("S/2,paper")
+  paper = ism.make_loss_config(config, 1000)
+  assert paper.weights == (1, 1, 1) and config.pairing.condition == "none"
+  assert paper.zero_w == pytest.approx(1 / (3.5 / 0.25 + 1)) and paper.w_max == 3.5
   flow = ism_imagenet256.get_config("flow,debug")
   sizes = [ism.make_sizes(config, FACTS) for config in (small, flow)]
   assert [found.shortcuts for found in sizes] == [True, False]

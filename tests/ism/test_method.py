@@ -88,13 +88,6 @@ def test_options_differ_where_they_say():
     ism_digits.get_config("flow,fast")
 
 
-def test_the_paper_s_values_are_an_option():
-  config = ism_imagenet256.get_config("paper")
-  assert config.loss.weights == (1, 1, 1) and config.pairing.condition == "none"
-  values = config.guidance.w_max / config.guidance.w_step + 1  # 0 among them
-  assert config.guidance.zero == pytest.approx(1 / values) == 1 / 15
-
-
 def test_facts_are_what_sampling_needs(default):
   _, facts, _ = default
   assert facts == {"names": [str(i) for i in range(10)], "shape": [8, 8, 1], "examples": 1797}
