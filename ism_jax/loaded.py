@@ -96,7 +96,7 @@ def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Loa
   config, facts = record["run"]["config"], record["run"]["facts"]
   shape, names, w_max = tuple(facts["shape"]), tuple(facts["names"]), config["guidance"]["w_max"]
   sampled = apply
-  if not any(config["loss"]["shares"][1:]) and config["loss"]["class_dropout"] > 0:
+  if sample.is_flow(config["loss"]["shares"], config["loss"]["class_dropout"]):
     sampled, w_max = sample.classifier_free(apply, len(names)), math.inf
   sampler = sample.make_sampler(sampled, shape)
   if vae is not None:

@@ -143,8 +143,7 @@ def make_sampled(config, facts: dict) -> Callable:
 
 
 def _is_flow(config) -> bool:
-  """Whether only velocity rows are learned, with and without a class."""
-  return not any(config.loss.shares[1:]) and config.loss.class_dropout > 0
+  return sample.is_flow(config.loss.shares, config.loss.class_dropout)
 
 
 def _strongest(config) -> float:

@@ -46,6 +46,11 @@ def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Arra
   return jax.lax.fori_loop(0, nfe, step, x0)
 
 
+def is_flow(shares, class_dropout: float) -> bool:
+  """Whether a model has learned velocities only, with and without a class; of `loss.LossConfig`."""
+  return not any(shares[1:]) and class_dropout > 0
+
+
 def classifier_free(apply: Callable, null: int) -> Callable:
   """A flow model's `apply` for sampling: w is classifier-free guidance (arXiv 2207.12598).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -279,8 +280,8 @@ class _Run:
         return
       yield item
 
-  def _evaluate(self, final: bool) -> dict[str, float]:
-    """The numbers, logged; those there are, where all were told to stop and it is not the end."""
+  def _evaluate(self, final: bool) -> None:
+    """Logs and shows the numbers; those there are, where all were told to stop before the end."""
     step, results = int(self.state.step), {}
     found = self.method.evaluate(self.state.ema["sample"], step, final, *self.frozen)
     found = metrics_lib.watched(found, active=jax.process_index() == 0)
@@ -295,8 +296,9 @@ class _Run:
     finally:  # an error, too, leaves the numbers that there are
       self.log.writer.scalars(step, {f"eval/{name}": value for name, value in results.items()})
     if results and jax.process_index() == 0:
-      self.log.bar.write(f"step {step}\n{metrics_lib.table(results)}")
-    return results
+      # On the way beside the bar, whose terminal may be a log on a full disk.
+      file = sys.stdout if final else self.log.bar.fp
+      self.log.bar.write(f"step {step}\n{metrics_lib.table(results)}", file=file)
 
 
 class _Log:

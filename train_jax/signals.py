@@ -89,8 +89,9 @@ class Signals:
     self.received.append(name := signal.Signals(number).name)
     for each in self._before:
       signal.signal(each, signal.SIG_DFL)
-    # Not by print: the signal may have come within one.
-    os.write(2, f"\n{name}: ends after this step and saves; the next one ends at once\n".encode())
+    said = f"\n{name}: ends after this step and saves; the next one ends at once\n"
+    with contextlib.suppress(OSError):  # a log on a full disk
+      os.write(2, said.encode())  # not by print: the signal may have come within one
     if self._breaks:
       raise Interrupted
 

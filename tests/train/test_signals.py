@@ -1,5 +1,6 @@
 """Signals and the notice of preemption: the step is finished, saved, and the run goes on."""
 
+import errno
 import os
 import signal
 import threading
@@ -232,5 +233,16 @@ def test_what_was_started_in_the_background_stays_deaf():
       os.kill(os.getpid(), signal.SIGINT)
       time.sleep(0.01)
       signals.pause()
+      assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
   finally:
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_noted_where_nothing_can_be_written(monkeypatch):
+  def write(*_):
+    raise OSError(errno.ENOSPC, "no space left")
+
+  monkeypatch.setattr(os, "write", write)
+  with signals.Signals() as told:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert told.received == ["SIGTERM"]
