@@ -181,17 +181,20 @@ def make_given(config: ConfigDict, facts: dict, devices) -> dict:
   return given
 
 
+def make_optim_config(config: ConfigDict) -> optim.OptimConfig:
+  """The optimiser of `config.optim`; clip and accumulate are the step's."""
+  names = optim.OptimConfig.__dataclass_fields__
+  return optim.OptimConfig(**{name: config.optim[name] for name in names})
+
+
 def make_schedule(config: ConfigDict):
-  """The learning rate by step that `config.optim` describes."""
-  hyper = config.optim
-  return optim.schedule(hyper.lr, hyper.warmup, config.steps, hyper.final)
+  """AdamW's learning rate by step."""
+  return optim.schedule(make_optim_config(config), config.steps)
 
 
 def make_optimizer(config: ConfigDict):
   """The optimiser that `config.optim` describes."""
-  hyper = config.optim
-  rate = make_schedule(config)
-  return optim.adamw(rate, hyper.b1, hyper.b2, hyper.weight_decay, hyper.mu_dtype)
+  return optim.make_optimizer(make_optim_config(config), config.steps)
 
 
 def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:

@@ -29,6 +29,11 @@ def read(workdir: Path, steps: int) -> dict[str, float] | None:
   return None
 
 
+def folder(variant: str, seed: int) -> str:
+  """The name of a run's directory."""
+  return "_".join(re.findall(r"\w+", variant)) + f"_seed{seed}"
+
+
 def run(
   out: Path, variants: Sequence[str], seeds: Sequence[int], make_config: Callable
 ) -> dict[str, list[dict[str, float]]]:
@@ -43,8 +48,7 @@ def run(
   for seed in seeds:
     for variant in variants:
       config = make_config(variant, seed)
-      name = "_".join(re.findall(r"\w+", variant))
-      workdir = out / f"{name}_seed{seed}"
+      workdir = out / folder(variant, seed)
       if read(workdir, config.steps) is None:
         # Gone on with, it would be the shorter run with more steps at a higher rate.
         saved = Checkpoints(workdir).newest_meta()

@@ -104,7 +104,7 @@ def main(workdir: Path, w: float, num: int, finest: int) -> None:
   classes = len(facts["names"])
   label = jnp.arange(num) % classes
   x0 = path.draw_noise(jax.random.key(0), jnp.arange(num), tuple(facts["shape"]))
-  source = method.make_source(config)
+  source, _ = method.make_source(config)
   real = np.sqrt(np.mean(source.images(np.arange(len(source.labels))) ** 2))
 
   rows = []

@@ -99,7 +99,7 @@ def overlap(pools: int) -> dict[str, float]:
     name: ism.make_method(config, mesh)[0].stream(0, 0)
     for name, config in (("random pairs", random), ("sOT, ahead", full))
   }
-  source, config = ism.make_source(full), pairing.PairingConfig(**full.pairing)
+  (source, _), config = ism.make_source(full), pairing.PairingConfig(**full.pairing)
 
   def between():
     rows = np.arange(size) % len(source.labels)

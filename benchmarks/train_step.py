@@ -88,7 +88,7 @@ class Step:
     optim = config.optim
     step = make_train_step(self.method, self.tx, dict(config.ema), optim.clip, optim.accumulate)
     step = mesh_lib.within(self.mesh, step)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    jitted = jax.jit(step, donate_argnums=mesh_lib.donated(0), out_shardings=(shardings, None))
     trees = self.shapes, *frozen_shapes(self.method)
     state, *frozen = (mesh_lib.lay_out(tree, self.mesh) for tree in trees)
     self.lowered = jitted.lower(state, self.batch, *frozen)
@@ -117,7 +117,7 @@ class Step:
   def run_bare(self):
     state, rest = jax.tree.map(jnp.copy, ((self.state.params, self.state.opt_state), self.state))
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=mesh_lib.donated(0, 1))
     def step(params, opt_state, rest, batch, *frozen):
       now, key = replace(rest, params=params), jax.random.key(0)
       extra, batch = self.method.augment(now, batch, key, *frozen)

@@ -20,7 +20,9 @@ def get_common() -> ml_collections.ConfigDict:
   config.max_skipped = 10  # non-finite steps in a row before the run goes back, then stops
 
   config.optim = ml_collections.ConfigDict()
+  config.optim.name = "adamw"  # or muon
   config.optim.lr = 1e-3
+  config.optim.muon_lr = 0.02
   config.optim.warmup = 100
   config.optim.final = 0.1  # of lr, at the end of the cosine; 1 is constant
   config.optim.b1 = 0.9

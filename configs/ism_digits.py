@@ -21,11 +21,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.999})
 
   config.data = ml_collections.ConfigDict()
-  config.data.source = "digits"  # or folder: data.path/<class name>/<image>
+  config.data.source = "digits"  # or folder: data.path/<class name>/<image>; npz, tfds
   config.data.path = ""
   config.data.side = 8
   config.data.channels = 1
   config.data.flip = False  # of each image its mirror image too; not where it means another thing
+  config.data.held_out = 0.0  # share of each class that is not trained on, to compare samples with
   config.data.max_faults = 100  # records that may be unreadable before the run stops
 
   config.model = ml_collections.ConfigDict()

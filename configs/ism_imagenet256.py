@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.9999})
 
   config.data.source = "latents"
-  del config.data.flip  # mirror images are stored
+  del config.data.flip, config.data.held_out  # mirror images are stored
   config.data.path = ""  # what --mode=encode wrote
   config.data.side = 32
   config.data.channels = 4

@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data.test = ""  # with the repository, mathematics_dataset's add_or_sub_in_base
   config.data.examples = 5000  # generated, for training
   config.data.tests = 1000  # generated
+  config.data.seed = 0  # generated: of which questions there are
   config.data.max_faults = 100  # records that may be unreadable before the run stops
   config.data.numbers = 6  # two_sum: numbers in a question
   config.data.modulus = 16  # two_sum

@@ -10,10 +10,12 @@ Dimensions: n images, b batch, h w image, c channel.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from absl import logging
@@ -76,6 +78,96 @@ def digits() -> Source:
     labels=data.target.astype(np.int32),
     names=tuple(str(i) for i in range(10)),
     decode=lambda pixels: pixels / 8 - 1,
+  )
+
+
+# Names that others give the arrays of an .npz: keras.datasets, ADM, and the singular of both.
+NPZ_IMAGES = ("image", "images", "x_train", "arr_0")
+NPZ_LABELS = ("label", "labels", "y_train")
+
+
+def npz(path: str) -> Source:
+  """The images and labels of an .npz, each under one of the usual names.
+
+  Images are [n, h, w], [n, h, w, 1] or [n, h, w, 3]: uint8, or floats that span [0, 1] or [-1, 1].
+  Labels are whole numbers [n] or [n, 1]; each number that occurs is a class, of that name.
+
+  Raises:
+    UserError: no such file, no such arrays (it says which there are), or they are no images with a
+      label each.
+  """
+  flag = f"data.path={path!r}"
+  try:
+    with np.load(Path(path).expanduser()) as file:  # pickled objects are refused: they are code
+      arrays = {name: file[name] for name in (*NPZ_IMAGES, *NPZ_LABELS) if name in file}
+      known = ", ".join(f"{name} {file[name].shape}" for name in file)
+  except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as err:
+    raise UserError(f"{flag} cannot be read as an .npz of arrays ({err}).") from err
+  found = []
+  for what, names in (("images", NPZ_IMAGES), ("labels", NPZ_LABELS)):
+    present = [name for name in names if name in arrays]
+    if not present:
+      raise UserError(
+        f"{flag} has no {what} under any of the names {', '.join(names)}; it has {known or 'none'}."
+      )
+    if len(present) > 1:
+      raise UserError(
+        f"{flag} has {what} under {' and '.join(present)}; leave one of them in the file."
+      )
+    found.append(arrays[present[0]])
+  images, labels = found
+  pixels = images[..., None] if images.ndim == 3 else images
+  if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or not pixels.size:
+    raise UserError(
+      f"{flag}: its images have the shape {images.shape}, and must be [n, h, w], [n, h, w, 1] or "
+      "[n, h, w, 3]."
+    )
+  if labels.shape not in ((len(pixels),), (len(pixels), 1)) or labels.dtype.kind not in "iu":
+    raise UserError(
+      f"{flag}: its labels are {labels.dtype} {labels.shape}, and must be one whole number for "
+      f"each of the {len(pixels)} images."
+    )
+  classes, labels = np.unique(labels.reshape(-1), return_inverse=True)
+  pixels, decode = _npz_pixels(pixels, flag)
+  return Source(pixels, labels.astype(np.int32), tuple(map(str, classes)), decode)
+
+
+def _npz_pixels(pixels: np.ndarray, flag: str) -> tuple[np.ndarray, Callable]:
+  """Pixels as they are kept, and what brings them into [-1, 1]."""
+  if pixels.dtype == np.uint8:
+    return pixels, _decode_bytes
+  low, high = float(pixels.min()), float(pixels.max())  # NaN fails both tests below
+  if pixels.dtype.kind == "f" and -1 <= low and high <= 1:
+    pixels = pixels.astype(np.float32)
+    return (pixels, lambda pixels: pixels) if low < 0 else (pixels, lambda pixels: 2 * pixels - 1)
+  raise UserError(
+    f"{flag}: its images are {pixels.dtype} from {low:g} to {high:g}, and must be uint8, or floats "
+    "in [0, 1] or [-1, 1]; convert them."
+  )
+
+
+def hold_out(source: Source, share: float) -> tuple[Source, Source]:
+  """(what is trained on, what is kept from training): `share` of each class, always the same.
+
+  Raises:
+    UserError: `share` is no share, or leaves a class without images on either side.
+  """
+  if not 0 < share < 1:
+    raise UserError(f"data.held_out={share} is a share of each class; choose it between 0 and 1.")
+  kept = []
+  for label, name in enumerate(source.names):
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(source.labels == label))
+    n = round(share * len(rows))
+    if not 0 < n < len(rows):
+      raise UserError(
+        f"data.held_out={share} of the {len(rows)} images of class {name!r} is {n}; choose another "
+        "share, so that some are kept and some are left."
+      )
+    kept.append(rows[:n])
+  kept = np.isin(np.arange(len(source.labels)), np.concatenate(kept))
+  return tuple(
+    replace(source, pixels=source.pixels[rows], labels=source.labels[rows])
+    for rows in (~kept, kept)
   )
 
 

@@ -30,18 +30,31 @@ COLUMNS = 16  # of a grid, at most
 
 @dataclass(frozen=True)
 class Reference:
-  """The data's side of a comparison: real images, their features [n, f] and these' moments."""
+  """The data's side of a comparison: real images, their features [n, f] and these' moments.
+
+  `held_out` are the moments of images that were kept from training, where some were.
+  """
 
   images: np.ndarray
   extract: FeatureExtractor
   features: np.ndarray
   moments: fid.Moments
+  held_out: fid.Moments | None = None
 
   @classmethod
-  def of(cls, extract: FeatureExtractor, images: np.ndarray) -> Reference:
-    """Features of real images [n, h, w, c] in [-1, 1]."""
+  def of(cls, extract: FeatureExtractor, images: np.ndarray, held_out=None) -> Reference:
+    """Features of real images [n, h, w, c] in [-1, 1], and of those held out, if any."""
     features = extract.features(images)
-    return cls(images, extract, features, fid.update(fid.no_moments(features.shape[1]), features))
+    kept = None if held_out is None else _moments(extract.features(held_out))
+    return cls(images, extract, features, _moments(features), kept)
+
+
+def _moments(features: np.ndarray) -> fid.Moments:
+  return fid.update(fid.no_moments(features.shape[1]), features)
+
+
+def _distance(a: fid.Moments, b: fid.Moments) -> float:
+  return fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def balanced_labels(n: int, classes: int) -> np.ndarray:
@@ -59,9 +72,11 @@ def compare(reference: Reference, images: np.ndarray, labels: np.ndarray) -> dic
   extract = reference.extract
   features = extract.features(images)
   precision, recall = fid.precision_recall(reference.features, features, k=3)
-  real, fake = reference.moments, fid.update(fid.no_moments(features.shape[1]), features)
+  fake = _moments(features)
+  kept = {} if reference.held_out is None else {"fd_held_out": _distance(reference.held_out, fake)}
   return {
-    "fd": fid.frechet_distance(real.mean, real.covariance, fake.mean, fake.covariance),
+    "fd": _distance(reference.moments, fake),
+    **kept,
     "accuracy": float(np.mean(extract.labels(images) == labels)),
     "precision": precision,
     "recall": recall,
@@ -78,9 +93,12 @@ def measure(
 ) -> Iterator[tuple[str, float | np.ndarray]]:
   """Yields ("fd/nfe1_w0.5", value) and so on, for each (nfe, w, n samples) of `settings`.
 
-  Last comes ("spectrum", picture) of the samples at the lowest w.
+  Where images were held out, `fd_held_out/data` is the distance from them to those of training: what
+  perfect samples would have. Last comes ("spectrum", picture) of the samples at the lowest w.
   """
   lowest, unguided = min(w for _, w, _ in settings), {}
+  if reference.held_out is not None:
+    yield "fd_held_out/data", _distance(reference.held_out, reference.moments)
   for nfe, w, n in settings:
     labels = balanced_labels(n, classes)
     images = np.clip(sample(params, seed, labels, w, nfe), -1, 1)

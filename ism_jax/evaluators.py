@@ -14,7 +14,9 @@ from ism_jax.protocol import Protocol, check_number
 from train_jax.errors import UserError
 
 
-def make_evaluate(config, source, facts: dict, apply, mesh, leak=None) -> Callable:
+def make_evaluate(
+  config, source, facts: dict, apply, mesh, leak=None, held_out: data.Source | None = None
+) -> Callable:
   """`Method.evaluate` of a run: pictures and numbers, a quick part of them in training.
 
   Args:
@@ -22,6 +24,7 @@ def make_evaluate(config, source, facts: dict, apply, mesh, leak=None) -> Callab
     facts: those saved with a checkpoint.
     apply: the network s(params, x, t, d, c, w), as samplers call it.
     leak: () -> the class leak of the pairing, named, once at the end; None for not at all.
+    held_out: images kept from training, to which samples are compared as well.
   """
   if config.eval.get("metrics"):
     return _make_large(config, facts, apply, mesh, leak)
@@ -34,7 +37,7 @@ def make_evaluate(config, source, facts: dict, apply, mesh, leak=None) -> Callab
     if jax.process_index() == 0:
       print(f"evaluation: a grid of samples, without numbers: {why}", flush=True)
     return _make_grid(config, source, sampler)
-  return _make_small(config, source, sampler, leak)
+  return _make_small(config, source, sampler, leak, held_out)
 
 
 def not_measurable(source: data.Source) -> str:
@@ -48,9 +51,9 @@ def not_measurable(source: data.Source) -> str:
   )
 
 
-def _make_small(config, source: data.Source, sampler, leak):
-  """A grid, and the metrics of evaluate.py by a classifier of the data."""
-  reference = functools.cache(lambda: make_reference(source))
+def _make_small(config, source: data.Source, sampler, leak, held_out):
+  """A grid, and the metrics of evaluate.py by a classifier of what is trained on."""
+  reference = functools.cache(lambda: make_reference(source, held_out))
   classes, n = len(source.names), config.eval.samples
 
   def run(params, step: int, final: bool):
@@ -138,7 +141,9 @@ def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> benchmark.Be
   return benchmark.prepare(protocol, apply, shape, classes, mesh, facts.get("vae", ""))
 
 
-def make_reference(source: data.Source, limit: int = 10_000) -> evaluate.Reference:
+def make_reference(
+  source: data.Source, held_out: data.Source | None = None, limit: int = 10_000
+) -> evaluate.Reference:
   """Features of the data, by a classifier fitted on it; of a random 10k where there are more.
 
   At least two of each class are among them: `fit_classifier` needs as many.
@@ -150,4 +155,5 @@ def make_reference(source: data.Source, limit: int = 10_000) -> evaluate.Referen
   rest = order[~np.isin(order, pairs)]
   chosen = np.sort(np.concatenate([pairs, rest])[: max(limit, len(pairs))])
   images = source.images(chosen)
-  return evaluate.Reference.of(fit_classifier(images, source.labels[chosen]), images)
+  kept = held_out.images(np.arange(len(held_out.labels))) if held_out else None
+  return evaluate.Reference.of(fit_classifier(images, source.labels[chosen]), images, kept)

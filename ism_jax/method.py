@@ -39,12 +39,24 @@ from train_jax.metrics import report
 from train_jax.step import Method, no_augment
 
 
-def make_source(config) -> data.Source | latents.Latents:
-  """The images, or latents, of `config.data`; images with their mirror images if it says `flip`."""
-  source, flip = _open_source(config), config.data.get("flip")  # not of latents
-  if flip and isinstance(source, latents.Latents):
-    raise UserError("data.flip=True is for images, and latents have their mirror images; omit it.")
-  return data.with_mirror_images(source) if flip else source
+def make_source(config) -> tuple[data.Source | latents.Latents, data.Source | None]:
+  """(the images, or latents, of `config.data`; those of them that are kept from training).
+
+  With `data.flip` there are their mirror images as well, of those that are trained on.
+  """
+  source, held_out = _open_source(config), None
+  flip, share = (config.data.get(name) for name in ("flip", "held_out"))  # not of latents
+  if isinstance(source, latents.Latents):
+    if flip or share:
+      name = "flip" if flip else "held_out"
+      raise UserError(
+        f"data.{name}={config.data[name]} is for images; latents have their mirror images, and "
+        "none is kept from training: leave it out."
+      )
+    return source, None
+  if share:
+    source, held_out = data.hold_out(source, share)
+  return data.with_mirror_images(source) if flip else source, held_out
 
 
 def _open_source(config) -> data.Source | latents.Latents:
@@ -54,12 +66,12 @@ def _open_source(config) -> data.Source | latents.Latents:
     if where:
       raise UserError(
         f"data.path={where!r} is not read where data.source='digits'; choose data.source=folder, "
-        "tfds or latents, or leave the path empty."
+        "npz, tfds or latents, or leave the path empty."
       )
     return data.digits()
-  if kind not in ("folder", "tfds", "latents"):
+  if kind not in ("folder", "npz", "tfds", "latents"):
     raise UserError(
-      f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'tfds' or 'latents'."
+      f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'npz', 'tfds' or 'latents'."
     )
   made_up = config.data.get("made_up", 0)
   if made_up and not where:
@@ -70,6 +82,8 @@ def _open_source(config) -> data.Source | latents.Latents:
       f"data.path is empty; give --config.data.path=PATH, what data.source={kind!r} is to read."
     )
   faults = config.data.get("max_faults", LIMIT)
+  if kind == "npz":
+    return data.npz(where)
   if kind == "latents":
     return latents.open_set(where, config.data.get("std", latents.STD_RANGE), faults)
   return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels, faults)
@@ -224,10 +238,11 @@ def _facts(source: data.Source | latents.Latents) -> dict:
   }
 
 
-def _describe(config, source: data.Source | latents.Latents) -> None:
+def _describe(config, source: data.Source | latents.Latents, held_out: int) -> None:
   """Prints what there is to learn; warns where the classes look like parts of a data set."""
   count, names = len(source.labels), source.names
   mirrored = ", half of them mirrored" if config.data.get("flip") else ""
+  mirrored += f", {held_out} more held out" if held_out else ""
   some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
   size = "x".join(map(str, source.shape))
   print(f"data: {count} images of {size}{mirrored}; {len(names)} class(es): {some}", flush=True)
@@ -243,13 +258,13 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """
   loss_config = make_loss_config(config, classes=0)
   pair_config = pairing.PairingConfig(**config.pairing)
-  source = make_source(config)
+  source, held_out = make_source(config)
   _check(config, source)
   largest = np.bincount(source.labels).max() / len(source.labels)
   pairing.check_size(pair_config, config.batch, largest)
   _warn_of_few_rows(config, mesh)
   if jax.process_index() == 0 and not config.data.get("made_up"):
-    _describe(config, source)
+    _describe(config, source, len(held_out.labels) if held_out else 0)
   classes = len(source.names)
   loss_config = make_loss_config(config, classes)
   facts = _facts(source)
@@ -309,7 +324,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     augment=latents.draw if in_latents else no_augment,
     stream=stream,
     evaluate=evaluators.make_evaluate(
-      config, source, facts, make_sampled(config, facts), mesh, measured
+      config, source, facts, make_sampled(config, facts), mesh, measured, held_out
     ),
   )
   return method, facts
@@ -403,7 +418,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
     raise UserError(
       "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
     )
-  source = make_source(config)
+  source, held_out = make_source(config)
   if changed := [name for name, now in _facts(source).items() if now != facts.get(name, now)]:
     raise UserError(
       f"data.path={config.data.path!r} has other {', '.join(changed)} than the run had; put the "
@@ -411,7 +426,7 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
     )
   if why := evaluators.not_measurable(source):
     raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
-  run = evaluators.make_evaluate(config, source, facts, apply, mesh)
+  run = evaluators.make_evaluate(config, source, facts, apply, mesh, held_out=held_out)
   params, step = load(mesh)
   about = {"step": step, "seed": flags.seed, "samples": config.eval.samples}
   report(about, run(params, step, final=True), out)

@@ -45,9 +45,9 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
       f"data.examples={source.examples} and data.tests={source.tests} must be at least 1."
     )
   if source.source == "two_sum":
-    made = data.make_two_sum(wanted, 0, source.numbers, source.modulus)
+    made = data.make_two_sum(wanted, source.seed, source.numbers, source.modulus)
   else:
-    made = data.make_add_or_sub_in_base(wanted, 0)
+    made = data.make_add_or_sub_in_base(wanted, source.seed)
   return made[: source.examples], made[source.examples :]
 
 

@@ -216,7 +216,9 @@ class _Run:
     config = self.config
     step_fn = make_train_step(self.method, self.tx, self.decays, config.clip, config.accumulate)
     step_fn = jax.jit(
-      mesh_lib.within(self.mesh, step_fn), donate_argnums=0, out_shardings=(self.shardings, None)
+      mesh_lib.within(self.mesh, step_fn),
+      donate_argnums=mesh_lib.donated(0),
+      out_shardings=(self.shardings, None),
     )
     agree, stop = distributed.Agreement(self.mesh), False
     # Saves that are due while steps are skipped wait: the state before is the one to keep.

@@ -280,6 +280,15 @@ def to_local(array: jax.Array) -> np.ndarray:
   return np.concatenate([none, *(data for _, data in sorted(shards.items()))])
 
 
+def donated(*arguments: int) -> tuple[int, ...]:
+  """Those arguments of a jitted function whose memory it may take over; none on a CPU.
+
+  There memory is not scarce, and XLA's programs that write over their arguments take half as long
+  again (the digits' step 44 ms for 31, on one core).
+  """
+  return () if jax.default_backend() == "cpu" else arguments
+
+
 def replicate(tree, mesh: Mesh):
   """The same arrays on every device of the mesh."""
   return jax.device_put(tree, everywhere(mesh))

@@ -1,65 +1,151 @@
-"""Schedule and optimiser. Clipping lives in the step, which needs the gradient's norm anyway."""
+"""Schedule and optimisers. Clipping lives in the step, which needs the gradient's norm anyway."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from train_jax import lora
 from train_jax.errors import UserError
+from train_jax.state import dotted
+
+OPTIMIZERS = ("adamw", "muon")
+MOMENTUM = 0.95  # Muon's; Jordan's value, which every later paper keeps
 
 
-def schedule(lr: float, warmup: int, steps: int, final: float) -> optax.Schedule:
-  """Linear warm-up over `warmup` steps, then a cosine from `lr` to `final * lr` at `steps`.
+@dataclass(frozen=True)
+class OptimConfig:
+  """The optimiser and its rates.
 
-  `final = 1` is a constant rate after the warm-up.
-
-  Raises:
-    UserError: `lr` is not above 0, or another is below it.
+  Attributes:
+    name: adamw, or muon for the matrices inside the blocks and AdamW for all else.
+    lr: AdamW's peak learning rate.
+    muon_lr: Muon's.
+    warmup: steps over which both rates grow linearly.
+    final: both end at `final` times their peak, along a cosine; 1 keeps them constant.
+    b1, b2: decays of AdamW's moments.
+    weight_decay: a step takes rate * `weight_decay` off each matrix, where `rate` is AdamW's,
+      whichever optimiser moves the matrix: Muon's rate is larger, and would decay as much more.
+    mu_dtype: what first moments and Muon's momentum are kept in, float32 or bfloat16. Second
+      moments stay in float32: with b2 near 1 a step changes them by less than bfloat16 resolves.
   """
-  if not lr > 0:
-    raise UserError(f"optim.lr={lr} must be above 0.")
-  for name, value in (("warmup", warmup), ("final", final)):
-    if not value >= 0:
-      raise UserError(f"optim.{name}={value} must be at least 0.")
+
+  name: str
+  lr: float
+  muon_lr: float
+  warmup: int
+  final: float
+  b1: float
+  b2: float
+  weight_decay: float
+  mu_dtype: str
+
+  def __post_init__(self):
+    if self.name not in OPTIMIZERS:
+      raise UserError(f"optim.name={self.name!r} is unknown; choose from {', '.join(OPTIMIZERS)}.")
+    for name in ("lr", "muon_lr"):
+      if not getattr(self, name) > 0:
+        raise UserError(f"optim.{name}={getattr(self, name)} must be above 0.")
+    for name in ("warmup", "final", "weight_decay"):
+      if not getattr(self, name) >= 0:
+        raise UserError(f"optim.{name}={getattr(self, name)} must be at least 0.")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1.")
+    if self.mu_dtype not in ("float32", "bfloat16"):
+      raise UserError(
+        f"optim.mu_dtype={self.mu_dtype!r} is unknown; choose 'float32' or 'bfloat16'."
+      )
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+  """AdamW's rate by step: linear warm-up, then a cosine from `lr` to `final * lr` at `steps`."""
   return optax.warmup_cosine_decay_schedule(
-    init_value=lr / max(warmup, 1),
-    peak_value=lr,
-    warmup_steps=warmup,
-    decay_steps=max(steps, warmup + 1),
-    end_value=final * lr,
+    init_value=config.lr / max(config.warmup, 1),
+    peak_value=config.lr,
+    warmup_steps=config.warmup,
+    decay_steps=max(steps, config.warmup + 1),
+    end_value=config.final * config.lr,
   )
 
 
-def _is_matrix(path, _) -> bool:
-  name = jax.tree_util.keystr(path[-1:], simple=True)
-  return name == "kernel" or lora.is_adapter(name)
+def _name(path) -> str:
+  return jax.tree_util.keystr(path[-1:], simple=True)
 
 
-def adamw(
-  rate: optax.Schedule, b1: float, b2: float, weight_decay: float, mu_dtype: str = "float32"
-):
-  """AdamW (Loshchilov & Hutter, arXiv 1711.05101); only matrices decay: kernels and adapters.
+def _decays(path, _) -> bool:
+  """Matrices do: kernels and adapters. By name: stacked layers give biases a second axis."""
+  return _name(path) == "kernel" or lora.is_adapter(_name(path))
 
-  By name, because stacked layers give biases a second axis.
 
-  Args:
-    mu_dtype: what the first moments are kept in, float32 or bfloat16. The second stay in float32:
-      with b2 near 1 a step changes them by less than bfloat16 resolves.
+def _orthogonalized(path, leaf) -> contrib.MuonDimensionNumbers | None:
+  """The axes of a matrix inside the blocks (stacked: the last two); None for all else."""
+  name = dotted(path)
+  if "blocks" not in name.split(".") or _name(path) != "kernel":
+    return None
+  if jnp.ndim(leaf) < 2:
+    raise UserError(
+      f"optim.name='muon' takes matrices, and the parameter {name} has the shape "
+      f"{jnp.shape(leaf)}; choose optim.name=adamw."
+    )
+  return contrib.MuonDimensionNumbers(jnp.ndim(leaf) - 2, jnp.ndim(leaf) - 1)
+
+
+def _scaled_by_shape(matrix: jax.Array) -> jax.Array:
+  inputs, outputs = matrix.shape[-2:]
+  return max(1, outputs / inputs) ** 0.5 * matrix
+
+
+def by_muon(params) -> dict[str, bool]:
+  """Whether Muon moves a parameter, by dotted name."""
+  found = jax.tree_util.tree_leaves_with_path(params)
+  return {dotted(path): _orthogonalized(path, leaf) is not None for path, leaf in found}
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+  """AdamW (Loshchilov & Hutter, arXiv 1711.05101) or Muon (Jordan et al., 2024) with it.
+
+  Muon's step is the momentum with all its singular values brought near 1 by five Newton-Schulz
+  iterations, times sqrt(max(1, outputs / inputs)) and `muon_lr`.
 
   Raises:
-    UserError: `mu_dtype` is neither, or a decay is not in [0, 1).
+    UserError: of Muon's `init`, where the parameters have no matrix that it can take.
   """
-  for name, decay in (("b1", b1), ("b2", b2)):
-    if not 0 <= decay < 1:
-      raise UserError(f"optim.{name}={decay} must be at least 0 and below 1.")
-  if mu_dtype not in ("float32", "bfloat16"):
-    raise UserError(f"optim.mu_dtype={mu_dtype!r} is unknown; choose 'float32' or 'bfloat16'.")
+  rate = schedule(config, steps)
+  mu_dtype = jnp.dtype(config.mu_dtype)
 
-  def mask(params):
-    return jax.tree_util.tree_map_with_path(_is_matrix, params)
+  def decaying(params):
+    return jax.tree_util.tree_map_with_path(_decays, params)
 
-  return optax.adamw(
-    rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask, mu_dtype=jnp.dtype(mu_dtype)
+  adamw = optax.adamw(
+    rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decaying, mu_dtype=mu_dtype
   )
+  if config.name == "adamw":
+    return adamw
+
+  def labels(params):
+    named = by_muon(params)
+    if not any(named.values()):
+      raise UserError(
+        "optim.name='muon' moves the matrices inside the blocks, and none of them is trained here; "
+        "choose optim.name=adamw."
+      )
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: "muon" if named[dotted(path)] else "adamw", params
+    )
+
+  def axes(params):
+    return jax.tree_util.tree_map_with_path(_orthogonalized, params)
+
+  muon = optax.chain(
+    contrib.scale_by_muon(beta=MOMENTUM, mu_dtype=mu_dtype, weight_dimension_numbers=axes),
+    optax.stateless(lambda updates, _: jax.tree.map(_scaled_by_shape, updates)),
+    optax.scale(config.muon_lr / config.lr),
+    optax.add_decayed_weights(config.weight_decay),
+    optax.scale_by_learning_rate(rate),
+  )
+  return optax.partition({"muon": muon, "adamw": adamw}, labels)

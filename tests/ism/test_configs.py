@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.extend import core
 
+import main
 from configs import ism_folder, ism_imagenet256
 from ism_jax import dit
 from ism_jax import method as ism
 from train_jax import mesh as mesh_lib
-from train_jax import optim
 from train_jax import state as state_lib
 from train_jax.step import make_train_step
 
@@ -84,7 +84,8 @@ def test_the_defaults_are_the_papers():
   assert (config.model.dtype, config.model.remat) == ("bfloat16", "block")
   fast = ism_imagenet256.get_config("gpu").model
   assert (fast.attention, fast.unroll, fast.remat) == ("cudnn", True, "none")
-  rate = optim.schedule(config.optim.lr, config.optim.warmup, config.steps, config.optim.final)
+  assert config.optim.name == "adamw"
+  rate = main.make_schedule(config)
   assert float(rate(100_000)) == float(rate(799_999)) == pytest.approx(1e-4)
 
 
@@ -126,8 +127,7 @@ def test_debug_trains_from_a_clean_clone(module):
   config = module.get_config("debug")
   method, facts = ism.make_method(config, mesh_lib.make_mesh())
   assert len(facts["names"]) == 10
-  rate = optim.schedule(config.optim.lr, config.optim.warmup, config.steps, config.optim.final)
-  tx = optim.adamw(rate, config.optim.b1, config.optim.b2, config.optim.weight_decay)
+  tx = main.make_optimizer(config)
   decays = dict(config.ema)
   state = jax.jit(state_lib.create(method, tx, decays, seed=0))()
   step = jax.jit(make_train_step(method, tx, decays, config.optim.clip))

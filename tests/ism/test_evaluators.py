@@ -128,6 +128,6 @@ def test_a_rare_class_is_in_the_reference(limit):
   labels = np.repeat(np.arange(3), (30, 2, 40)).astype(np.int32)
   pixels = np.arange(len(labels), dtype=np.float32).reshape(-1, 1, 1, 1)
   source = data.Source(pixels, labels, tuple("abc"), lambda pixels: pixels / 100)
-  images = evaluators.make_reference(source, limit).images.ravel()
+  images = evaluators.make_reference(source, limit=limit).images.ravel()
   assert len(set(images)) == len(images) == max(limit, 6)
   assert np.bincount(labels[np.rint(100 * images).astype(int)]).min() >= 2

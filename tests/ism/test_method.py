@@ -187,7 +187,7 @@ def test_what_is_evaluated_is_what_the_config_says(default, monkeypatch):
   """Steps, strengths, numbers of samples and the seed; the leak of the pairs of training."""
   *_, params = default
   asked, read, drawn = [], [], []
-  monkeypatch.setattr(evaluators, "make_reference", lambda source: "reference")
+  monkeypatch.setattr(evaluators, "make_reference", lambda source, held_out: "reference")
 
   def measure(sampler, params, reference, classes, settings, seed):
     asked.append((reference, classes, settings, seed))

@@ -1,0 +1,92 @@
+"""iSM on MNIST, 28x28 pixels, 10 classes: digits that anyone would recognise, in one step.
+
+    ./launch.sh configs/ism_mnist.py --config.data.path=mnist.npz           # images and labels
+    ./launch.sh configs/ism_mnist.py --config.data.source=tfds --config.data.path=mnist  # prepared
+    ./launch.sh configs/ism_mnist.py:shortcut --config.data.path=mnist.npz  # or flow: baselines
+    ./launch.sh configs/ism_mnist.py:debug    # two steps of everything, images made up
+
+mnist.npz: images under image(s), x_train or arr_0, labels under label(s) or y_train, as Keras'
+mnist.npz has them. Any other set of small grey images goes as well: set data.side.
+
+Hardware: 2 CPU cores, about 15 minutes.
+"""
+
+import ml_collections
+
+from configs import ism_digits
+from configs.common import apply_options, get_common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+  config = get_common()
+  config.method = "ism"
+  config.steps = 3000
+  config.eval_every = 1000
+  config.optim.name = "muon"
+  config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.999})
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "npz"  # or tfds, folder
+  config.data.path = ""
+  config.data.side = 28
+  config.data.channels = 1
+  config.data.flip = False
+  config.data.held_out = 0.1  # share of each class that is not trained on, to compare samples with
+  config.data.max_faults = 100  # records that may be unreadable before the run stops
+  config.data.made_up = 0  # random images to train on where there is no path
+
+  config.model = ml_collections.ConfigDict()
+  config.model.patch = 4  # 49 patches
+  config.model.width = 96
+  config.model.depth = 4
+  config.model.heads = 4
+  config.model.qk_norm = False
+  config.model.dtype = "float32"  # or bfloat16
+  config.model.remat = "none"  # or products, block: what the backward pass computes again
+  config.model.unroll = True
+  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.shares = (4, 1, 3)  # velocity, guidance and consistency rows of every 8
+  config.loss.weights = ()  # of these roles' means; (): as their rows, one mean over all of them
+  config.loss.class_dropout = 0.1
+
+  config.guidance = ml_collections.ConfigDict()
+  config.guidance.w_max = 2.0
+  config.guidance.w_step = 0.25
+  config.guidance.zero = 0.5  # probability of w = 0 in consistency rows
+  config.guidance.start = 0.3  # acts at t >= start
+  config.guidance.baked = 0.0  # the original shortcut model's fixed strength
+
+  config.wavelet = ml_collections.ConfigDict()
+  config.wavelet.levels = 2  # 28 = 4 x 7
+  config.wavelet.decay = 0.5  # weight of level l is decay^(l - 1)
+  config.wavelet.norm = "l2"  # or charbonnier
+
+  config.pairing = ml_collections.ConfigDict()
+  config.pairing.pool = 32  # batches in an optimal transport pool; 0: random pairs
+  config.pairing.condition = "class"  # or none (the paper), weight
+  config.pairing.weight = 1.0
+  config.pairing.solver = "sinkhorn"  # or exact
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.nfe = (1, 2, 4, 8)
+  config.eval.guidance = (0.0, 0.5, 1.0)
+  config.eval.samples = 1000
+  config.eval.metrics = ()  # of fid, sfid, fd_dinov2, is, pr; (): by a classifier of the data
+  config.eval.reference = ""  # of the metrics: an ADM .npz, or a folder of images
+  config.eval.inception = ""  # weights: .safetensors
+  config.eval.dinov2 = ""
+  config.eval.vae = ""
+  config.eval.classes = "balanced"  # or random
+  apply_options(config, arg, OPTIONS)
+  return config
+
+
+def debug(config):
+  """Two steps of everything, in seconds: on made-up images, or on those of --config.data.path."""
+  ism_digits.debug(config)
+  config.data.made_up = 100
+
+
+OPTIONS = {**ism_digits.BASELINES, "debug": debug}
