@@ -5,12 +5,12 @@
     python benchmarks/rates.py --task=two_sum_hard --base="mle"       # also: bc, or nothing
     python benchmarks/rates.py --task=arithmetic --base="mle"
     python benchmarks/rates.py --task=text --base="mle"
-    python benchmarks/rates.py --task=digits --rows="optim.name=muon;optim.name=muon,ema.sample=0.99"
+    python benchmarks/rates.py --task=digits --rows="optim.name=muon;optim.name=muon,optim.b2=0.9"
 
 A row is a list of the config's keys with their values, as after --config. Images are judged by the
-Fréchet distance to images that were kept from training, text by the likelihood of texts that were,
-questions by others than those of the tables in docs/RESULTS.md. Every row is evaluated --points
-times on the way, so that one that gets worse again shows it.
+Fréchet distance to images that were kept from training, texts by the likelihood of texts that were,
+questions by others than those of the tables in docs/RESULTS.md. Each row is evaluated --points
+times on the way, which shows one that gets worse again.
 
 Writes table.md and results.json. Stopped, it goes on where it was; finished runs are only read. Two
 of them with other --seeds and the same --out may run side by side, a core each (taskset).

@@ -137,7 +137,7 @@ def _npz_pixels(pixels: np.ndarray, flag: str) -> tuple[np.ndarray, Callable]:
   if pixels.dtype == np.uint8:
     return pixels, _decode_bytes
   low, high = float(pixels.min()), float(pixels.max())  # NaN fails both tests below
-  if pixels.dtype.kind == "f" and -1 <= low and high <= 1:
+  if pixels.dtype.kind == "f" and low >= -1 and high <= 1:
     pixels = pixels.astype(np.float32)
     return (pixels, lambda pixels: pixels) if low < 0 else (pixels, lambda pixels: 2 * pixels - 1)
   raise UserError(
