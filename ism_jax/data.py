@@ -98,7 +98,10 @@ def npz(path: str) -> Source:
   """
   flag = f"data.path={path!r}"
   try:
-    with np.load(Path(path).expanduser()) as file:  # pickled objects are refused: they are code
+    opened = np.load(Path(path).expanduser())  # pickled objects are refused: they are code
+    if isinstance(opened, np.ndarray):
+      raise ValueError("it is one array, without labels")
+    with opened as file:
       arrays = {name: file[name] for name in (*NPZ_IMAGES, *NPZ_LABELS) if name in file}
       known = ", ".join(f"{name} {file[name].shape}" for name in file)
   except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as err:

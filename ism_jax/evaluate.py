@@ -93,8 +93,8 @@ def measure(
 ) -> Iterator[tuple[str, float | np.ndarray]]:
   """Yields ("fd/nfe1_w0.5", value) and so on, for each (nfe, w, n samples) of `settings`.
 
-  Where images were held out, `fd_held_out/data` is the distance from them to those of training: what
-  perfect samples would have. Last comes ("spectrum", picture) of the samples at the lowest w.
+  Where images were held out, `fd_held_out/data` is the distance from them to those of training.
+  Last comes ("spectrum", picture) of the samples at the lowest w.
   """
   lowest, unguided = min(w for _, w, _ in settings), {}
   if reference.held_out is not None:

@@ -1,4 +1,4 @@
-"""The schedule at its corners; Muon against singular values; what decays and what is orthogonalised."""
+"""The schedule at its corners; Muon against singular values; what it moves, and what decays."""
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,10 @@ def test_muon_on_a_mesh_moves_as_on_one_device(layout, monkeypatch):
   tx, moved = make(name="muon", weight_decay=0.1), []
   for mesh in (mesh_lib.make_mesh(devices=jax.devices()[:1]), mesh_lib.make_mesh(*layout)):
     params = {"blocks": {"kernel": draw[0, 0]}, "out": {"kernel": draw[0, 1, 0]}}
-    place = lambda tree, mesh=mesh: jax.device_put(tree, mesh_lib.state_sharding(tree, mesh))
+
+    def place(tree, mesh=mesh):
+      return jax.device_put(tree, mesh_lib.state_sharding(tree, mesh))
+
     params = place(jax.tree.map(jnp.array, params))
     state = place(tx.init(params))
     for step in (1, 2):
