@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from seqmatch_jax.actions import Noise, replay, tree
 from seqmatch_jax.data import Encoded
-from seqmatch_jax.loss import LossConfig, loss
+from seqmatch_jax.loss import LossConfig, log_likelihood
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import mesh as mesh_lib
 from train_jax.signals import pause
@@ -125,13 +125,12 @@ def make_total(apply: Callable, config: LossConfig, mesh: Mesh | None = None) ->
   Under each of `policies`: float32 [policies]; of the actions that carry weight, <eos> too. Of
   `config`, whether it may erase counts. The devices of `mesh` share the rows out.
   """
-  plain = [LossConfig("chi2", 0.0, 1.0, may) for may in policies(config.backspace).values()]
+  may_erase = policies(config.backspace).values()
 
   def total(params, rows):
     logits = apply(params, rows["token"], rows["position"], rows["end"])
-    count = rows["weight"].sum()
-    means = jnp.stack([-loss(each, logits, rows)[0] for each in plain])
-    return means * jnp.maximum(count, 1.0), count
+    sums = jnp.stack([log_likelihood(logits, rows, may).sum() for may in may_erase])
+    return sums, rows["weight"].sum()
 
   return mesh_lib.jit(total, mesh)
 
@@ -162,8 +161,48 @@ def make_likelihood(
   return likelihood
 
 
+def make_score(apply: Callable, batch: int, mesh: Mesh | None = None) -> Callable:
+  """Returns `score(params, data, actions) -> float32 [e]`, the log-likelihood of each trajectory.
+
+  Of trajectories [e, a] without <backspace>, under a model that has none.
+  """
+
+  def of_rows(params, rows):
+    logits = apply(params, rows["token"], rows["position"], rows["end"])
+    return log_likelihood(logits, rows, backspace=False)
+
+  of_rows = mesh_lib.jit(of_rows, mesh)
+
+  def score(params, data: Encoded, actions: np.ndarray) -> np.ndarray:
+    nodes = data.prompt.shape[1] + actions.shape[1]
+    made, found = tree(data.prompt, data.prompt_length, actions, nodes), []
+    for start in range(0, len(actions), batch):
+      index = np.arange(start, start + batch) % len(actions)  # the last batch is filled
+      found.append(mesh_lib.fetch(of_rows(params, {name: x[index] for name, x in made.items()})))
+      pause()
+    return np.concatenate(found)[: len(actions)]
+
+  return score
+
+
+def best_of(
+  score: Callable, draws: list[np.ndarray], answer: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """(bool [e], int [e]): does the likeliest of several trajectories [e, a] match, and all actions.
+
+  The control for what erasing costs: a model that draws as many answers as a correction takes
+  actions, and keeps the one that it finds likeliest itself.
+
+  Args:
+    score: trajectories -> their log-likelihood [e].
+  """
+  best = np.argmax([score(actions) for actions in draws], axis=0)  # [e]
+  chosen = np.stack(draws)[best, np.arange(len(best))]
+  return exact_match(chosen, answer), sum(np.sum(actions != PAD, axis=1) for actions in draws)
+
+
 def measure(
-  generate: Callable, data: Encoded, backspace: bool, seed: int, noise: Noise
+  generate: Callable, score: Callable, data: Encoded, backspace: bool, seed: int, noise: Noise
 ) -> Iterator[tuple[str, float]]:
   """Yields ("exact/greedy", value) and so on.
 
@@ -171,10 +210,11 @@ def measure(
   `recovery`, the final answer is right although a wrong token was forced into it; `actions`, how
   many an answer takes; `rate`, `precision`, `recall` of erasures; `finished`, trajectories that
   came to <eos>. Where the model has no <backspace> there are `exact`, `recovery`, `actions` and
-  `finished` only, and retyping makes no difference.
+  `finished` only, retyping makes no difference, and there is `best_of` 3 draws at T = 1.
 
   Args:
     generate: (temperature, retype, backspace, forced or None, seed) -> actions int32 [e, a].
+    score: actions -> their log-likelihood [e]; see `make_score`.
     noise: of the training; the tokens that are forced are of its kind.
   """
   rng = np.random.default_rng(seed)
@@ -198,3 +238,8 @@ def measure(
         if not math.isnan(value):
           yield f"{metric}/{name}", value
     yield f"finished/{name}", float(np.mean(np.any(actions == EOS, axis=1)))
+    if name == "T=1" and not backspace:
+      draws = [actions, *(generate(*how, False, None, seed + i) for i in (1, 2))]
+      match, taken = best_of(score, draws, data.answer)
+      yield f"exact/{name}, best of 3", float(match.mean())
+      yield f"actions/{name}, best of 3", float(taken.mean())

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
@@ -203,8 +202,7 @@ class Loaded:
 
     def score(params, rows, backspace: bool):
       logits = self.network.apply(params, rows["token"], rows["position"], rows["end"])
-      policy = loss.LossConfig("chi2", 0.0, 1.0, backspace)
-      return jnp.sum(loss.terms(policy, logits, rows).log_prob * rows["weight"], axis=1)
+      return loss.log_likelihood(logits, rows, backspace)
 
     return jax.jit(score, static_argnums=2)
 

@@ -127,6 +127,15 @@ def terms(config: LossConfig, logits: jax.Array, batch: dict, strength=1.0) -> T
   return Terms(log_prob, divergence.penalty(config.divergence, reward, alpha), share * reward)
 
 
+def log_likelihood(logits: jax.Array, batch: dict, backspace: bool) -> jax.Array:
+  """Of each row [b], in nats: the sum over its actions that carry weight; logits [b, s, v].
+
+  `backspace` is whether the policy may erase.
+  """
+  policy = LossConfig("chi2", alpha=0.0, gamma=1.0, backspace=backspace)
+  return jnp.sum(terms(policy, logits, batch).log_prob * batch["weight"], axis=1)
+
+
 def unlikelihood(config: LossConfig, logits: jax.Array, batch: dict) -> jax.Array:
   """sum_c -log(1 - pi(c | s_i)) of each action i [b, a], over the tokens c of the text s_i.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import jax
@@ -108,6 +109,7 @@ def make_task(config, mesh) -> Task:
 def _evaluate(config, asked: Encoded, network, generate, loss_config, facts: dict, mesh):
   """`Method.evaluate`: all test examples at the end, a quarter of them on the way."""
   likelihood = evaluate.make_likelihood(network.apply, loss_config, config.batch, mesh)
+  score = evaluate.make_score(network.apply, config.batch, mesh)
 
   def run(params, step: int, final: bool):
     del step
@@ -121,7 +123,8 @@ def _evaluate(config, asked: Encoded, network, generate, loss_config, facts: dic
       ).actions
 
     noise = Noise(source=config.noise.source)
-    yield from evaluate.measure(actions, few, loss_config.backspace, config.seed, noise)
+    own = functools.partial(score, params, few)
+    yield from evaluate.measure(actions, own, few, loss_config.backspace, config.seed, noise)
     names = evaluate.policies(loss_config.backspace)
     for name, value in zip(names, likelihood(params, few), strict=True):
       yield f"log_likelihood/data{name}", value

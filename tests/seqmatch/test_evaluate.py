@@ -111,6 +111,35 @@ def test_likelihood_does_not_depend_on_the_batch(encoded):
   assert found == pytest.approx([found[0]] * 3, rel=1e-5)
 
 
+def test_the_likeliest_of_several_draws_is_kept(encoded):
+  """Against a loop, and scores against the softmax written out."""
+  known, vocab = encoded
+  rng = np.random.default_rng(0)
+  table = rng.normal(size=(vocab.size, vocab.size))
+
+  def apply(params, token, position, end):
+    return jnp.asarray(params)[token]  # the next action depends on the last one
+
+  shuffled = [rng.permutation(known.answer) for _ in range(2)]
+  draws = [shuffled[0], known.answer, shuffled[1]]
+  score = evaluate.make_score(apply, 8)
+  wanted = np.zeros((3, len(known.answer)))
+  for i, actions in enumerate(draws):
+    for j, row in enumerate(actions):
+      last = known.prompt[j, known.prompt_length[j] - 1]
+      for action in row[row != PAD]:
+        logits = np.delete(table[last], [PAD, 1, BACKSPACE])
+        wanted[i, j] += table[last, action] - np.log(np.exp(logits).sum())
+        last = action
+  scores = [score(table.astype(np.float32), known, actions) for actions in draws]
+  np.testing.assert_allclose(scores, wanted, rtol=1e-4)
+  match, taken = evaluate.best_of(lambda actions: score(table, known, actions), draws, known.answer)
+  best = wanted.argmax(0)
+  right = [np.array_equal(draws[k][j], known.answer[j]) for j, k in enumerate(best)]
+  np.testing.assert_array_equal(match, right)
+  assert 0 < match.mean() < 1 and np.all(taken == 9)
+
+
 @pytest.mark.parametrize("backspace", [True, False])
 def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
   known, _ = encoded
@@ -127,7 +156,9 @@ def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
     ]
     return rows(*rest)
 
-  found = dict(evaluate.measure(generate, known, backspace, 0, Noise()))
+  score = lambda actions: np.arange(len(actions))  # noqa: E731
+  found = dict(evaluate.measure(generate, score, known, backspace, 0, Noise()))
+  assert ("exact/T=1, best of 3" in found) != backspace
   search = "T=1, no retyping"
   assert (f"exact/{search}" in found) == backspace and f"forbidden/{search}" not in found
   for name in {*evaluate.GENERATIONS} - {search}:
