@@ -5,9 +5,9 @@
     python benchmarks/rates.py --task=two_sum_hard --base="mle"       # also: bc, or nothing
     python benchmarks/rates.py --task=arithmetic --base="mle"
     python benchmarks/rates.py --task=text --base="mle"
-    python benchmarks/rates.py --task=digits --rows="optim.name=muon;optim.name=muon,optim.b2=0.9"
+    python benchmarks/rates.py --task=digits --rows="optim.name=muon;optim.name=muon optim.b2=0.9"
 
-A row is a list of the config's keys with their values, as after --config. Images are judged by the
+A row is some of the config's keys with their values, as after --config. Images are judged by the
 Fréchet distance to images that were kept from training, texts by the likelihood of texts that were,
 questions by others than those of the tables in docs/RESULTS.md. Each row is evaluated --points
 times on the way, which shows one that gets worse again.
@@ -28,8 +28,8 @@ from configs import ism_digits, ism_mnist, seqmatch_arithmetic, seqmatch_text
 
 ADAMW, MUON = "optim.name=adamw", "optim.name=muon"
 GRID = [
-  *(f"{ADAMW},optim.lr={rate}" for rate in (1e-3, 3e-3, 1e-2)),
-  *(f"{MUON},optim.muon_lr={rate}" for rate in (0.005, 0.01, 0.02, 0.05)),
+  *(f"{ADAMW} optim.lr={rate}" for rate in (1e-3, 3e-3, 1e-2)),
+  *(f"{MUON} optim.muon_lr={rate}" for rate in (0.005, 0.01, 0.02, 0.05)),
 ]
 IMAGES = {
   "FD held out, 1 step": ("fd_held_out/nfe1_w0", 2),
@@ -96,8 +96,8 @@ TASKS = {
 
 
 def change(config, row: str) -> None:
-  """Sets the keys of a row: "optim.name=muon,ema.sample=0.99"."""
-  for setting in row.split(","):
+  """Sets the keys of a row: "optim.name=muon ema.sample=0.99"."""
+  for setting in row.split():
     key, _, value = setting.partition("=")
     *sections, name = key.split(".")
     section = config

@@ -33,6 +33,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.batch = 128
   config.eval_every = 20_000
   config.save_every = 5000
+  config.optim.name = "adamw"
   config.optim.lr = 2e-4
   config.optim.warmup = 2000
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.9999})

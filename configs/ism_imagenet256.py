@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.eval_every = 50_000
   config.save_every = 5000
   config.keep_every = 250_000  # the paper has numbers of that step, too: --step=250000
+  config.optim.name = "adamw"  # the paper's; Muon's rate is not known at this size
   config.optim.lr = 1e-4
   config.optim.warmup = 5000
   config.optim.final = 1.0  # constant

@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.steps = 3000
   config.eval_every = 1000
   config.optim.name = "muon"
+  config.optim.lr = 3e-3
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.999})
 
   config.data = ml_collections.ConfigDict()
@@ -40,6 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.width = 96
   config.model.depth = 4
   config.model.heads = 4
+  config.model.time_scale = 1000.0  # t in [0, 1) times this is what the sinusoids see
   config.model.qk_norm = False
   config.model.dtype = "float32"  # or bfloat16
   config.model.remat = "none"  # or products, block: what the backward pass computes again

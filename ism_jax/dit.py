@@ -51,6 +51,7 @@ class DiTConfig:
   remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
   attention: str = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
+  time_scale: float = 1000.0  # t in [0, 1) times this is what the sinusoids see; DiT's is 1000
   shortcuts: bool = True  # steps of any size are trained; else all are Euler steps, of d = 0
 
   def __post_init__(self):
@@ -139,8 +140,8 @@ class DiT(nnx.Module):
     self.config = config
     patch_size = config.patch**2 * config.channels
     self.embed_patch = Dense(patch_size, k, kernel_init=_xavier, rngs=rngs, dtype=dtype)
-    # t in [0, 1) on a thousand's scale, as in DiT; d as its level 0..8; w in steps of a quarter.
-    self.embed_time = ScalarEmbedding(k, 1000.0, zero=False, rngs=rngs, dtype=dtype)
+    # d as its level 0..8; w in steps of a quarter.
+    self.embed_time = ScalarEmbedding(k, config.time_scale, zero=False, rngs=rngs, dtype=dtype)
     self.embed_step = ScalarEmbedding(k, 1.0, zero=True, rngs=rngs, dtype=dtype)
     self.embed_guidance = ScalarEmbedding(k, 4.0, zero=True, rngs=rngs, dtype=dtype)
     self.embed_class = Embed(config.classes + 1, k, embedding_init=_normal, rngs=rngs, dtype=dtype)

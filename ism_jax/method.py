@@ -99,7 +99,7 @@ def without_data(config) -> tuple[ConfigDict, int]:
   if config.data.source != "digits":
     config.data.path = ""
     with config.unlocked():
-      config.data.made_up, config.data.classes = 2000, 1000
+      config.data.made_up, config.data.classes, config.data.held_out = 2000, 1000, 0.0
       config.eval.metrics, config.eval.vae = (), ""
   return config, 0
 

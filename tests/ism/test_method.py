@@ -401,7 +401,7 @@ def test_latents_have_their_mirror_images_already():
   assert "flip" not in config.data
   with config.unlocked():
     config.data.flip = True
-  with pytest.raises(UserError, match=r"data.flip=True is for images, and latents have their"):
+  with pytest.raises(UserError, match=r"data.flip=True is for images; latents have their"):
     build(config)
 
 
