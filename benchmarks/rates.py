@@ -17,12 +17,12 @@ of them with other --seeds and the same --out may run side by side, a core each 
 """
 
 import argparse
-import ast
 import json
 from pathlib import Path
 
 import ablation
 import numpy as np
+import timing
 
 from configs import ism_digits, ism_mnist, seqmatch_arithmetic, seqmatch_text
 
@@ -95,18 +95,6 @@ TASKS = {
 }
 
 
-def change(config, row: str) -> None:
-  """Sets the keys of a row: "optim.name=muon ema.sample=0.99"."""
-  for setting in row.split():
-    key, _, value = setting.partition("=")
-    *sections, name = key.split(".")
-    section = config
-    for each in sections:
-      section = section[each]
-    old = section[name]
-    section[name] = value if isinstance(old, str) else type(old)(ast.literal_eval(value))
-
-
 def on_the_way(workdir: Path, key: str) -> list[float]:
   """A number of each evaluation of a run, in their order."""
   lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -131,7 +119,7 @@ if __name__ == "__main__":
   def make_config(row: str, seed: int):
     config = make(args.base, args.data)
     config.seed, config.steps = seed, args.steps or config.steps
-    change(config, row)
+    timing.change(config, row)
     config.eval_every = -(-config.steps // args.points)
     return config
 

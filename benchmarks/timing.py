@@ -1,5 +1,6 @@
-"""What the benchmarks share: jobs timed in turn, what this device can do, tables that are kept."""
+"""What the benchmarks share: settings, jobs timed in turn, a device's peak, tables kept."""
 
+import ast
 import json
 import os
 import sys
@@ -17,6 +18,18 @@ from train_jax.metrics import table
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = Path(os.environ.get("BENCHMARKS", ROOT / "runs" / "benchmarks"))  # what was measured here
+
+
+def change(config, row: str) -> None:
+  """Sets the keys of a row: "optim.name=muon ema.sample=0.99"."""
+  for setting in row.split():
+    key, _, value = setting.partition("=")
+    *sections, name = key.split(".")
+    section = config
+    for each in sections:
+      section = section[each]
+    old = section[name]
+    section[name] = value if isinstance(old, str) else type(old)(ast.literal_eval(value))
 
 
 def in_turn(jobs: dict[str, Callable], rounds: int = 5) -> dict[str, float]:

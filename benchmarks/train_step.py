@@ -3,10 +3,11 @@
     python benchmarks/train_step.py
     python benchmarks/train_step.py --configs="ism_digits:flow;ism_digits" --batch=64,256
     python benchmarks/train_step.py --configs="seqmatch_arithmetic:mle;seqmatch_arithmetic"
+    python benchmarks/train_step.py --configs="ism_digits optim.name=adamw;ism_digits"
     python benchmarks/train_step.py --configs="ism_imagenet256:S/2" --batch=8
 
-A config is a file of configs/ with its options; the pairing is left out. All steps are compiled
-first and then timed in turn, round after round, in turns of `--steps`.
+A config is a file of configs/ with its options and settings; the pairing is left out. All steps
+are compiled first and then timed in turn, round after round, in turns of `--steps`.
 
   ratio     to the first config at the same batch
   counted   what their FLOPs predict for it
@@ -37,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import in_turn, matmul_peak, show
+from timing import change, in_turn, matmul_peak, show
 
 from main import make_optimizer, make_schedule, method_module
 from train_jax import cost, loop
@@ -51,9 +52,11 @@ DEFAULT = (
 
 
 def get_config(text: str, batch: int = 0):
-  """`name:options` -> its config, on data that is here, without pairing."""
+  """`name:options KEY=VALUE ...` -> its config, on data that is here, without pairing."""
+  text, _, row = text.partition(" ")
   name, _, options = text.partition(":")
   config = importlib.import_module(f"configs.{name}").get_config(options)
+  change(config, row)
   config, _ = method_module(config).without_data(config)
   config.batch = batch or config.batch
   return config
