@@ -35,6 +35,7 @@ FREE = (
 TOLD = (
   "steps",
   "optim.lr",
+  "optim.muon_lr",
   "optim.warmup",
   "optim.final",
   "optim.b1",

@@ -130,6 +130,7 @@ def test_what_does_not_change_learning_may_differ(free, caplog):
     {"ema": {"sample": 0.5}},
     {"eval": {"erasures": 9}},
     {"optim": {"mu_dtype": "bfloat16"}},
+    {"optim": {"name": "muon"}},
     {"data": {"side": 16}},
     {"model": {"width": 32}},
   ],
