@@ -20,7 +20,8 @@ from configs.common import apply_options, get_common
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config = get_common()
   config.method = "ism"
-  config.steps = 3000
+  config.steps = 7000
+  config.batch = 32  # more steps of fewer images: better than 64 at the same time (docs/RESULTS.md)
   config.eval_every = 1000
   config.optim.name = "muon"
   config.optim.lr = 3e-3
