@@ -80,10 +80,16 @@ def test_adamw_takes_its_moments_from_the_arguments():
 
 
 def orthogonalized(matrix: np.ndarray) -> np.ndarray:
-  """U p(S) V^T in float64, p being five times Jordan's quintic on S over the norm of S."""
-  u, s, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-  s = s / np.linalg.norm(s)
-  for _ in range(5):
+  """U p(S) V^T in float64, p being four times Jordan's quintic.
+
+  U S V^T is the matrix with row i divided by sqrt(sum_j |x_i . x_j|), so that S <= 1 (Boissin et
+  al., arXiv 2512.04632); its columns, where there are more rows.
+  """
+  if matrix.shape[0] > matrix.shape[1]:
+    return orthogonalized(matrix.T).T
+  x = matrix.astype(np.float64)
+  u, s, v = np.linalg.svd(x / np.sqrt(np.abs(x @ x.T).sum(1))[:, None], full_matrices=False)
+  for _ in range(4):
     s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
   return u * s @ v
 
