@@ -252,7 +252,7 @@ def test_questions_are_evaluated_as_they_say(final, default, monkeypatch):
     (*how, *rest) for how in policies for rest in ((True, False), (False, False), (True, True))
   }
   assert found == wanted | {(1.0, False, True, False), (1.0, False, True, True)}
-  ((_, examples, backspace, seed, noise),) = measured
+  ((_, _, examples, backspace, seed, noise),) = measured
   assert (len(examples.answer), backspace, seed) == (count, True, 6)
   assert noise.source == config.noise.source
 

@@ -32,6 +32,7 @@ def test_digits_are_compiled_for_eight_devices(monkeypatch, capsys, fsdp, tensor
   monkeypatch.setattr(mesh_lib, "SMALL", 64)
   config = ism_digits.get_config("debug")
   config.mesh.fsdp, config.mesh.tensor = fsdp, tensor
+  config.optim.name = "adamw"  # two moments of everything, and no products of its own
   step, sampler = main.compile_for(config, "cpu:8")
   out = capsys.readouterr().out
   assert f"cpu:8: 8 chips, fsdp={fsdp} data={8 // (fsdp * tensor)} tensor={tensor}" in out
