@@ -55,6 +55,22 @@ def test_every_table_of_the_performance_page_is_a_benchmark():
   assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names[::2])
 
 
+def test_rows_of_a_sweep_and_rungs_of_the_ladder_are_configs(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  rates, ladder = map(importlib.import_module, ("rates", "ism_ablation"))
+  for make, columns in rates.TASKS.values():
+    configs = [make("", "x.npz") for _ in rates.GRID]
+    for config, row in zip(configs, rates.GRID, strict=True):
+      rates.timing.change(config, row)
+    assert columns and len(set(map(str, configs))) == len(rates.GRID)
+  seen = {str(ladder.rung_config(rung, 0, 0)) for rung in ladder.RUNGS}
+  assert len(seen) == len(ladder.RUNGS)
+  config = ladder.rung_config("whole method", 0, 0)
+  rates.timing.change(config, "loss.shares=(5,0,3) optim.lr=1e-2 data.path=a=b optim.name=adamw")
+  assert tuple(config.loss.shares) == (5, 0, 3) and config.optim.lr == 0.01
+  assert (config.data.path, config.optim.name) == ("a=b", "adamw")
+
+
 def test_an_ablation_goes_on_with_no_shorter_run(monkeypatch, tmp_path):
   monkeypatch.syspath_prepend(ROOT / "benchmarks")
   ablation = importlib.import_module("ablation")
