@@ -23,13 +23,14 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from train_jax import aot, distributed, loop, mesh, optim, signals, start
+from train_jax import aot, loop, mesh, optim, warm_start
 from train_jax import config as config_lib
-from train_jax.checkpoint import Checkpoints
-from train_jax.distributed import check_same_everywhere
+from train_jax.checkpointing.checkpoint import Checkpoints
+from train_jax.checkpointing.saver import SaveError
 from train_jax.errors import UserError
 from train_jax.files import check_writable
-from train_jax.saver import SaveError
+from train_jax.multihost import distributed, signals
+from train_jax.multihost.distributed import check_same_everywhere
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
@@ -172,10 +173,10 @@ def make_given(config: ConfigDict, facts: dict, devices) -> dict:
   convert = None
   if hasattr(module, "convert"):
     convert = functools.partial(module.convert, config=config)
-  trained = start.read(config.init_from, config.method, abstract, devices, convert)
+  trained = warm_start.read(config.init_from, config.method, abstract, devices, convert)
   run = {"config": config.to_dict(), "facts": facts}
-  start.check_alike(trained, run, module.same(config))
-  given, line = start.choose(trained, abstract(config, facts), module.FRESH)
+  warm_start.check_alike(trained, run, module.same(config))
+  given, line = warm_start.choose(trained, abstract(config, facts), module.FRESH)
   if jax.process_index() == 0:
     print(line, flush=True)
   return given

@@ -25,7 +25,7 @@ from flax import nnx
 from ism_jax import torch_weights
 from train_jax.errors import UserError
 from train_jax.layers import Dense, recipe
-from train_jax.weights import Weights
+from train_jax.storage.weights import Weights
 
 SCALE = 0.18215
 

@@ -27,7 +27,7 @@ from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.files import write_json
 from train_jax.metrics import progress_bar, table
-from train_jax.weights import sha256
+from train_jax.storage.weights import sha256
 
 KEPT = 50_000  # samples whose features precision and recall hold, at most: 0.4 GB
 RESIZE = {  # what `inception.py` and `dinov2.py` do to the images they are given

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ism_jax import images as images_lib
 from train_jax.errors import UserError
-from train_jax.faults import LIMIT, Faults
+from train_jax.storage.faults import LIMIT, Faults
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ism_jax import torch_weights
 from ism_jax.inception import check_images
 from train_jax.errors import UserError
 from train_jax.layers import Dense, Mlp, recipe, stack_blocks
-from train_jax.weights import Weights
+from train_jax.storage.weights import Weights
 
 SIDE = 224
 HEAD = 64  # features of a head, in every size

@@ -23,11 +23,11 @@ from ism_jax.autoencoder import SCALE
 from ism_jax.images import Images, find, read_batches
 from ism_jax.latents import VERSION, moments, record_dtype
 from train_jax import mesh as mesh_lib
-from train_jax import shards as shards_lib
 from train_jax.errors import UserError
 from train_jax.files import commit, write_json
-from train_jax.shards import Job, make_missing
-from train_jax.weights import sha256
+from train_jax.storage import shards as shards_lib
+from train_jax.storage.shards import Job, make_missing
+from train_jax.storage.weights import sha256
 
 KIND = "images", "img", ("latents.array_record", "latents.json")  # see shards.Job
 PER_DEVICE = 32  # images in one call of the encoder

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 
 from ism_jax import fid
 from train_jax import mesh as mesh_lib
-from train_jax.signals import pause
-from train_jax.weights import sha256
+from train_jax.multihost.signals import pause
+from train_jax.storage.weights import sha256
 
 BLOCK = 1024  # images added to the moments at once: a merge of moments costs 0.1 s, however few
 DIGITS = 12  # of a file's SHA-256, where it is named

@@ -22,8 +22,8 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps
 
-from train_jax import records
 from train_jax.errors import UserError
+from train_jax.storage import records
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 

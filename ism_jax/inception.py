@@ -29,7 +29,7 @@ from flax import nnx
 from ism_jax import torch_weights
 from train_jax.errors import UserError
 from train_jax.layers import recipe
-from train_jax.weights import Weights
+from train_jax.storage.weights import Weights
 
 SIDE = 299
 SPATIAL_CHANNELS = 7

@@ -35,10 +35,10 @@ from ism_jax import autoencoder
 from ism_jax.autoencoder import SCALE
 from ism_jax.sample import batch_size
 from train_jax.errors import UserError
-from train_jax.faults import LIMIT, Faults
 from train_jax.files import read_json
-from train_jax.shards import shard_name
-from train_jax.weights import sha256
+from train_jax.storage.faults import LIMIT, Faults
+from train_jax.storage.shards import shard_name
+from train_jax.storage.weights import sha256
 
 VERSION = 1  # of the layout above
 MEAN_LIMIT = 1.0  # of a channel of scaled latents

@@ -4,7 +4,8 @@
     model = ism_jax.load_pretrained("exported")
     images = model.sample(labels=[0, 3, 5], nfe=4, guidance=1.0, seed=0)
 
-Needs jax, flax, numpy and safetensors; nothing else is imported. The files: train_jax/exported.py.
+Needs jax, flax, numpy and safetensors; nothing else is imported. The files: see
+train_jax/storage/exported.py.
 
 Dimensions: n samples, h w image, c channel.
 """
@@ -20,8 +21,8 @@ import jax
 import numpy as np
 
 from ism_jax import dit, path, sample
-from train_jax import exported
 from train_jax.errors import UserError
+from train_jax.storage import exported
 
 METHOD = "ism"
 

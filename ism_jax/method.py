@@ -30,13 +30,14 @@ from ism_jax import (
   wavelet,
 )
 from ism_jax.protocol import check_number
-from train_jax import aot, exported
+from train_jax import aot
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
-from train_jax.faults import LIMIT
 from train_jax.metrics import report
 from train_jax.step import Method, no_augment
+from train_jax.storage import exported
+from train_jax.storage.faults import LIMIT
 
 
 def make_source(config) -> tuple[data.Source | latents.Latents, data.Source | None]:
@@ -126,7 +127,7 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
 
 
 def same(config) -> tuple[str, ...]:
-  """What must be equal where config.init_from points (see train_jax/start.py)."""
+  """What must be equal where config.init_from points (see train_jax/warm_start.py)."""
   del config
   return ("config.model.heads",)
 

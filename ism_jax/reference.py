@@ -21,11 +21,11 @@ from absl import logging
 
 from ism_jax import adm, extract
 from train_jax import mesh as mesh_lib
-from train_jax.distributed import all_agree
 from train_jax.errors import UserError
 from train_jax.files import whole_file
 from train_jax.metrics import progress_bar
-from train_jax.weights import sha256
+from train_jax.multihost.distributed import all_agree
+from train_jax.storage.weights import sha256
 
 KEYS = {
   "pool": ("mu", "sigma"),

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ism_jax.path import draw_noise, seen_step
 from ism_jax.targets import both_fields
 from train_jax import mesh as mesh_lib
-from train_jax.signals import pause
+from train_jax.multihost.signals import pause
 
 BATCH = 256  # images at a time, at most
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ism_jax.dit import SIZES
 from train_jax.errors import UserError
-from train_jax.weights import Weights
+from train_jax.storage.weights import Weights
 
 OURS = {
   "embed_time.inner": "t_embedder.mlp.0",

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train_jax.weights import Weights
+from train_jax.storage.weights import Weights
 
 
 def kernel(weights: Weights, name: str, shape: tuple[int, ...]) -> np.ndarray:

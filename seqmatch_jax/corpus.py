@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_jax import records
 from train_jax.errors import UserError
+from train_jax.storage import records
 
 SEPARATOR = b"<|endoftext|>"
 PLAIN, LINES, RECORDS = (".txt", ".md", ".rst"), (".jsonl", ".ndjson"), ".array_record"

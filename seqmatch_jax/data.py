@@ -22,7 +22,7 @@ import numpy as np
 from seqmatch_jax.actions import Noise, corrupt, fold, pack, tree
 from seqmatch_jax.tokens import BACKSPACE, EOS, SPECIAL, Vocab, encode_prompts, padded
 from train_jax.errors import UserError
-from train_jax.faults import LIMIT, Faults
+from train_jax.storage.faults import LIMIT, Faults
 
 OFFICIAL = Path(__file__).parent / "mathematics_dataset"
 

@@ -23,7 +23,7 @@ from seqmatch_jax.corpus import Texts
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json
-from train_jax.shards import shard_name
+from train_jax.storage.shards import shard_name
 
 VERSION = 1  # of the layout above
 MOST = 100_000_000  # characters that are turned into tokens at the start of a run

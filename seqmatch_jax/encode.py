@@ -23,7 +23,7 @@ from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json, whole_file, write_json
 from train_jax.metrics import progress_bar
-from train_jax.shards import Job, make_job, make_missing
+from train_jax.storage.shards import Job, make_job, make_missing
 
 KIND = "texts", "text", ("tokens.npy", "lengths.npy", "part.json")  # see shards.Job
 CHUNK = 64  # texts that a thread takes at a time

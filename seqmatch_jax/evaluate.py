@@ -18,7 +18,7 @@ from seqmatch_jax.data import Encoded
 from seqmatch_jax.loss import LossConfig, log_likelihood
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import mesh as mesh_lib
-from train_jax.signals import pause
+from train_jax.multihost.signals import pause
 
 # (temperature, retype) of a generation, see `rollout.make_rollout`. At a temperature above 0 the
 # policy is the model's as it is; not to type again what was erased is a search of its own.

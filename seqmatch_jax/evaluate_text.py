@@ -23,7 +23,7 @@ from seqmatch_jax.packing import Packed
 from seqmatch_jax.rollout import Rollout
 from seqmatch_jax.text_features import Features
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, padded
-from train_jax.signals import pause
+from train_jax.multihost.signals import pause
 
 N = 4  # tokens of the n-grams
 

@@ -20,9 +20,10 @@ from jax.experimental import multihost_utils
 from seqmatch_jax import pretrained
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, NAME, TextVocab
 from seqmatch_jax.transformer import TransformerConfig
-from train_jax import lora, weights
+from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.files import read_json, write_json
+from train_jax.storage import weights
 
 LIMIT = 4 * 2**30  # bytes of tensors in one file
 

@@ -5,8 +5,9 @@
     texts = model.generate(["a prompt"], temperature=1.0, seed=0)
 
 Needs jax, flax, numpy and safetensors, and tokenizers for a model that has a tokenizer. A run from
-nothing is exported as train_jax/exported.py says, its tokenizer.json beside it; one from pretrained
-weights as a Hugging Face folder (export.py), whose config.json has the same record as an entry.
+nothing is exported as train_jax/storage/exported.py says, its tokenizer.json beside it; one from
+pretrained weights as a Hugging Face folder (export.py), whose config.json has the same record as an
+entry.
 
 Dimensions: b prompts.
 """
@@ -29,9 +30,10 @@ from seqmatch_jax import loss, pretrained, rollout, sample, show, tokens, transf
 from seqmatch_jax.actions import tree
 from seqmatch_jax.tokens import EOS, TextVocab, Vocab
 from seqmatch_jax.transformer import TransformerConfig
-from train_jax import exported, lora
+from train_jax import lora
 from train_jax.errors import UserError
 from train_jax.files import read_json
+from train_jax.storage import exported
 
 METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
 

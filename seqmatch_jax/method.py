@@ -53,7 +53,7 @@ def task_of(config):
 
 
 def same(config) -> tuple[str, ...]:
-  """What must be equal where config.init_from points (see train_jax/start.py)."""
+  """What must be equal where config.init_from points (see train_jax/warm_start.py)."""
   keys = ("config.model.heads", "config.lora.alpha", "facts.symbols", "facts.tokenizer.sha256")
   if not (config.get("lora") and config.lora.rank):
     return keys
@@ -294,7 +294,7 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=export`: the `sample` average as files that `seqmatch_jax.load_pretrained` reads.
 
   A run from pretrained weights becomes a folder as Hugging Face lays it out, adapters merged; any
-  other the two files of train_jax/exported.py.
+  other the two files of train_jax/storage/exported.py.
   """
   del flags
   source, vocab, task = config.get("pretrained"), tokens.from_facts(facts), task_of(config)

@@ -20,10 +20,10 @@ from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.lazy import Lazy
 from train_jax.state import flatten
 from train_jax.step import Frozen
-from train_jax.weights import Weights
+from train_jax.storage.lazy import Lazy
+from train_jax.storage.weights import Weights
 
 
 def with_tokenizer(config):

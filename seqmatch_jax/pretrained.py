@@ -24,12 +24,13 @@ import numpy as np
 
 from seqmatch_jax.tokens import TextVocab
 from seqmatch_jax.transformer import TransformerConfig
-from train_jax import lazy, mesh
+from train_jax import mesh
 from train_jax.errors import UserError
 from train_jax.files import read_json
-from train_jax.lazy import Lazy
 from train_jax.state import dotted, flatten
-from train_jax.weights import Weights
+from train_jax.storage import lazy
+from train_jax.storage.lazy import Lazy
+from train_jax.storage.weights import Weights
 
 BIAS = "backspace_bias"
 CHUNK = 8192  # rows of the output that are averaged at a time

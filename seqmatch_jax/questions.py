@@ -14,7 +14,7 @@ from seqmatch_jax.task import Asked, Task
 from seqmatch_jax.tokens import Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.faults import LIMIT
+from train_jax.storage.faults import LIMIT
 
 TEMPERATURE = 0.0  # of a generation, where none is asked for
 RETYPE = False  # whether a sample may type again what it has erased

@@ -26,7 +26,7 @@ from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from seqmatch_jax.transformer import Network
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.signals import pause
+from train_jax.multihost.signals import pause
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from seqmatch_jax import model, pretrained, tokens, transformer
 from seqmatch_jax.tokens import BOS, PAD, TextVocab, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import mesh as mesh_lib
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
-from train_jax.signals import pause
+from train_jax.multihost.signals import pause
 
 BATCH = 32
 CONTEXT = 1024  # tokens of a text that are read, at most

@@ -14,7 +14,7 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from train_jax.errors import UserError
-from train_jax.weights import Weights
+from train_jax.storage.weights import Weights
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "convert_weights.py"
 

@@ -17,7 +17,7 @@ from ism_jax import fid
 from ism_jax.sample import make_sampler, to_uint8
 from tests.ism.stand_ins import PARAMS, frechet, inception_score, make, network, samples
 from train_jax.errors import UserError
-from train_jax.weights import sha256
+from train_jax.storage.weights import sha256
 
 
 @pytest.mark.parametrize("classes", ["balanced", "random"])

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ism_jax import encode, images, latents
 from train_jax.errors import UserError
-from train_jax.weights import sha256
+from train_jax.storage.weights import sha256
 
 SIDE = 16
 SHAPE = (2, 2, 4)

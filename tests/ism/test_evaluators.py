@@ -13,7 +13,7 @@ from ism_jax import method as ism
 from tests.ism.stand_ins import frechet
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.weights import sha256
+from train_jax.storage.weights import sha256
 
 FLAGS = {"nfe": ["1", "2"], "guidance": ["0.5"], "labels": None, "num": 40, "seed": 3}
 

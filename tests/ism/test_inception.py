@@ -11,7 +11,7 @@ import pytest
 from ism_jax import inception
 from tests.ism.named_weights import read_oracle, tensors_of, write
 from train_jax.errors import UserError
-from train_jax.weights import Weights
+from train_jax.storage.weights import Weights
 
 
 @pytest.fixture(scope="module")

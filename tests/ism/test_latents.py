@@ -16,7 +16,7 @@ from ism_jax import data, encode, latents
 from ism_jax import method as ism
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.weights import sha256
+from train_jax.storage.weights import sha256
 
 SHAPE, COUNT, SHARDS = (4, 4, 4), 300, 3
 BATCH = 16

@@ -10,11 +10,12 @@ import pytest
 import main
 from configs import ism_digits
 from ism_jax import dit, sit
-from train_jax import exported, start
 from train_jax import mesh as mesh_lib
+from train_jax import warm_start
 from train_jax.errors import UserError
 from train_jax.state import flatten
-from train_jax.weights import Weights, save
+from train_jax.storage import exported
+from train_jax.storage.weights import Weights, save
 
 K, HEADS, DEPTH, P, C, CLASSES, SIDE = 32, 2, 3, 2, 3, 5, 8
 GRID = SIDE // P
@@ -109,9 +110,9 @@ def begin(weights):
   """(init, apply, abstract parameters, tensors given to step 0, the line that is printed)."""
   init, apply = dit.make_network(SIZES)
   abstract = jax.eval_shape(init, jax.random.key(0))
-  trained = start.Trained("SiT", sit.convert(weights, CONFIG), {})
+  trained = warm_start.Trained("SiT", sit.convert(weights, CONFIG), {})
   fresh = ("embed_class", "embed_guidance", "embed_step")
-  return init, apply, abstract, *start.choose(trained, abstract, fresh)
+  return init, apply, abstract, *warm_start.choose(trained, abstract, fresh)
 
 
 @pytest.mark.parametrize("out_channels", [C, 2 * C], ids=["velocity", "learn_sigma"])

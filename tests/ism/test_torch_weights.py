@@ -8,7 +8,7 @@ import pytest
 
 from ism_jax import torch_weights
 from train_jax.errors import UserError
-from train_jax.weights import Weights, save
+from train_jax.storage.weights import Weights, save
 
 RNG = np.random.default_rng(0)
 CONV = RNG.normal(size=(5, 4, 3, 2)).astype(np.float32)  # out, in, h, w

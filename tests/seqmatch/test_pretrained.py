@@ -19,7 +19,7 @@ from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.lora import LoraConfig, join, quantise
 from train_jax.state import dotted, flatten
-from train_jax.weights import INDEX, Weights
+from train_jax.storage.weights import INDEX, Weights
 
 KEY = jax.random.key(0)
 BOTH = pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -14,7 +14,7 @@ from seqmatch_jax.tokens import BOS, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from tests.seqmatch import hf_folder
 from train_jax import mesh as mesh_lib
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.step import Method
 

@@ -12,7 +12,7 @@ import pytest
 from ism_jax import dit
 from tests.train.stored_steps import gut, meta_of, remove_meta
 from train_jax import mesh as mesh_lib
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.state import TrainState
 from train_jax.step import make_train_step

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train_jax import checksum
 from train_jax import mesh as mesh_lib
+from train_jax.checkpointing import checksum
 
 
 def test_every_flip_in_an_array_changes_its_checksum():

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from train_jax import distributed, metadata, rollcall
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.rollcall import Place, Roll
+from train_jax.multihost import distributed, metadata, rollcall
+from train_jax.multihost.rollcall import Place, Roll
 
 HERE = socket.gethostname()
 VARIABLES = (*distributed.NAMES, "START_LIMIT", "PROCESS_HOSTS", "JAX_COORDINATOR_PORT")

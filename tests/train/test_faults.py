@@ -2,8 +2,8 @@
 
 import pytest
 
-from train_jax import faults
 from train_jax.errors import UserError
+from train_jax.storage import faults
 
 
 def test_different_records_are_counted_up_to_the_limit(caplog):

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train_jax import lazy, lora
-from train_jax.weights import Weights, save
+from train_jax import lora
+from train_jax.storage import lazy
+from train_jax.storage.weights import Weights, save
 
 A, B = (np.random.default_rng(i).normal(size=(6, 4)).astype(np.float32) for i in (0, 1))
 

@@ -6,8 +6,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.train.record_files import write_array_record, write_tfds
-from train_jax import records
 from train_jax.errors import UserError
+from train_jax.storage import records
 
 FIELDS = {"word": bytes, "kind": int}
 EXAMPLES = [{"word": b"one\0", "kind": 1, "more": 7}, {"word": "zwölf".encode(), "kind": 0}]

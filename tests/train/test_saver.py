@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.train.stored_steps import empty_file, flip_bit, make_state, meta_of, remove_item
-from train_jax import saver, stored
-from train_jax.checkpoint import Checkpoints
-from train_jax.saver import SaveError
+from train_jax.checkpointing import saver, stored
+from train_jax.checkpointing.checkpoint import Checkpoints
+from train_jax.checkpointing.saver import SaveError
 
 # Where one array cannot be read, Orbax leaves the reads of the others hanging.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from train_jax import shards
 from train_jax.errors import UserError
 from train_jax.files import whole_file, write_json
+from train_jax.storage import shards
 
 KIND = "words", "word", ("letters.txt", "part.json")
 

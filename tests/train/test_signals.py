@@ -9,8 +9,9 @@ from contextlib import nullcontext, suppress
 
 import pytest
 
-from train_jax import metadata, metrics, signals
-from train_jax.saver import SaveError
+from train_jax import metrics
+from train_jax.checkpointing.saver import SaveError
+from train_jax.multihost import metadata, signals
 
 
 def handlers():

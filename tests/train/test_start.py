@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from train_jax import exported, loop, start
-from train_jax.checkpoint import Checkpoints
+from train_jax import loop, warm_start
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.state import flatten
+from train_jax.storage import exported
 
 DECAYS = {"target": 0.05, "sample": 0.99}  # apart from the first step on
 RUN = {"config": {"method": "tiny", "model": {"heads": 2}}, "facts": {"symbols": ["a", "b"]}}
@@ -33,7 +34,7 @@ def workdir(method, one_device, settings, tmp_path_factory):
 @pytest.fixture(scope="module")
 def read(abstract, one_device):
   """path -> what is found there by a run of method `tiny`."""
-  return lambda path, convert=None: start.read(
+  return lambda path, convert=None: warm_start.read(
     str(path), "tiny", lambda *_: abstract, one_device, convert
   )
 
@@ -51,7 +52,7 @@ def test_run_is_read_as_the_mesh_shares_it_out(workdir, abstract, make_mesh, mon
   """A whole parameter may be more than a device has room for."""
   monkeypatch.setattr("train_jax.mesh.SMALL", 1)
   mesh = make_mesh(1, 4)
-  tensors = start.read(str(workdir), "tiny", lambda *_: abstract, mesh, None).tensors
+  tensors = warm_start.read(str(workdir), "tiny", lambda *_: abstract, mesh, None).tensors
   for name, share in (("layer.kernel", (1, 3)), ("layer.bias", (3,))):
     assert {s.data.shape for s in tensors[name].addressable_shards} == {share}
 
@@ -76,7 +77,7 @@ def test_other_places_are_refused(tmp_path, workdir, abstract, one_device, read)
   with pytest.raises(UserError, match=r"init_from=.*holds nothing to begin from; give the dir"):
     read(tmp_path / "nowhere")
   with pytest.raises(UserError, match="is a run of method 'tiny' and this one is 'else'"):
-    start.read(str(workdir), "else", lambda *_: abstract, one_device, None)
+    warm_start.read(str(workdir), "else", lambda *_: abstract, one_device, None)
   assert not (tmp_path / "nowhere").exists()
 
 
@@ -94,7 +95,7 @@ FOUND = {
 
 def choose(changes, fresh=()):
   found = {name: a for name, a in {**FOUND, **changes}.items() if a is not None}
-  return start.choose(start.Trained("there", found, {}), WANTED, fresh)
+  return warm_start.choose(warm_start.Trained("there", found, {}), WANTED, fresh)
 
 
 def test_everything_is_taken_where_everything_fits():
@@ -134,11 +135,11 @@ def test_what_must_fit_is_named(changes, message):
 
 def test_what_shapes_do_not_show_must_be_equal():
   same = ("config.model.heads", "facts.symbols")
-  trained = start.Trained("there", {}, RUN)
-  start.check_alike(trained, RUN, same)
-  start.check_alike(start.Trained("file", {}, {}), RUN, same)  # a file says nothing
+  trained = warm_start.Trained("there", {}, RUN)
+  warm_start.check_alike(trained, RUN, same)
+  warm_start.check_alike(warm_start.Trained("file", {}, {}), RUN, same)  # a file says nothing
   other = {**RUN, "config": {"model": {"heads": 4}}}
   with pytest.raises(UserError, match=r"there has config.model.heads=2 and this run 4"):
-    start.check_alike(trained, other, same)
+    warm_start.check_alike(trained, other, same)
   with pytest.raises(UserError, match=r"facts.symbols=\['a', 'b'\] and this run \['b', 'a'\]"):
-    start.check_alike(trained, {**RUN, "facts": {"symbols": ["b", "a"]}}, same)
+    warm_start.check_alike(trained, {**RUN, "facts": {"symbols": ["b", "a"]}}, same)

@@ -17,7 +17,7 @@ from tests.train.stored_steps import (
   remove_meta,
   truncate,
 )
-from train_jax import checksum, stored
+from train_jax.checkpointing import checksum, stored
 
 # Where one array cannot be read, Orbax leaves the reads of the others hanging.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

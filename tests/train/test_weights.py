@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from train_jax.errors import UserError
-from train_jax.weights import Weights, save
+from train_jax.storage.weights import Weights, save
 
 
 @pytest.fixture

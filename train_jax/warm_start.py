@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train_jax import exported, lazy
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.config import flatten as flatten_config
 from train_jax.errors import UserError
-from train_jax.lazy import Lazy
 from train_jax.state import flatten
-from train_jax.weights import Weights
+from train_jax.storage import exported, lazy
+from train_jax.storage.lazy import Lazy
+from train_jax.storage.weights import Weights
 
 
 class Trained(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from train_jax.weights import Weights
+from train_jax.storage.weights import Weights
 
 Index = tuple[slice, ...]
 

@@ -30,10 +30,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train_jax import mesh as mesh_lib
-from train_jax import metadata
 from train_jax.errors import UserError
 from train_jax.files import check_writable
-from train_jax.rollcall import Place, Roll
+from train_jax.multihost import metadata
+from train_jax.multihost.rollcall import Place, Roll
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-from train_jax import metadata
+from train_jax.multihost import metadata
 
 EVERY = 5.0  # seconds between two looks at the metadata server; a VM has 30 from its notice on
 

@@ -24,13 +24,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from train_jax import checksum, stored
 from train_jax import mesh as mesh_lib
-from train_jax.distributed import all_agree
+from train_jax.checkpointing import checksum, stored
+from train_jax.checkpointing.saver import SaveError, Saver, set_aside, stored_steps
+from train_jax.checkpointing.stored import DamagedError
 from train_jax.errors import UserError
-from train_jax.saver import SaveError, Saver, set_aside, stored_steps
+from train_jax.multihost.distributed import all_agree
 from train_jax.state import TrainState
-from train_jax.stored import DamagedError
 
 PyTree = Any
 

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import future
 
-from train_jax import checksum
+from train_jax.checkpointing import checksum
 
 PyTree = Any
 

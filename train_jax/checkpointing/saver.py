@@ -17,10 +17,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from train_jax import checksum, stored
-from train_jax.distributed import all_agree
+from train_jax.checkpointing import checksum, stored
 from train_jax.errors import UserError
 from train_jax.files import check_writable
+from train_jax.multihost.distributed import all_agree
 
 PyTree = Any
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from train_jax import mesh, weights
+from train_jax import mesh
 from train_jax.errors import UserError
 from train_jax.files import read_json, write_json
 from train_jax.state import dotted, flatten
+from train_jax.storage import weights
 
 FORMAT = 1
 MODEL, CONFIG = "model.safetensors", "config.json"
