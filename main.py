@@ -23,8 +23,8 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from train_jax import aot, loop, mesh, optim, warm_start
 from train_jax import config as config_lib
+from train_jax import loop, mesh, optim, warm_start
 from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.checkpointing.saver import SaveError
 from train_jax.errors import UserError
@@ -198,8 +198,14 @@ def make_optimizer(config: ConfigDict):
   return optim.make_optimizer(make_optim_config(config), config.steps)
 
 
-def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
-  """Compiles the train step and the sampler for `topology`; prints what they take."""
+def compile_for(config: ConfigDict, topology: str) -> list:
+  """Compiles the train step and the sampler for `topology`; prints what they take.
+
+  Returns:
+    Both as tools.plan.aot.Program.
+  """
+  from tools.plan import aot  # nothing but this mode needs it
+
   chip = aot.CHIPS.get(topology.partition(":")[0])
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor, aot.find_devices(topology))
   mesh.check_batch(config.batch, devices, config.optim.accumulate)
@@ -213,7 +219,7 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
   hyper = (make_optimizer(config), dict(config.ema), config.optim.clip, config.optim.accumulate)
   programs = [aot.compile_step(method, *hyper, position, devices, chip)]
   print(aot.describe(programs[0], chip), flush=True)
-  programs.append(module.sampler_program(config, facts, devices, chip))
+  programs.append(aot.compile_program(module.sampler_program(config, facts, devices), chip))
   print(aot.describe(programs[1], chip), flush=True)
   if chip:  # else there is no estimate
     print(aot.ASSUMPTIONS)

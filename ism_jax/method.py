@@ -30,12 +30,11 @@ from ism_jax import (
   wavelet,
 )
 from ism_jax.protocol import check_number
-from train_jax import aot
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
 from train_jax.metrics import report
-from train_jax.step import Method, no_augment
+from train_jax.step import AbstractCall, Method, no_augment
 from train_jax.storage import exported
 from train_jax.storage.faults import LIMIT
 
@@ -105,7 +104,7 @@ def without_data(config) -> tuple[ConfigDict, int]:
   return config, 0
 
 
-def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
+def sampler_program(config, facts: dict, mesh) -> AbstractCall:
   """For `--mode=compile`: the sampler of `--mode=sample`, `config.batch` images at a time."""
   mesh = mesh_of(config, list(mesh.devices.flat))
   init, apply = make_network(config, facts)
@@ -115,14 +114,13 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
     jax.ShapeDtypeStruct((config.batch, *shape), kind, sharding=rows)
     for shape, kind in ((facts["shape"], np.float32), ((), np.int32), ((), np.float32))
   )
-  return aot.compile_program(
+  return AbstractCall(
     "sampler, one step",
     mesh_lib.within(mesh, functools.partial(sample.integrate, apply)),
     (params, x0, label, w, jax.ShapeDtypeStruct((), np.int32)),
     {"parameters": params},
     mesh.size,
-    chip,
-    out_shardings=rows,
+    {"out_shardings": rows},
   )
 
 

@@ -35,11 +35,11 @@ from seqmatch_jax import (
 )
 from seqmatch_jax.actions import Noise, tree
 from seqmatch_jax.model import make_given, make_network, moved  # noqa: F401  main.py asks for them here
-from train_jax import aot, lora
+from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import report
-from train_jax.step import Method
+from train_jax.step import AbstractCall, Method
 
 
 def task_of(config):
@@ -203,7 +203,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   return Method(init, loss_fn, augment, stream, measure, frozen), facts
 
 
-def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
+def sampler_program(config, facts: dict, mesh) -> AbstractCall:
   """For `--mode=compile`: generation as `--mode=sample` does it, `config.batch` rows at a time."""
   mesh = model.mesh_of(config, list(mesh.devices.flat))
   network, prompt = make_network(config, facts), task_of(config).ask(config, facts, [], 1).prompt
@@ -213,14 +213,13 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
   params = mesh_lib.lay_out(shapes, mesh)
   rows = jax.ShapeDtypeStruct((config.batch,), np.int32)
   prompts = jax.ShapeDtypeStruct((config.batch, prompt.shape[1]), np.int32)
-  return aot.compile_program(
+  return AbstractCall(
     "generation, the prompts and one action",
     mesh_lib.within(mesh, generate),
     (params, prompts, rows, key, rows),
     {"parameters": params},
     mesh.size,
-    chip,
-    out_shardings=mesh_lib.everywhere(mesh),
+    {"out_shardings": mesh_lib.everywhere(mesh)},
   )
 
 

@@ -8,9 +8,10 @@ import pytest
 
 import main
 from configs import ism_digits, ism_imagenet256, seqmatch_arithmetic
-from train_jax import aot, cost
+from tools.plan import aot, cost
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.step import AbstractCall
 
 
 def size(tree) -> float:
@@ -122,7 +123,8 @@ def test_a_program_that_cannot_be_read_names_the_compiler_to_install(monkeypatch
 
   monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
   with pytest.raises(UserError, match=r"jaxlib [\d.]+ cannot .* pip install 'jax\[tpu\]==[\d.]+'"):
-    aot.compile_program("it", lambda x: x, (jax.ShapeDtypeStruct((2,), "f4"),), {}, 1, None)
+    call = AbstractCall("it", lambda x: x, (jax.ShapeDtypeStruct((2,), "f4"),), {}, 1, {})
+    aot.compile_program(call, None)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

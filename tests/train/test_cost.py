@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train_jax import cost
+from tools.plan import cost
 from train_jax import mesh as mesh_lib
 
 

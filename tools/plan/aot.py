@@ -10,7 +10,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -18,11 +17,11 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from train_jax import cost
+from tools.plan import cost
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.errors import UserError
-from train_jax.step import Method, make_train_step
+from train_jax.step import AbstractCall, Method, make_train_step
 
 GIB = 2**30
 
@@ -151,19 +150,12 @@ def bytes_per_chip(tree) -> float:
   )
 
 
-def compile_program(
-  name: str, fn: Callable, args: tuple, groups: dict, chips: int, chip: Chip | None, **options
-) -> Program:
-  """Compiles `fn(*args)`; `args` are abstract and laid out, `options` are jit's.
-
-  Args:
-    groups: trees of which the bytes are reported.
-    chip: None where its limits are not known.
-  """
+def compile_program(call: AbstractCall, chip: Chip | None) -> Program:
+  """Compiles a call for a chip; `chip` is None where its limits are not known."""
   start = time.perf_counter()
-  traced = jax.jit(fn, **options).trace(*args)
-  sizes = {group: bytes_per_chip(tree) for group, tree in groups.items()}
-  known = {"name": name, "arguments": sizes, "flops": cost.flops(traced.jaxpr) / chips}
+  traced = jax.jit(call.function, **call.options).trace(*call.args)
+  sizes = {group: bytes_per_chip(tree) for group, tree in call.groups.items()}
+  known = {"name": call.name, "arguments": sizes, "flops": cost.flops(traced.jaxpr) / call.chips}
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as err:
@@ -184,7 +176,7 @@ def compile_program(
     **known,
     peak=peak,
     fits=peak <= chip.memory if chip else None,
-    received=cost.collectives(_text(compiled), chips),
+    received=cost.collectives(_text(compiled), call.chips),
     seconds=time.perf_counter() - start,
   )
 
@@ -221,16 +213,15 @@ def compile_step(
     "averages": state.ema,
     "side-car": state.extra,
   }
-  return compile_program(
+  call = AbstractCall(
     "train step",
     mesh_lib.within(mesh, make_train_step(method, tx, decays, clip, accumulate)),
     (state, abstract_batch(method, position, mesh), *frozen),
     groups,
     mesh.size,
-    chip,
-    donate_argnums=0,
-    out_shardings=(shardings, None),
+    {"donate_argnums": 0, "out_shardings": (shardings, None)},
   )
+  return compile_program(call, chip)
 
 
 def in_bytes(size: float) -> str:
