@@ -307,8 +307,8 @@ def main(argv: list[str]) -> bool:
     if FLAGS.images and FLAGS.texts:
       raise UserError("--images and --texts are both given; choose one.")
     check_flags("texts" if FLAGS.texts else "images")
-    package = "seqmatch_jax" if FLAGS.texts else "ism_jax"
-    importlib.import_module(f"{package}.encode").encode_mode(FLAGS)
+    encode = "seqmatch_jax.encode" if FLAGS.texts else "ism_jax.data.encode"
+    importlib.import_module(encode).encode_mode(FLAGS)
   elif FLAGS.mode not in ("train", "compile"):
     distributed.start()
     use_checkpoint(Path(FLAGS.workdir))

@@ -14,22 +14,11 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ism_jax import (
-  benchmark,
-  data,
-  dit,
-  evaluate,
-  evaluators,
-  latents,
-  loaded,
-  loss,
-  pairing,
-  path,
-  sample,
-  sit,
-  wavelet,
-)
-from ism_jax.protocol import check_number
+from ism_jax import dit, loss, model, pairing, path, sample, wavelet
+from ism_jax.data import latents, sources
+from ism_jax.evaluation import classifier, registry, runner
+from ism_jax.evaluation.spec import check_number
+from ism_jax.networks import sit
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
@@ -39,7 +28,7 @@ from train_jax.storage import exported
 from train_jax.storage.faults import LIMIT
 
 
-def make_source(config) -> tuple[data.Source | latents.Latents, data.Source | None]:
+def make_source(config) -> tuple[sources.Source | latents.Latents, sources.Source | None]:
   """(the images, or latents, of `config.data`; those of them that are kept from training).
 
   With `data.flip` there are their mirror images as well, of those that are trained on.
@@ -55,11 +44,11 @@ def make_source(config) -> tuple[data.Source | latents.Latents, data.Source | No
       )
     return source, None
   if share:
-    source, held_out = data.hold_out(source, share)
-  return data.with_mirror_images(source) if flip else source, held_out
+    source, held_out = sources.hold_out(source, share)
+  return sources.with_mirror_images(source) if flip else source, held_out
 
 
-def _open_source(config) -> data.Source | latents.Latents:
+def _open_source(config) -> sources.Source | latents.Latents:
   kind, where, side = config.data.source, config.data.path, config.data.side
   shape = (side, side, config.data.channels)
   if kind == "digits":
@@ -68,14 +57,14 @@ def _open_source(config) -> data.Source | latents.Latents:
         f"data.path={where!r} is not read where data.source='digits'; choose data.source=folder, "
         "npz, tfds or latents, or leave the path empty."
       )
-    return data.digits()
+    return sources.digits()
   if kind not in ("folder", "npz", "tfds", "latents"):
     raise UserError(
       f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'npz', 'tfds' or 'latents'."
     )
   made_up = config.data.get("made_up", 0)
   if made_up and not where:
-    make = latents.made_up if kind == "latents" else data.made_up
+    make = latents.made_up if kind == "latents" else sources.made_up
     return make(made_up, shape, config.data.get("classes", 10))
   if not where:
     raise UserError(
@@ -83,10 +72,12 @@ def _open_source(config) -> data.Source | latents.Latents:
     )
   faults = config.data.get("max_faults", LIMIT)
   if kind == "npz":
-    return data.npz(where)
+    return sources.npz(where)
   if kind == "latents":
     return latents.open_set(where, config.data.get("std", latents.STD_RANGE), faults)
-  return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels, faults)
+  return (sources.folder if kind == "folder" else sources.tfds)(
+    where, side, config.data.channels, faults
+  )
 
 
 def without_data(config) -> tuple[ConfigDict, int]:
@@ -184,7 +175,7 @@ def make_loss_config(config, classes: int) -> loss.LossConfig:
   )
 
 
-def _check(config, source: data.Source) -> None:
+def _check(config, source: sources.Source) -> None:
   height, width, channels = source.shape
   for name, found in (("side", height), ("channels", channels)):
     if config.data[name] != found:
@@ -228,7 +219,7 @@ def _warn_of_few_rows(config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def _facts(source: data.Source | latents.Latents) -> dict:
+def _facts(source: sources.Source | latents.Latents) -> dict:
   """What every source says of its images, as JSON: names of the classes, shape, number."""
   return {
     "names": list(source.names),
@@ -237,7 +228,7 @@ def _facts(source: data.Source | latents.Latents) -> dict:
   }
 
 
-def _describe(config, source: data.Source | latents.Latents, held_out: int) -> None:
+def _describe(config, source: sources.Source | latents.Latents, held_out: int) -> None:
   """Prints what there is to learn; warns where the classes look like parts of a data set."""
   count, names = len(source.labels), source.names
   mirrored = ", half of them mirrored" if config.data.get("flip") else ""
@@ -284,7 +275,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   pool = max(pair_config.pool, 1)
 
   def rows_of_pool(seed: int, number: int) -> np.ndarray:
-    index = data.batches(source, config.batch, seed)
+    index = sources.batches(source, config.batch, seed)
     return np.concatenate([index(number * pool + i) for i in range(pool)])
 
   def noise_of_pool(seed: int, number: int) -> np.ndarray:
@@ -305,7 +296,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       yield "class_leak", value
 
   def stream(seed: int, position: int):
-    return data.stream(
+    return sources.stream(
       source,
       config.batch,
       mesh_lib.process_rows(config.batch, mesh),
@@ -322,7 +313,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     loss=loss_fn,
     augment=latents.draw if in_latents else no_augment,
     stream=stream,
-    evaluate=evaluators.make_evaluate(
+    evaluate=registry.make_evaluate(
       config, source, facts, make_sampled(config, facts), mesh, measured, held_out
     ),
   )
@@ -362,7 +353,7 @@ def _labels(flags, names: list[str]) -> tuple[int, ...]:
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=sample`: see evaluate.write_samples. `load(mesh) -> (params, step)` is called last."""
+  """`--mode=sample`: see classifier.write_samples. `load(mesh) -> (params, step)` comes last."""
   settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
   labels = _labels(flags, names)
   path.check_labels(labels, len(names))
@@ -376,7 +367,7 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
     raise UserError(f"--vae={flags.vae} decodes latents, and this run makes images; leave it out.")
   params, _ = load(mesh)
   labels = np.resize(np.array(labels, np.int32), flags.num or 64)
-  evaluate.write_samples(sampler, params, names, settings, labels, flags.seed, out)
+  classifier.write_samples(sampler, params, names, settings, labels, flags.seed, out)
 
 
 def export_mode(config, facts: dict, load, flags, out: Path) -> None:
@@ -384,7 +375,7 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
   del flags
   params, step = load(mesh_of(config))
   record = {
-    "method": loaded.METHOD,
+    "method": model.METHOD,
     "step": step,
     "network": dataclasses.asdict(make_sizes(config, facts)),
     "run": {"config": config.to_dict(), "facts": facts},
@@ -406,13 +397,13 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
   apply = make_sampled(config, facts)
-  protocol, mesh = evaluators.make_protocol(config, flags), mesh_of(config)
+  protocol, mesh = registry.make_protocol(config, flags), mesh_of(config)
   if protocol:
     n = flags.num or 50_000
     check_number(protocol.metrics, n)
-    large = evaluators.make_benchmark(protocol, facts, apply, mesh)
+    large = registry.make_benchmark(protocol, facts, apply, mesh)
     params, step = load(mesh)
-    return benchmark.report(large, params, step, settings, n, out, flags.save_samples)
+    return runner.report(large, params, step, settings, n, out, flags.save_samples)
   if "vae" in facts:
     raise UserError(
       "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
@@ -423,9 +414,9 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
       f"data.path={config.data.path!r} has other {', '.join(changed)} than the run had; put the "
       "images of that time back."
     )
-  if why := evaluators.not_measurable(source):
+  if why := registry.not_measurable(source):
     raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
-  run = evaluators.make_evaluate(config, source, facts, apply, mesh, held_out=held_out)
+  run = registry.make_evaluate(config, source, facts, apply, mesh, held_out=held_out)
   params, step = load(mesh)
   about = {"step": step, "seed": flags.seed, "samples": config.eval.samples}
   report(about, run(params, step, final=True), out)

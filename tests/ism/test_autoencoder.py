@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from scipy.special import softmax
 
-from ism_jax import autoencoder
-from ism_jax.autoencoder import SCALE, AutoencoderConfig
+from ism_jax.networks import autoencoder
+from ism_jax.networks.autoencoder import SCALE, AutoencoderConfig
 from tests.ism.named_weights import read_oracle, tensors_of, write
 from train_jax.errors import UserError
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ism_jax import fid
+from ism_jax.evaluation import fid
 from ism_jax.sample import make_sampler, to_uint8
 from tests.ism.stand_ins import PARAMS, frechet, inception_score, make, network, samples
 from train_jax.errors import UserError

@@ -17,7 +17,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from ism_jax import encode, images, latents
+from ism_jax.data import encode, images, latents
 from train_jax.errors import UserError
 from train_jax.storage.weights import sha256
 

@@ -4,39 +4,40 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ism_jax import data, evaluate, evaluators, fid
+from ism_jax.data import sources
+from ism_jax.evaluation import classifier, fid, registry
 from ism_jax.sample import to_uint8
 
 
 @pytest.fixture(scope="module")
 def source():
-  return data.digits()
+  return sources.digits()
 
 
 @pytest.fixture(scope="module")
 def reference(source):
-  return evaluators.make_reference(source)
+  return registry.make_reference(source)
 
 
 def test_labels_are_balanced():
-  labels = evaluate.balanced_labels(23, 10)
+  labels = classifier.balanced_labels(23, 10)
   assert labels.dtype == np.int32 and labels[13] == 3
   counts = np.bincount(labels)
   assert len(counts) == 10 and counts.max() - counts.min() <= 1
 
 
 def test_random_labels_are_uniform_by_the_seed_and_begin_alike():
-  labels = evaluate.random_labels(20_000, 10, seed=1)
+  labels = classifier.random_labels(20_000, 10, seed=1)
   assert labels.dtype == np.int32 and set(labels.tolist()) == set(range(10))
   assert np.abs(np.bincount(labels) - 2000).max() < 6 * np.sqrt(2000)
-  np.testing.assert_array_equal(evaluate.random_labels(77, 10, seed=1), labels[:77])
-  assert np.any(evaluate.random_labels(77, 10, seed=2) != labels[:77])
+  np.testing.assert_array_equal(classifier.random_labels(77, 10, seed=1), labels[:77])
+  assert np.any(classifier.random_labels(77, 10, seed=2) != labels[:77])
 
 
 def test_precision_and_recall_are_of_three_neighbours(reference, source):
   noise = np.random.default_rng(0).normal(0, 0.5, (300, 8, 8, 1)).astype(np.float32)
   noisy = (source.images(np.arange(300)) + noise).clip(-1, 1)
-  found = evaluate.compare(reference, noisy, source.labels[:300])
+  found = classifier.compare(reference, noisy, source.labels[:300])
   features = reference.extract.features(noisy)
   three, five = (fid.precision_recall(reference.features, features, k=k) for k in (3, 5))
   assert (found["precision"], found["recall"]) == three != five
@@ -44,16 +45,16 @@ def test_precision_and_recall_are_of_three_neighbours(reference, source):
 
 def test_real_images_are_judged_real(reference, source):
   images = source.images(np.arange(1797))
-  scores = evaluate.compare(reference, images, source.labels)
+  scores = classifier.compare(reference, images, source.labels)
   assert scores["fd"] < 1e-3 and scores["accuracy"] > 0.99
   assert scores["precision"] == scores["recall"] == 1
-  half = evaluate.compare(reference, images[::2], source.labels[::2])
+  half = classifier.compare(reference, images[::2], source.labels[::2])
   assert 1e-3 < half["fd"] < 1.2  # between two halves it is about 1
 
 
 def test_noise_is_judged_noise(reference):
   images = np.random.default_rng(0).uniform(-1, 1, (500, 8, 8, 1))
-  scores = evaluate.compare(reference, images, evaluate.balanced_labels(500, 10))
+  scores = classifier.compare(reference, images, classifier.balanced_labels(500, 10))
   assert scores["fd"] > 20 and scores["accuracy"] < 0.3
   assert scores["precision"] < 0.3
 
@@ -61,12 +62,12 @@ def test_noise_is_judged_noise(reference):
 def test_accuracy_is_about_the_class_that_was_asked_for(reference, source):
   images = source.images(np.arange(300))
   wrong = (source.labels[:300] + 1) % 10
-  assert evaluate.compare(reference, images, wrong)["accuracy"] < 0.02
+  assert classifier.compare(reference, images, wrong)["accuracy"] < 0.02
 
 
 def test_one_class_only_has_recall_of_a_tenth(reference, source):
   zeros = source.images(np.flatnonzero(source.labels == 0))
-  scores = evaluate.compare(reference, zeros, np.zeros(len(zeros), int))
+  scores = classifier.compare(reference, zeros, np.zeros(len(zeros), int))
   assert scores["precision"] > 0.99 and 0.08 < scores["recall"] < 0.2
 
 
@@ -92,7 +93,7 @@ def sample(source, asked):
 
 def test_measure_names_every_number(reference, sample, asked):
   settings = [(1, 0.0, 40), (4, 0.5, 20)]
-  results = dict(evaluate.measure(sample, "params", reference, 10, settings, seed=3))
+  results = dict(classifier.measure(sample, "params", reference, 10, settings, seed=3))
   picture = results.pop("spectrum")
   assert picture.ndim == 3
   names = ("fd", "accuracy", "precision", "recall")
@@ -105,46 +106,48 @@ def test_a_wave_shows_in_its_own_ring():
   row, column = np.mgrid[:16, :16] * 2 * np.pi / 16
   for k in (1, 3, 8):
     for wave in (np.cos(k * row), np.cos(k * column)):
-      power = evaluate.radial_power(wave[None, :, :, None] + 5)
+      power = classifier.radial_power(wave[None, :, :, None] + 5)
       assert power.argmax() == k
       np.testing.assert_allclose(np.delete(power, k), 0, atol=1e-12)
 
 
 def test_white_noise_has_a_flat_spectrum():
   noise = np.random.default_rng(0).normal(size=(4000, 8, 8, 1))
-  np.testing.assert_allclose(evaluate.radial_power(2 * noise), 4 / 64, rtol=0.1)
+  np.testing.assert_allclose(classifier.radial_power(2 * noise), 4 / 64, rtol=0.1)
 
 
 def test_a_grid_shows_every_image_once(source):
   images = to_uint8(source.images(np.arange(6))).reshape(2, 3, 8, 8, 1)
-  picture = evaluate.grid(images, ["1 step, w=0", "4 steps, w=0"], ["0", "1", "2"], title="seed 0")
+  picture = classifier.grid(
+    images, ["1 step, w=0", "4 steps, w=0"], ["0", "1", "2"], title="seed 0"
+  )
   height, width, channels = picture.shape
   assert picture.dtype == np.uint8 and channels == 3
   assert 100 < height < 400 and 150 < width < 600
   # An 8x8 image is drawn with sharp pixels: among them is a column of its darkest and lightest.
   assert picture.min() == 0 and picture.max() == 255
-  other = evaluate.grid(images[:, ::-1], ["", ""], ["0", "1", "2"])
+  other = classifier.grid(images[:, ::-1], ["", ""], ["0", "1", "2"])
   assert other.shape != picture.shape or np.any(other != picture)
 
 
 def test_a_grid_of_colour(source):
   images = np.zeros((1, 2, 8, 8, 3), np.uint8)
   images[0, 1, ..., 0] = 255
-  picture = evaluate.grid(images, ["row"], ["black", "red"]).reshape(-1, 3)
+  picture = classifier.grid(images, ["row"], ["black", "red"]).reshape(-1, 3)
   assert np.sum(np.all(picture == (255, 0, 0), axis=1)) > 500
   assert np.sum(np.all(picture == (0, 0, 0), axis=1)) > 500
 
 
 def test_rows_are_named_in_english():
-  assert evaluate.row_name(1, 0.0) == "1 step, w=0"
-  assert evaluate.row_name(4, 0.25) == "4 steps, w=0.25"
+  assert classifier.row_name(1, 0.0) == "1 step, w=0"
+  assert classifier.row_name(4, 0.25) == "4 steps, w=0.25"
 
 
 def test_written_samples(sample, asked, source, tmp_path, capsys):
   labels = np.array([3, 1, 2, 3, 1], np.int32)
   settings = [(1, 0.0), (2, 0.0), (4, 0.5)]
   out = tmp_path / "new" / "folder"
-  evaluate.write_samples(sample, None, source.names, settings, labels, 7, out)
+  classifier.write_samples(sample, None, source.names, settings, labels, 7, out)
 
   assert asked[0] == (None, 7, 5, 0.0, 1)  # compiles what the speeds are of
   with np.load(out / "samples.npz") as saved:
@@ -168,8 +171,8 @@ def test_written_samples(sample, asked, source, tmp_path, capsys):
 def test_a_grid_has_sixteen_columns_at_most(sample, source, tmp_path):
   widths = []
   for n in (16, 60):
-    labels = evaluate.balanced_labels(n, 10)
-    evaluate.write_samples(sample, None, source.names, [(1, 0.0)], labels, 0, tmp_path)
+    labels = classifier.balanced_labels(n, 10)
+    classifier.write_samples(sample, None, source.names, [(1, 0.0)], labels, 0, tmp_path)
     with Image.open(tmp_path / "grid.png") as picture:
       widths.append(picture.width)
   assert widths[0] == widths[1]

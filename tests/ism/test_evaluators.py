@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import ism_digits
-from ism_jax import data, evaluators
 from ism_jax import method as ism
+from ism_jax.data import sources
+from ism_jax.evaluation import registry
 from tests.ism.stand_ins import frechet
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
@@ -127,7 +128,7 @@ def test_images_of_one_class_are_measured_by_the_metrics(digits):
 def test_a_rare_class_is_in_the_reference(limit):
   labels = np.repeat(np.arange(3), (30, 2, 40)).astype(np.int32)
   pixels = np.arange(len(labels), dtype=np.float32).reshape(-1, 1, 1, 1)
-  source = data.Source(pixels, labels, tuple("abc"), lambda pixels: pixels / 100)
-  images = evaluators.make_reference(source, limit=limit).images.ravel()
+  source = sources.Source(pixels, labels, tuple("abc"), lambda pixels: pixels / 100)
+  images = registry.make_reference(source, limit=limit).images.ravel()
   assert len(set(images)) == len(images) == max(limit, 6)
   assert np.bincount(labels[np.rint(100 * images).astype(int)]).min() >= 2

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 
-from ism_jax import features, fid
+from ism_jax.evaluation import features, fid
 
 DATA = load_digits()
 IMAGES, LABELS = (DATA.images[..., None] / 8 - 1).astype(np.float32), DATA.target

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from ism_jax import fid
+from ism_jax.evaluation import fid
 from tests.ism.stand_ins import inception_score
 
 

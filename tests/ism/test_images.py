@@ -9,7 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ism_jax import adm, data, images
+from ism_jax.data import images, sources
+from ism_jax.evaluation import adm
 from tests.train.record_files import write_array_record, write_tfds
 from train_jax.errors import UserError
 
@@ -144,7 +145,7 @@ def test_bad_sources_are_refused_in_a_sentence(tmp_path):
 
 
 def test_tfds_is_a_source_of_pixels(tmp_path):
-  source = data.tfds(write_builder(tmp_path), side=4, channels=3)
+  source = sources.tfds(write_builder(tmp_path), side=4, channels=3)
   assert source.shape == (4, 4, 3) and source.names == NAMES
   assert sorted(source.labels.tolist()) == [0, 0, 0, 1, 1, 2, 2]
   assert np.abs(source.images(np.arange(7))).max() <= 1

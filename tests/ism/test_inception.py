@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import inception
+from ism_jax.networks import inception
 from tests.ism.named_weights import read_oracle, tensors_of, write
 from train_jax.errors import UserError
 from train_jax.storage.weights import Weights

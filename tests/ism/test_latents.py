@@ -12,8 +12,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from configs import ism_imagenet256
-from ism_jax import data, encode, latents
 from ism_jax import method as ism
+from ism_jax.data import encode, latents, sources
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.storage.weights import sha256
@@ -95,7 +95,9 @@ def test_a_draw_has_the_posteriors_moments(source):
 
 def take(count, source, position=0, rows=slice(0, BATCH)):
   noise = lambda number: np.arange(2 * BATCH, dtype=np.int32) + 2 * BATCH * number  # noqa: E731
-  return list(itertools.islice(data.stream(source, BATCH, rows, 0, position, noise, pool=2), count))
+  return list(
+    itertools.islice(sources.stream(source, BATCH, rows, 0, position, noise, pool=2), count)
+  )
 
 
 @pytest.mark.parametrize("position", [1, 7, 38])
@@ -118,7 +120,7 @@ def test_processes_share_out_the_same_global_batch(source):
 
 
 def test_an_epoch_has_both_views_of_every_image_once(source):
-  index = data.batches(source, 100, seed=0)
+  index = sources.batches(source, 100, seed=0)
   seen = np.concatenate([index(i) for i in range(6)])
   np.testing.assert_array_equal(np.sort(seen), np.arange(2 * COUNT))
 

@@ -9,8 +9,9 @@ import pytest
 
 import ism_jax
 from configs import ism_digits
-from ism_jax import latents, path, sample
 from ism_jax import method as ism
+from ism_jax import path, sample
+from ism_jax.data import latents
 from tests.light import heavy_imports
 from train_jax.errors import UserError
 

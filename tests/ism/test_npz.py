@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from configs import ism_mnist
-from ism_jax import data, evaluate, evaluators, fid
 from ism_jax import method as ism
+from ism_jax.data import sources
+from ism_jax.evaluation import classifier, fid, registry
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 
@@ -27,7 +28,7 @@ def write(tmp_path):
 @pytest.mark.parametrize("images", ["image", "images", "x_train", "arr_0"])
 @pytest.mark.parametrize("labels", ["label", "labels", "y_train"])
 def test_images_and_labels_are_read_under_the_usual_names(write, images, labels):
-  source = data.npz(write(**{images: BYTES, labels: LABELS, "x_test": BYTES[:2]}))
+  source = sources.npz(write(**{images: BYTES, labels: LABELS, "x_test": BYTES[:2]}))
   assert source.shape == (4, 4, 1) and source.names == ("3", "7", "9")
   assert source.labels.dtype == np.int32
   np.testing.assert_array_equal(source.labels, [1, 0, 0, 1, 2, 2])
@@ -38,7 +39,7 @@ def test_images_and_labels_are_read_under_the_usual_names(write, images, labels)
 def test_floats_from_0_to_1_and_from_minus_1_to_1_are_the_same_images(write, kind):
   unit = (BYTES / 255).astype(kind)
   for given in (unit, (2 * unit - 1)):
-    source = data.npz(write(image=given, label=LABELS))
+    source = sources.npz(write(image=given, label=LABELS))
     found = source.images(np.arange(6))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found[..., 0], BYTES / 127.5 - 1, atol=2e-3)
@@ -46,7 +47,7 @@ def test_floats_from_0_to_1_and_from_minus_1_to_1_are_the_same_images(write, kin
 
 def test_colour_and_a_column_of_labels_will_do(write):
   colour = np.stack([BYTES, BYTES // 2, BYTES // 3], axis=-1)
-  source = data.npz(write(arr_0=colour, labels=LABELS[:, None]))
+  source = sources.npz(write(arr_0=colour, labels=LABELS[:, None]))
   assert source.shape == (4, 4, 3)
   np.testing.assert_array_equal(source.labels, [1, 0, 0, 1, 2, 2])
   np.testing.assert_array_equal(source.pixels, colour)
@@ -80,23 +81,23 @@ def test_colour_and_a_column_of_labels_will_do(write):
 )
 def test_arrays_that_are_no_images_with_labels_are_refused(write, arrays, message):
   with pytest.raises(UserError, match=message):
-    data.npz(write(**arrays))
+    sources.npz(write(**arrays))
 
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path):
   for name, content in (("text", b"hello"), ("empty", b""), ("cut", b"PK\x03\x04")):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}' cannot be read as an .npz of arrays"):
-      data.npz(str(tmp_path / name))
+      sources.npz(str(tmp_path / name))
   np.save(tmp_path / "array.npy", BYTES)
   for name in ("array.npy", "nothing"):
     with pytest.raises(UserError, match=rf"{name}' cannot be read as an .npz of arrays"):
-      data.npz(str(tmp_path / name))
+      sources.npz(str(tmp_path / name))
 
 
 def test_a_share_of_each_class_is_held_out_and_always_the_same():
-  source = data.digits()
-  train, kept = data.hold_out(source, 0.2)
+  source = sources.digits()
+  train, kept = sources.hold_out(source, 0.2)
   counts = np.bincount(source.labels)
   np.testing.assert_array_equal(np.bincount(kept.labels), [round(0.2 * n) for n in counts])
   np.testing.assert_array_equal(np.bincount(train.labels) + np.bincount(kept.labels), counts)
@@ -104,7 +105,7 @@ def test_a_share_of_each_class_is_held_out_and_always_the_same():
   np.testing.assert_array_equal(
     np.sort(both, axis=0), np.sort(source.pixels.reshape(both.shape), 0)
   )
-  again = data.hold_out(source, 0.2)[1]
+  again = sources.hold_out(source, 0.2)[1]
   np.testing.assert_array_equal(again.pixels, kept.pixels)
   threes = {image.tobytes() for image in source.pixels[source.labels == 3]}
   assert {image.tobytes() for image in kept.pixels[kept.labels == 3]} <= threes
@@ -113,17 +114,17 @@ def test_a_share_of_each_class_is_held_out_and_always_the_same():
 @pytest.mark.parametrize("share, message", [(1.0, "between 0 and 1"), (0.01, "'a' is 0; choose")])
 def test_a_share_that_leaves_nothing_is_refused(share, message):
   pixels = np.zeros((8, 2, 2, 1), np.uint8)
-  source = data.Source(pixels, np.array([0, 1] * 4, np.int32), ("a", "b"), lambda x: x)
+  source = sources.Source(pixels, np.array([0, 1] * 4, np.int32), ("a", "b"), lambda x: x)
   with pytest.raises(UserError, match=message):
-    data.hold_out(source, share)
+    sources.hold_out(source, share)
 
 
 def test_samples_are_compared_with_what_was_held_out():
-  train, kept = data.hold_out(data.digits(), 0.2)
-  reference = evaluators.make_reference(train, kept)
+  train, kept = sources.hold_out(sources.digits(), 0.2)
+  reference = registry.make_reference(train, kept)
   np.testing.assert_array_equal(reference.images, train.images(np.arange(len(train.labels))))
   images = kept.images(np.arange(len(kept.labels)))
-  found = evaluate.compare(reference, images, kept.labels)
+  found = classifier.compare(reference, images, kept.labels)
   assert found["fd_held_out"] < 1e-3 < found["fd"] and found["accuracy"] > 0.95
   real, other = (reference.extract.features(x) for x in (reference.images, images))
   wanted = fid.frechet_distance(real.mean(0), np.cov(real.T), other.mean(0), np.cov(other.T))
@@ -132,7 +133,7 @@ def test_samples_are_compared_with_what_was_held_out():
   def sample(params, seed, labels, w, nfe):
     return images[:16]
 
-  numbers = dict(evaluate.measure(sample, None, reference, 10, [(1, 0.0, 16)], seed=0))
+  numbers = dict(classifier.measure(sample, None, reference, 10, [(1, 0.0, 16)], seed=0))
   assert numbers["fd_held_out/data"] == pytest.approx(wanted)
   assert {"fd/nfe1_w0", "fd_held_out/nfe1_w0"} < set(numbers)
 
@@ -146,7 +147,7 @@ def test_mnist_trains_on_an_npz_without_what_is_held_out(write):
   assert facts["examples"] == 180 and facts["shape"] == [28, 28, 1]
   batch = next(method.stream(0, 0))
   assert batch["image"].shape == (64, 28, 28, 1)
-  kept = data.hold_out(data.npz(config.data.path), 0.1)[1].images(np.arange(20))
+  kept = sources.hold_out(sources.npz(config.data.path), 0.1)[1].images(np.arange(20))
   seen = {image.tobytes() for image in batch["image"]}
   assert not seen & {image.tobytes() for image in kept}
   config.data.side = 32

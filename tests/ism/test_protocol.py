@@ -2,7 +2,7 @@
 
 import pytest
 
-from ism_jax.protocol import column
+from ism_jax.evaluation.spec import column
 from tests.ism.stand_ins import PARAMS, make
 from train_jax.errors import UserError
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ism_jax import adm, data, extract, fid, reference
+from ism_jax.data import sources
+from ism_jax.evaluation import adm, fid, reference, stream
 from tests.ism.stand_ins import inception_score
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
@@ -42,7 +43,7 @@ def network(calls):
     calls.append(len(images))
     return run(images)
 
-  return extract.Network("inception", "weights", "0123456789ab", SIZES, features)
+  return stream.Network("inception", "weights", "0123456789ab", SIZES, features)
 
 
 def pool(images):
@@ -129,7 +130,7 @@ def test_a_folder_is_cut_as_what_a_model_of_pixels_is_trained_on(channels, netwo
   for i, size in enumerate([(40, 60), (33, 20), (8, 8), (90, 31)]):
     photo = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
     photo.save(tmp_path / "photos" / f"{i}.png", exif=exif)
-  trained = data.folder(str(tmp_path / "photos"), side=8, channels=channels).pixels
+  trained = sources.folder(str(tmp_path / "photos"), side=8, channels=channels).pixels
   asked = str(tmp_path / "photos"), ["pool"], SIZES, (8, 8, 3)
   found, as_adm = reference.open_reference(*asked, channels), reference.open_reference(*asked)
   (pixels,) = found.images.batches(4, ALL)
@@ -222,8 +223,8 @@ def test_streamed_inception_score_is_that_of_all(images):
   batches = [
     (jnp.asarray(rows), {"logits": jnp.asarray(logits[np.minimum(rows, 69)])}) for rows in numbers
   ]
-  wanted = extract.Wanted([], np.arange(0), splits=3)
-  found = extract.collect(batches, 70, SIZES, wanted)
+  wanted = stream.Wanted([], np.arange(0), splits=3)
+  found = stream.collect(batches, 70, SIZES, wanted)
   logits = logits.astype(np.float32)
   assert fid.score(found.scores) == pytest.approx(inception_score(logits, splits=3), rel=1e-12)
 

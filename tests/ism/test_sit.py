@@ -9,7 +9,8 @@ import pytest
 
 import main
 from configs import ism_digits
-from ism_jax import dit, sit
+from ism_jax import dit
+from ism_jax.networks import sit
 from train_jax import mesh as mesh_lib
 from train_jax import warm_start
 from train_jax.errors import UserError

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ism_jax import torch_weights
+from ism_jax.networks import torch_weights
 from train_jax.errors import UserError
 from train_jax.storage.weights import Weights, save
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from ism_jax.images import SUFFIXES, UNREADABLE, square
+from ism_jax.data.images import SUFFIXES, UNREADABLE, square
 from train_jax.errors import UserError
 from train_jax.files import whole_file
 

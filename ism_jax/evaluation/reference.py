@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ism_jax import adm, extract
+from ism_jax.evaluation import adm, stream
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.files import whole_file
@@ -87,10 +87,10 @@ def open_reference(
   if path.is_dir():
     files = adm.folder_files(path)
     listed = "".join(f"{p.relative_to(path)} {p.stat().st_size}\n" for p in files)
-    digest = hashlib.sha256(listed.encode()).hexdigest()[: extract.DIGITS]
+    digest = hashlib.sha256(listed.encode()).hexdigest()[: stream.DIGITS]
     arrays, images = {}, adm.folder_images(files, shape[0], channels)
   else:
-    arrays, digest = adm.npz_arrays(path), sha256(path)[: extract.DIGITS]
+    arrays, digest = adm.npz_arrays(path), sha256(path)[: stream.DIGITS]
     images = adm.npz_images(path) if "arr_0" in arrays else None
   for kind in kinds:
     _check_arrays(file, kind, arrays, sizes["pool" if kind == "features" else kind], images)
@@ -124,9 +124,9 @@ def _check_arrays(file: str, kind: str, arrays: dict, f: int, images) -> None:
 def read(
   reference: Reference,
   kinds: Collection[str],
-  networks: Collection[extract.Network],
+  networks: Collection[stream.Network],
   mesh: jax.sharding.Mesh,
-  per_device: int = extract.PER_DEVICE,
+  per_device: int = stream.PER_DEVICE,
 ) -> Real:
   """The moments and features of `kinds`, from the file, from what was stored, or computed now."""
   given = [kind for kind in kinds if reference.has(kind)]
@@ -161,7 +161,7 @@ def _of(kind: str) -> str:
   return "pool" if kind == "features" else kind
 
 
-def _stored(reference: Reference, network: extract.Network) -> Path:
+def _stored(reference: Reference, network: stream.Network) -> Path:
   """Where what this network says of the images is kept: beside the reference."""
   images, digests = reference.images, (network.digest, reference.digest)
   names = filter(None, (network.name, *digests, str(images.shape[0]), images.cut))
@@ -187,14 +187,14 @@ def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
     logging.warning("%s cannot be kept for the next time: %s", path, err)
 
 
-def _compute(images: adm.Images, network: extract.Network, mesh, per_device: int) -> dict:
+def _compute(images: adm.Images, network: stream.Network, mesh, per_device: int) -> dict:
   """All that is ever needed of the images with this network, by name in the file."""
   bar = progress_bar(images.n, 0, jax.process_index() == 0, unit="img", desc="reference")
   kinds = [kind for kind in KEYS if kind in network.sizes]
   kept = np.sort(np.random.default_rng(0).permutation(images.n)[:KEPT])
-  wanted = extract.Wanted(kinds, kept if "pool" in kinds else kept[:0])
+  wanted = stream.Wanted(kinds, kept if "pool" in kinds else kept[:0])
   batches = _batches(images, network, mesh, per_device)
-  found = extract.collect(batches, images.n, network.sizes, wanted, bar.update)
+  found = stream.collect(batches, images.n, network.sizes, wanted, bar.update)
   bar.close()
   arrays = {"features": found.kept} if "pool" in kinds else {}
   for kind in kinds:
@@ -203,7 +203,7 @@ def _compute(images: adm.Images, network: extract.Network, mesh, per_device: int
   return arrays
 
 
-def _batches(images: adm.Images, network: extract.Network, mesh, per_device: int) -> Iterator:
+def _batches(images: adm.Images, network: stream.Network, mesh, per_device: int) -> Iterator:
   """(numbers, features) of the images, batch by batch, the last one filled up."""
   b = per_device * mesh_lib.batch_parts(mesh)
   rows = mesh_lib.process_rows(b, mesh)

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from ism_jax import images as images_lib
+from ism_jax.data import images as images_lib
 from train_jax.errors import UserError
 from train_jax.storage.faults import LIMIT, Faults
 

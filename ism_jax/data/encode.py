@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from ism_jax import autoencoder
-from ism_jax.autoencoder import SCALE
-from ism_jax.images import Images, find, read_batches
-from ism_jax.latents import VERSION, moments, record_dtype
+from ism_jax.data.images import Images, find, read_batches
+from ism_jax.data.latents import VERSION, moments, record_dtype
+from ism_jax.networks import autoencoder
+from ism_jax.networks.autoencoder import SCALE
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.files import commit, write_json

@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import autoencoder
-from ism_jax.autoencoder import SCALE
+from ism_jax.networks import autoencoder
+from ism_jax.networks.autoencoder import SCALE
 from ism_jax.sample import batch_size
 from train_jax.errors import UserError
 from train_jax.files import read_json
@@ -65,7 +65,7 @@ def moments(posterior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Latents:
-  """A source of examples (see data.Source): image 2 i + f is view f of the stored image i.
+  """A source of examples (see sources.Source): image 2 i + f is view f of the stored image i.
 
   Attributes:
     read: images [b] and their views [b] -> float16 [2, b, h, w, c], mean and std, not scaled.

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ism_jax import torch_weights
-from ism_jax.inception import check_images
+from ism_jax.networks import torch_weights
+from ism_jax.networks.inception import check_images
 from train_jax.errors import UserError
 from train_jax.layers import Dense, Mlp, recipe, stack_blocks
 from train_jax.storage.weights import Weights

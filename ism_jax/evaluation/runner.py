@@ -1,6 +1,6 @@
 """The large-scale protocol: 50 000 samples against a reference, in numbers that can be compared.
 
-What is measured is the business of `protocol.py`. Such numbers move with the decoder, the rounding,
+What is measured is the business of `spec.py`. Such numbers move with the decoder, the rounding,
 the classes that were asked for, the number of samples and the networks' files; so `Benchmark.facts`
 states all of them.
 
@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ism_jax import adm, extract, fid, sample
-from ism_jax import reference as reference_lib
-from ism_jax.protocol import FRECHET, METRICS, SPLITS, Protocol, check_number, column
+from ism_jax import sample
+from ism_jax.evaluation import adm, fid, stream
+from ism_jax.evaluation import reference as reference_lib
+from ism_jax.evaluation.spec import FRECHET, METRICS, SPLITS, Protocol, check_number, column
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.files import write_json
@@ -51,7 +52,7 @@ class Benchmark:
   classes: int
   mesh: jax.sharding.Mesh
   draw: Callable
-  networks: tuple[extract.Network, ...]
+  networks: tuple[stream.Network, ...]
   reference: reference_lib.Reference | None
   vae_digest: str
   per_device: int
@@ -119,7 +120,7 @@ class Benchmark:
   def _statistics(self, params, nfe: int, w: float, n: int, out: Path | None):
     """Draws n samples and takes what the metrics need of them."""
     metrics = self.protocol.metrics
-    wanted = extract.Wanted(
+    wanted = stream.Wanted(
       moments=[METRICS[metric][1] for metric in FRECHET if metric in metrics],
       kept=np.arange(min(n, KEPT) if "pr" in metrics else 0),
       splits=SPLITS if "is" in metrics else 0,
@@ -134,7 +135,7 @@ class Benchmark:
     with writer as write:
       write = write or (lambda images: None)
       batches = self._batches(params, labels, w, nfe, write if out is not None else None)
-      found = extract.collect(batches, n, sizes, wanted, bar.update)
+      found = stream.collect(batches, n, sizes, wanted, bar.update)
     bar.close()
     return found
 
@@ -156,7 +157,7 @@ class Benchmark:
       if write:
         write(multihost_utils.process_allgather(images, tiled=True)[: n - first])
 
-  def _compare(self, real, found: extract.Statistics, n: int) -> dict[str, float]:
+  def _compare(self, real, found: stream.Statistics, n: int) -> dict[str, float]:
     """The metrics by the names of their columns."""
     values = {}
     for metric in self.protocol.metrics:
@@ -224,7 +225,7 @@ def prepare(
   classes: int,
   mesh: jax.sharding.Mesh,
   encoder: str = "",
-  per_device: int = extract.PER_DEVICE,
+  per_device: int = stream.PER_DEVICE,
 ) -> Benchmark:
   """Looks at every file and loads the networks; computes nothing.
 
@@ -243,7 +244,7 @@ def prepare(
     raise UserError(f"this model makes latents of {size} and no decoder was given: --vae=FILE.")
   if protocol.vae and not latent:
     raise UserError(f"vae={protocol.vae!r} is for latents, and this model makes images of {size}.")
-  digest = sha256(protocol.vae)[: extract.DIGITS] if latent else ""
+  digest = sha256(protocol.vae)[: stream.DIGITS] if latent else ""
   if encoder and not encoder.startswith(digest):
     raise UserError(
       f"vae={protocol.vae!r} (SHA-256 {digest}) is not the autoencoder of this model's latents "
@@ -252,7 +253,7 @@ def prepare(
   decoder = _load_decoder(protocol.vae, mesh) if latent else None
   draw = sample.make_image_sampler(apply, shape, mesh, protocol.seed, decoder)
   names = dict.fromkeys(METRICS[metric][0] for metric in protocol.metrics)
-  networks = [extract.load_network(name, getattr(protocol, name), mesh) for name in names]
+  networks = [stream.load_network(name, getattr(protocol, name), mesh) for name in names]
   sizes = {kind: f for network in networks for kind, f in network.sizes.items()}
   image, opened = _image_shape(shape, decoder), None
   if protocol.kinds:
@@ -274,7 +275,7 @@ def _image_shape(shape: tuple[int, int, int], decoder) -> tuple[int, int, int]:
 
 def _load_decoder(file: str, mesh: jax.sharding.Mesh) -> tuple[Any, Callable]:
   """(parameters, decode) of a VAE."""
-  from ism_jax import autoencoder
+  from ism_jax.networks import autoencoder
 
   loaded = autoencoder.load(file)
   return mesh_lib.replicate(loaded.params, mesh), loaded.decode

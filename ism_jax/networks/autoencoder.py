@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ism_jax import torch_weights
+from ism_jax.networks import torch_weights
 from train_jax.errors import UserError
 from train_jax.layers import Dense, recipe
 from train_jax.storage.weights import Weights

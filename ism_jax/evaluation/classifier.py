@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from ism_jax import fid
-from ism_jax.features import FeatureExtractor
+from ism_jax.evaluation import fid
+from ism_jax.evaluation.features import FeatureExtractor
 from ism_jax.sample import BATCH, to_uint8
 from train_jax.metrics import progress_bar
 

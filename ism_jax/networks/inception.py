@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ism_jax import torch_weights
+from ism_jax.networks import torch_weights
 from train_jax.errors import UserError
 from train_jax.layers import recipe
 from train_jax.storage.weights import Weights

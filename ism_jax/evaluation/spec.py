@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ism_jax import evaluate
+from ism_jax.evaluation import classifier
 from train_jax.errors import UserError
 
 # metric -> the network that it needs, and what of its features
@@ -83,8 +83,8 @@ class Protocol:
   def labels(self, n: int, classes: int) -> np.ndarray:
     """The classes int32 [n] that n samples are asked to be of."""
     if self.classes == "balanced":
-      return evaluate.balanced_labels(n, classes)
-    return evaluate.random_labels(n, classes, self.seed)
+      return classifier.balanced_labels(n, classes)
+    return classifier.random_labels(n, classes, self.seed)
 
 
 def column(metric: str, n: int) -> str:

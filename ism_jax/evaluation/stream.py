@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ism_jax import fid
+from ism_jax.evaluation import fid
 from train_jax import mesh as mesh_lib
 from train_jax.multihost.signals import pause
 from train_jax.storage.weights import sha256
@@ -55,11 +55,11 @@ def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> Network:
     UserError: the file does not hold such a network.
   """
   if name == "inception":
-    from ism_jax import inception
+    from ism_jax.networks import inception
 
     params, apply = inception.load(file)
   else:
-    from ism_jax import dinov2
+    from ism_jax.networks import dinov2
 
     # Published distances are of the authors' position grid, 0.1 larger than Hugging Face's.
     params, apply = dinov2.load(file, offset=0.1)

@@ -8,19 +8,21 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from ism_jax import benchmark, data, evaluate, latents, path, sample
-from ism_jax.features import fit_classifier
-from ism_jax.protocol import Protocol, check_number
+from ism_jax import path, sample
+from ism_jax.data import latents, sources
+from ism_jax.evaluation import classifier, runner
+from ism_jax.evaluation.features import fit_classifier
+from ism_jax.evaluation.spec import Protocol, check_number
 from train_jax.errors import UserError
 
 
 def make_evaluate(
-  config, source, facts: dict, apply, mesh, leak=None, held_out: data.Source | None = None
+  config, source, facts: dict, apply, mesh, leak=None, held_out: sources.Source | None = None
 ) -> Callable:
   """`Method.evaluate` of a run: pictures and numbers, a quick part of them in training.
 
   Args:
-    source: images or latents, see data.py.
+    source: images or latents, see data/sources.py.
     facts: those saved with a checkpoint.
     apply: the network s(params, x, t, d, c, w), as samplers call it.
     leak: () -> the class leak of the pairing, named, once at the end; None for not at all.
@@ -40,7 +42,7 @@ def make_evaluate(
   return _make_small(config, source, sampler, leak, held_out)
 
 
-def not_measurable(source: data.Source) -> str:
+def not_measurable(source: sources.Source) -> str:
   """Why no classifier can be fitted to the images, in a sentence; "" where one can."""
   counts = np.bincount(source.labels)
   if len(counts) > 1 and counts.min() > 1:
@@ -51,8 +53,8 @@ def not_measurable(source: data.Source) -> str:
   )
 
 
-def _make_small(config, source: data.Source, sampler, leak, held_out):
-  """A grid, and the metrics of evaluate.py by a classifier of what is trained on."""
+def _make_small(config, source: sources.Source, sampler, leak, held_out):
+  """A grid, and the metrics of classifier.py by a classifier of what is trained on."""
   reference = functools.cache(lambda: make_reference(source, held_out))
   classes, n = len(source.names), config.eval.samples
 
@@ -61,7 +63,7 @@ def _make_small(config, source: data.Source, sampler, leak, held_out):
     settings = _settings(config, final)
     number = n if final else n // 4
     sized = [(nfe, w, n // 2 if final and nfe == path.FINEST else number) for nfe, w in settings]
-    yield from evaluate.measure(sampler, params, reference(), classes, sized, config.seed)
+    yield from classifier.measure(sampler, params, reference(), classes, sized, config.seed)
     if final and leak:
       yield from leak()
     yield "grid", _sample_grid(sampler, params, source.names, settings, config.seed)
@@ -81,7 +83,7 @@ def _make_grid(config, source, sampler):
 
 
 def _make_large(config, facts: dict, apply, mesh, leak):
-  """A grid, and the metrics of benchmark.py that config.eval.metrics asks for.
+  """A grid, and the metrics of runner.py that config.eval.metrics asks for.
 
   In training a quarter of the samples is drawn, and the columns say so.
   """
@@ -92,13 +94,13 @@ def _make_large(config, facts: dict, apply, mesh, leak):
   def run(params, step: int, final: bool):
     settings, number = _settings(config, final), n if final else n // 4
     if jax.process_index() == 0:
-      print(benchmark.header({"step": step, "samples": number, **large.facts()}), flush=True)
+      print(runner.header({"step": step, "samples": number, **large.facts()}), flush=True)
     yield from large.measure(params, settings, number)
     if final and leak:
       yield from leak()
     labels = _grid_labels(len(names))
     pictures = large.pictures(params, settings, labels)
-    yield "grid", evaluate.labelled_grid(pictures, settings, names, labels)
+    yield "grid", classifier.labelled_grid(pictures, settings, names, labels)
 
   return run
 
@@ -112,13 +114,13 @@ def _settings(config, final: bool) -> list[tuple[int, float]]:
 
 def _grid_labels(classes: int) -> np.ndarray:
   """The classes of a grid's columns."""
-  return evaluate.balanced_labels(min(evaluate.COLUMNS, max(classes, 8)), classes)
+  return classifier.balanced_labels(min(classifier.COLUMNS, max(classes, 8)), classes)
 
 
 def _sample_grid(sampler, params, names, settings, seed: int) -> np.ndarray:
   labels = _grid_labels(len(names))
-  drawn = [evaluate.to_uint8(sampler(params, seed, labels, w, nfe)) for nfe, w in settings]
-  return evaluate.labelled_grid(np.stack(drawn), settings, names, labels)
+  drawn = [classifier.to_uint8(sampler(params, seed, labels, w, nfe)) for nfe, w in settings]
+  return classifier.labelled_grid(np.stack(drawn), settings, names, labels)
 
 
 def make_protocol(config, flags=None) -> Protocol | None:
@@ -135,15 +137,15 @@ def make_protocol(config, flags=None) -> Protocol | None:
   return Protocol(seed=config.seed, **{k: v for k, v in chosen.items() if v})
 
 
-def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> benchmark.Benchmark:
+def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> runner.Benchmark:
   """The protocol made ready for the network of a run."""
   shape, classes = tuple(facts["shape"]), len(facts["names"])
-  return benchmark.prepare(protocol, apply, shape, classes, mesh, facts.get("vae", ""))
+  return runner.prepare(protocol, apply, shape, classes, mesh, facts.get("vae", ""))
 
 
 def make_reference(
-  source: data.Source, held_out: data.Source | None = None, limit: int = 10_000
-) -> evaluate.Reference:
+  source: sources.Source, held_out: sources.Source | None = None, limit: int = 10_000
+) -> classifier.Reference:
   """Features of the data, by a classifier fitted on it; of a random 10k where there are more.
 
   At least two of each class are among them: `fit_classifier` needs as many.
@@ -156,4 +158,4 @@ def make_reference(
   chosen = np.sort(np.concatenate([pairs, rest])[: max(limit, len(pairs))])
   images = source.images(chosen)
   kept = held_out.images(np.arange(len(held_out.labels))) if held_out else None
-  return evaluate.Reference.of(fit_classifier(images, source.labels[chosen]), images, kept)
+  return classifier.Reference.of(fit_classifier(images, source.labels[chosen]), images, kept)
