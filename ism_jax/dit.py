@@ -201,7 +201,3 @@ def make_network(config: DiTConfig) -> tuple[Callable, Callable]:
     return merge(params)(x, t, d, label, w)
 
   return init, apply
-
-
-# (width, depth, heads) of the published sizes; `/2` is the patch.
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

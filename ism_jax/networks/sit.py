@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ism_jax.dit import SIZES
 from train_jax.errors import UserError
 from train_jax.storage.weights import Weights
 
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: what S, B, L and XL are published with
 OURS = {
   "embed_time.inner": "t_embedder.mlp.0",
   "embed_time.outer": "t_embedder.mlp.2",
@@ -73,11 +73,10 @@ def reorder(a: np.ndarray, width: int, axis: int) -> np.ndarray:
 
 def _check(weights: Weights, heads: int, used: set[str]) -> None:
   width = weights.shapes["x_embedder.proj.weight"][0]
-  published = {k: n for k, _, n in SIZES.values()}
-  if published.get(width, heads) != heads:
+  if HEADS.get(width, heads) != heads:
     raise UserError(
-      f"{weights.path} has width {width}, which SiT publishes with {published[width]} heads; set "
-      f"--config.model.heads={published[width]}, not {heads}."
+      f"{weights.path} has width {width}, which SiT publishes with {HEADS[width]} heads; set "
+      f"--config.model.heads={HEADS[width]}, not {heads}."
     )
   if extra := sorted(set(weights.shapes) - used - {"pos_embed"}):
     raise UserError(f"{weights.path} holds {extra[0]!r}, which no SiT has; give SiT's own weights.")
