@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from ism_jax import dit, loss, model, pairing, path, sample, wavelet
 from ism_jax.data import latents, sources
-from ism_jax.evaluation import classifier, registry, runner
+from ism_jax.evaluation import pictures, registry, runner
 from ism_jax.evaluation.spec import check_number
-from ism_jax.networks import sit
+from ism_jax.networks import autoencoder, sit
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
@@ -353,7 +353,7 @@ def _labels(flags, names: list[str]) -> tuple[int, ...]:
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=sample`: see classifier.write_samples. `load(mesh) -> (params, step)` comes last."""
+  """`--mode=sample`: see pictures.write_samples. `load(mesh) -> (params, step)` comes last."""
   settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
   labels = _labels(flags, names)
   path.check_labels(labels, len(names))
@@ -362,12 +362,12 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   if "vae" in facts:
     if not flags.vae:
       raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
-    sampler = latents.decoding(sampler, flags.vae, facts["vae"])
+    sampler = autoencoder.decoding(sampler, flags.vae, facts["vae"])
   elif flags.vae:
     raise UserError(f"--vae={flags.vae} decodes latents, and this run makes images; leave it out.")
   params, _ = load(mesh)
   labels = np.resize(np.array(labels, np.int32), flags.num or 64)
-  classifier.write_samples(sampler, params, names, settings, labels, flags.seed, out)
+  pictures.write_samples(sampler, params, names, settings, labels, flags.seed, out)
 
 
 def export_mode(config, facts: dict, load, flags, out: Path) -> None:

@@ -103,7 +103,7 @@ def load_pretrained(directory: str | Path, vae: str | Path | None = None) -> Loa
   if vae is not None:
     if "vae" not in facts:
       raise UserError(f"vae={str(vae)!r} decodes latents, but {directory} makes images; omit it.")
-    from ism_jax.data import latents
+    from ism_jax.networks import autoencoder
 
-    sampler = latents.decoding(sampler, vae, facts["vae"])
+    sampler = autoencoder.decoding(sampler, vae, facts["vae"])
   return Loaded(names, shape, w_max, record, params, apply, sampler)

@@ -33,7 +33,6 @@ import numpy as np
 
 from ism_jax.networks import autoencoder
 from ism_jax.networks.autoencoder import SCALE
-from ism_jax.sample import batch_size
 from train_jax.errors import UserError
 from train_jax.files import read_json
 from train_jax.storage.faults import LIMIT, Faults
@@ -293,33 +292,3 @@ def open_set(path: str, std: tuple[float, float] = STD_RANGE, max_faults: int = 
   names = tuple(manifest["names"])
   digest = sha256(top / "manifest.json")
   return Latents(read, np.repeat(labels, 2), names, shape, manifest["vae"], digest)
-
-
-def decoding(sample: Callable, path: str, expected: str) -> Callable:
-  """`sample` (see sample.make_sampler) of latents -> the same, of images in [-1, 1].
-
-  Args:
-    path: the autoencoder's safetensors file.
-    expected: its SHA-256, of the latents that were trained on; "" takes any.
-
-  Raises:
-    UserError: no such file, or another autoencoder.
-  """
-  if expected and (found := sha256(path)) != expected:
-    raise UserError(
-      f"{path} (SHA-256 {found[:12]}) is not the autoencoder that the latents were encoded with "
-      f"({expected[:12]}); give that one."
-    )
-  model = autoencoder.load(path)
-  decode = jax.jit(model.decode)
-
-  @functools.wraps(sample)
-  def decoded(*args, **kwargs) -> np.ndarray:
-    latents = sample(*args, **kwargs)
-    images, batch = [], batch_size(len(latents), 16)
-    for start in range(0, len(latents), batch):
-      rows = np.minimum(np.arange(start, start + batch), len(latents) - 1)  # the last: filled up
-      images.append(np.asarray(decode(model.params, latents[rows]))[: len(latents) - start])
-    return np.concatenate(images)
-
-  return decoded

@@ -10,9 +10,10 @@ import numpy as np
 
 from ism_jax import path, sample
 from ism_jax.data import latents, sources
-from ism_jax.evaluation import classifier, runner
+from ism_jax.evaluation import classifier, pictures, runner
 from ism_jax.evaluation.features import fit_classifier
-from ism_jax.evaluation.spec import Protocol, check_number
+from ism_jax.evaluation.spec import Protocol, balanced_labels, check_number
+from ism_jax.networks import autoencoder
 from train_jax.errors import UserError
 
 
@@ -34,7 +35,7 @@ def make_evaluate(
   if isinstance(source, latents.Latents):
     if not config.eval.vae:
       return lambda params, step, final: iter(())
-    return _make_grid(config, source, latents.decoding(sampler, config.eval.vae, source.vae))
+    return _make_grid(config, source, autoencoder.decoding(sampler, config.eval.vae, source.vae))
   if why := not_measurable(source):
     if jax.process_index() == 0:
       print(f"evaluation: a grid of samples, without numbers: {why}", flush=True)
@@ -99,8 +100,8 @@ def _make_large(config, facts: dict, apply, mesh, leak):
     if final and leak:
       yield from leak()
     labels = _grid_labels(len(names))
-    pictures = large.pictures(params, settings, labels)
-    yield "grid", classifier.labelled_grid(pictures, settings, names, labels)
+    drawn = large.pictures(params, settings, labels)
+    yield "grid", pictures.labelled_grid(drawn, settings, names, labels)
 
   return run
 
@@ -114,13 +115,13 @@ def _settings(config, final: bool) -> list[tuple[int, float]]:
 
 def _grid_labels(classes: int) -> np.ndarray:
   """The classes of a grid's columns."""
-  return classifier.balanced_labels(min(classifier.COLUMNS, max(classes, 8)), classes)
+  return balanced_labels(min(pictures.COLUMNS, max(classes, 8)), classes)
 
 
 def _sample_grid(sampler, params, names, settings, seed: int) -> np.ndarray:
   labels = _grid_labels(len(names))
-  drawn = [classifier.to_uint8(sampler(params, seed, labels, w, nfe)) for nfe, w in settings]
-  return classifier.labelled_grid(np.stack(drawn), settings, names, labels)
+  drawn = [sample.to_uint8(sampler(params, seed, labels, w, nfe)) for nfe, w in settings]
+  return pictures.labelled_grid(np.stack(drawn), settings, names, labels)
 
 
 def make_protocol(config, flags=None) -> Protocol | None:

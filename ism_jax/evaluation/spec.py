@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ism_jax.evaluation import classifier
 from train_jax.errors import UserError
 
 # metric -> the network that it needs, and what of its features
@@ -31,6 +30,16 @@ METRICS = {
 }
 FRECHET = ("fid", "sfid", "fd_dinov2")
 SPLITS = 10  # of the inception score
+
+
+def balanced_labels(n: int, classes: int) -> np.ndarray:
+  """Class i mod `classes` for sample i: int32 [n]."""
+  return (np.arange(n) % classes).astype(np.int32)
+
+
+def random_labels(n: int, classes: int, seed: int) -> np.ndarray:
+  """Uniform draws, the first of which do not depend on n: int32 [n]."""
+  return np.random.default_rng(seed).integers(classes, size=n).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,8 @@ class Protocol:
   def labels(self, n: int, classes: int) -> np.ndarray:
     """The classes int32 [n] that n samples are asked to be of."""
     if self.classes == "balanced":
-      return classifier.balanced_labels(n, classes)
-    return classifier.random_labels(n, classes, self.seed)
+      return balanced_labels(n, classes)
+    return random_labels(n, classes, self.seed)
 
 
 def column(metric: str, n: int) -> str:

@@ -13,6 +13,7 @@ Dimensions: b batch, h w image, c channel, z latent channel, k width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ism_jax.networks import torch_weights
 from train_jax.errors import UserError
 from train_jax.layers import Dense, recipe
-from train_jax.storage.weights import Weights
+from train_jax.storage.weights import Weights, sha256
 
 SCALE = 0.18215
 
@@ -238,6 +240,37 @@ def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> A
     return network.decoder(network.post_quant_conv(latents / SCALE))
 
   return Autoencoder(params, encode, decode)
+
+
+def decoding(sample: Callable, path: str, expected: str) -> Callable:
+  """`sample` (see ism_jax/sample.py) of latents -> the same, of images in [-1, 1].
+
+  Args:
+    path: the autoencoder's safetensors file.
+    expected: its SHA-256, of the latents that were trained on; "" takes any.
+
+  Raises:
+    UserError: no such file, or another autoencoder.
+  """
+  if expected and (found := sha256(path)) != expected:
+    raise UserError(
+      f"{path} (SHA-256 {found[:12]}) is not the autoencoder that the latents were encoded with "
+      f"({expected[:12]}); give that one."
+    )
+  model = load(path)
+  decode = jax.jit(model.decode)
+
+  @functools.wraps(sample)
+  def decoded(*args, **kwargs) -> np.ndarray:
+    latents = sample(*args, **kwargs)
+    # The power of two that holds them, 16 at most: a few cost little, and all share compilations.
+    images, batch = [], min(16, 1 << (len(latents) - 1).bit_length())
+    for start in range(0, len(latents), batch):
+      rows = np.minimum(np.arange(start, start + batch), len(latents) - 1)  # the last: filled up
+      images.append(np.asarray(decode(model.params, latents[rows]))[: len(latents) - start])
+    return np.concatenate(images)
+
+  return decoded
 
 
 def _check(what: str, x: jax.Array, channels: int, multiple: int) -> None:

@@ -28,7 +28,6 @@ import numpy as np
 from flax import nnx
 
 from ism_jax.networks import torch_weights
-from ism_jax.networks.inception import check_images
 from train_jax.errors import UserError
 from train_jax.layers import Dense, Mlp, recipe, stack_blocks
 from train_jax.storage.weights import Weights
@@ -210,7 +209,7 @@ def read_params(weights: Weights, shapes: dict, depth: int) -> dict:
 
 def preprocess(images: jax.Array) -> jax.Array:
   """uint8 [b, h, w, 3] -> normalised float32 [b, 224, 224, 3]."""
-  check_images(images)
+  torch_weights.check_images(images)
   shape = (len(images), SIDE, SIDE, 3)
   x = jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
   return (x / 255 - jnp.array(MEAN)) / jnp.array(STD)

@@ -27,21 +27,11 @@ import numpy as np
 from flax import nnx
 
 from ism_jax.networks import torch_weights
-from train_jax.errors import UserError
 from train_jax.layers import recipe
 from train_jax.storage.weights import Weights
 
 SIDE = 299
 SPATIAL_CHANNELS = 7
-
-
-def check_images(images: jax.Array) -> None:
-  """UserError unless images are uint8 [b, h, w, 3]."""
-  if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
-    raise UserError(
-      f"images are {images.dtype} of the shape {tuple(images.shape)}, and must be uint8 "
-      "[b, h, w, 3]: round them as the metric's reference was, and repeat a single channel."
-    )
 
 
 def resize(images: jax.Array) -> jax.Array:
@@ -259,7 +249,7 @@ def load(path: str | Path) -> tuple[dict, Callable]:
 
   @torch_weights.full_precision
   def apply(params, images) -> dict[str, jax.Array]:
-    check_images(images)
+    torch_weights.check_images(images)
     return merge(params)((resize(images) - 128) / 128)
 
   return params, apply

@@ -1,4 +1,4 @@
-"""Networks that were trained in PyTorch: their tensors, in Flax's names and layouts.
+"""What networks trained in PyTorch share: their tensors in Flax's names, precision, inputs.
 
 Flax and PyTorch name and lay out the same parameter differently:
 
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train_jax.errors import UserError
 from train_jax.storage.weights import Weights
 
 
@@ -78,3 +79,12 @@ def full_precision(function: Callable) -> Callable:
       return function(*args)
 
   return wrapped
+
+
+def check_images(images: jax.Array) -> None:
+  """UserError unless images are uint8 [b, h, w, 3]."""
+  if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    raise UserError(
+      f"images are {images.dtype} of the shape {tuple(images.shape)}, and must be uint8 "
+      "[b, h, w, 3]: round them as the metric's reference was, and repeat a single channel."
+    )

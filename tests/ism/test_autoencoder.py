@@ -14,6 +14,7 @@ from ism_jax.networks import autoencoder
 from ism_jax.networks.autoencoder import SCALE, AutoencoderConfig
 from tests.ism.named_weights import read_oracle, tensors_of, write
 from train_jax.errors import UserError
+from train_jax.storage.weights import sha256
 
 SMALL = AutoencoderConfig(widths=(8, 16, 16), depth=1, groups=4)
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -156,3 +157,21 @@ def test_mistakes_cost_a_sentence(load):
     model.decode(model.params, np.zeros((1, 4, 4, 8), np.float32))
   with pytest.raises(UserError, match=r"images are uint8 .* divide 8-bit ones by 127.5"):
     model.encode(model.params, np.zeros((1, 8, 8, 3), np.uint8))
+
+
+def test_samples_are_decoded_in_pieces(fake_autoencoder, tmp_path):
+  z = np.random.default_rng(0).normal(size=(37, 2, 2, 4)).astype(np.float32)
+  sampler = autoencoder.decoding(lambda n: z[:n], str(tmp_path / "any"), "")
+  for n in (1, 16, 37):
+    out = sampler(n)
+    assert out.shape == (n, 16, 16, 3)
+    np.testing.assert_allclose(out[:, ::8, ::8], 0.2 * z[:n, :, :, :3], rtol=1e-6)
+  assert fake_autoencoder == [1, 16]
+
+
+def test_another_autoencoder_is_refused(fake_autoencoder, tmp_path):
+  path = tmp_path / "vae.safetensors"
+  path.write_bytes(b"weights")
+  autoencoder.decoding(None, str(path), sha256(path))
+  with pytest.raises(UserError, match=r"is not the autoencoder that the latents were encoded with"):
+    autoencoder.decoding(None, str(path), "0" * 64)

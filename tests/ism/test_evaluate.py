@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ism_jax.data import sources
-from ism_jax.evaluation import classifier, fid, registry
+from ism_jax.evaluation import classifier, fid, pictures, registry, spec
 from ism_jax.sample import to_uint8
 
 
@@ -20,18 +20,18 @@ def reference(source):
 
 
 def test_labels_are_balanced():
-  labels = classifier.balanced_labels(23, 10)
+  labels = spec.balanced_labels(23, 10)
   assert labels.dtype == np.int32 and labels[13] == 3
   counts = np.bincount(labels)
   assert len(counts) == 10 and counts.max() - counts.min() <= 1
 
 
 def test_random_labels_are_uniform_by_the_seed_and_begin_alike():
-  labels = classifier.random_labels(20_000, 10, seed=1)
+  labels = spec.random_labels(20_000, 10, seed=1)
   assert labels.dtype == np.int32 and set(labels.tolist()) == set(range(10))
   assert np.abs(np.bincount(labels) - 2000).max() < 6 * np.sqrt(2000)
-  np.testing.assert_array_equal(classifier.random_labels(77, 10, seed=1), labels[:77])
-  assert np.any(classifier.random_labels(77, 10, seed=2) != labels[:77])
+  np.testing.assert_array_equal(spec.random_labels(77, 10, seed=1), labels[:77])
+  assert np.any(spec.random_labels(77, 10, seed=2) != labels[:77])
 
 
 def test_precision_and_recall_are_of_three_neighbours(reference, source):
@@ -54,7 +54,7 @@ def test_real_images_are_judged_real(reference, source):
 
 def test_noise_is_judged_noise(reference):
   images = np.random.default_rng(0).uniform(-1, 1, (500, 8, 8, 1))
-  scores = classifier.compare(reference, images, classifier.balanced_labels(500, 10))
+  scores = classifier.compare(reference, images, spec.balanced_labels(500, 10))
   assert scores["fd"] > 20 and scores["accuracy"] < 0.3
   assert scores["precision"] < 0.3
 
@@ -106,48 +106,46 @@ def test_a_wave_shows_in_its_own_ring():
   row, column = np.mgrid[:16, :16] * 2 * np.pi / 16
   for k in (1, 3, 8):
     for wave in (np.cos(k * row), np.cos(k * column)):
-      power = classifier.radial_power(wave[None, :, :, None] + 5)
+      power = pictures.radial_power(wave[None, :, :, None] + 5)
       assert power.argmax() == k
       np.testing.assert_allclose(np.delete(power, k), 0, atol=1e-12)
 
 
 def test_white_noise_has_a_flat_spectrum():
   noise = np.random.default_rng(0).normal(size=(4000, 8, 8, 1))
-  np.testing.assert_allclose(classifier.radial_power(2 * noise), 4 / 64, rtol=0.1)
+  np.testing.assert_allclose(pictures.radial_power(2 * noise), 4 / 64, rtol=0.1)
 
 
 def test_a_grid_shows_every_image_once(source):
   images = to_uint8(source.images(np.arange(6))).reshape(2, 3, 8, 8, 1)
-  picture = classifier.grid(
-    images, ["1 step, w=0", "4 steps, w=0"], ["0", "1", "2"], title="seed 0"
-  )
+  picture = pictures.grid(images, ["1 step, w=0", "4 steps, w=0"], ["0", "1", "2"], title="seed 0")
   height, width, channels = picture.shape
   assert picture.dtype == np.uint8 and channels == 3
   assert 100 < height < 400 and 150 < width < 600
   # An 8x8 image is drawn with sharp pixels: among them is a column of its darkest and lightest.
   assert picture.min() == 0 and picture.max() == 255
-  other = classifier.grid(images[:, ::-1], ["", ""], ["0", "1", "2"])
+  other = pictures.grid(images[:, ::-1], ["", ""], ["0", "1", "2"])
   assert other.shape != picture.shape or np.any(other != picture)
 
 
 def test_a_grid_of_colour(source):
   images = np.zeros((1, 2, 8, 8, 3), np.uint8)
   images[0, 1, ..., 0] = 255
-  picture = classifier.grid(images, ["row"], ["black", "red"]).reshape(-1, 3)
+  picture = pictures.grid(images, ["row"], ["black", "red"]).reshape(-1, 3)
   assert np.sum(np.all(picture == (255, 0, 0), axis=1)) > 500
   assert np.sum(np.all(picture == (0, 0, 0), axis=1)) > 500
 
 
 def test_rows_are_named_in_english():
-  assert classifier.row_name(1, 0.0) == "1 step, w=0"
-  assert classifier.row_name(4, 0.25) == "4 steps, w=0.25"
+  assert pictures.row_name(1, 0.0) == "1 step, w=0"
+  assert pictures.row_name(4, 0.25) == "4 steps, w=0.25"
 
 
 def test_written_samples(sample, asked, source, tmp_path, capsys):
   labels = np.array([3, 1, 2, 3, 1], np.int32)
   settings = [(1, 0.0), (2, 0.0), (4, 0.5)]
   out = tmp_path / "new" / "folder"
-  classifier.write_samples(sample, None, source.names, settings, labels, 7, out)
+  pictures.write_samples(sample, None, source.names, settings, labels, 7, out)
 
   assert asked[0] == (None, 7, 5, 0.0, 1)  # compiles what the speeds are of
   with np.load(out / "samples.npz") as saved:
@@ -171,8 +169,8 @@ def test_written_samples(sample, asked, source, tmp_path, capsys):
 def test_a_grid_has_sixteen_columns_at_most(sample, source, tmp_path):
   widths = []
   for n in (16, 60):
-    labels = classifier.balanced_labels(n, 10)
-    classifier.write_samples(sample, None, source.names, [(1, 0.0)], labels, 0, tmp_path)
+    labels = spec.balanced_labels(n, 10)
+    pictures.write_samples(sample, None, source.names, [(1, 0.0)], labels, 0, tmp_path)
     with Image.open(tmp_path / "grid.png") as picture:
       widths.append(picture.width)
   assert widths[0] == widths[1]

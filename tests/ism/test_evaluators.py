@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import ism_digits
+from configs import ism_digits, ism_imagenet256
 from ism_jax import method as ism
 from ism_jax.data import sources
 from ism_jax.evaluation import registry
@@ -132,3 +132,12 @@ def test_a_rare_class_is_in_the_reference(limit):
   images = registry.make_reference(source, limit=limit).images.ravel()
   assert len(set(images)) == len(images) == max(limit, 6)
   assert np.bincount(labels[np.rint(100 * images).astype(int)]).min() >= 2
+
+
+def test_evaluation_draws_a_grid_where_there_is_a_decoder(fake_autoencoder, tmp_path):
+  config = ism_imagenet256.get_config("debug")
+  config.model.depth, config.eval.vae, config.eval.nfe = 1, str(tmp_path / "vae"), (1,)
+  method, facts = ism.make_method(config, mesh_lib.make_mesh())
+  params = jax.jit(method.init)(jax.random.key(0))[0]
+  ((name, picture),) = method.evaluate(params, 2, True)
+  assert name == "grid" and picture.dtype == np.uint8 and facts["vae"] == ""

@@ -16,7 +16,6 @@ from ism_jax import method as ism
 from ism_jax.data import encode, latents, sources
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.storage.weights import sha256
 
 SHAPE, COUNT, SHARDS = (4, 4, 4), 300, 3
 BATCH = 16
@@ -374,50 +373,6 @@ def test_made_up_latents_are_like_real_ones():
   assert np.all(rows["std"] > 0) and np.all(rows["std"] < 0.5)  # small beside the means' own 5.5
   np.testing.assert_array_equal(rows["mean"][0::2], rows["mean"][1::2, :, ::-1])
   assert set(source.labels.tolist()) == set(range(10))
-
-
-# --- decoding -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fake_autoencoder(monkeypatch):
-  """A decoder that repeats each latent's first three channels 8 x 8; returns the sizes it saw."""
-  sizes = []
-
-  def decode(params, z):
-    sizes.append(len(z))
-    return params * np.float32(0.1) * z[..., :3].repeat(8, 1).repeat(8, 2)
-
-  fake = SimpleNamespace(params=np.float32(2), decode=decode)
-  monkeypatch.setattr(latents.autoencoder, "load", lambda path: fake)
-  return sizes
-
-
-def test_samples_are_decoded_in_pieces(fake_autoencoder, tmp_path):
-  z = np.random.default_rng(0).normal(size=(37, 2, 2, 4)).astype(np.float32)
-  sampler = latents.decoding(lambda n: z[:n], str(tmp_path / "any"), "")
-  for n in (1, 16, 37):
-    out = sampler(n)
-    assert out.shape == (n, 16, 16, 3)
-    np.testing.assert_allclose(out[:, ::8, ::8], 0.2 * z[:n, :, :, :3], rtol=1e-6)
-  assert fake_autoencoder == [1, 16]
-
-
-def test_another_autoencoder_is_refused(fake_autoencoder, tmp_path):
-  path = tmp_path / "vae.safetensors"
-  path.write_bytes(b"weights")
-  latents.decoding(None, str(path), sha256(path))
-  with pytest.raises(UserError, match=r"is not the autoencoder that the latents were encoded with"):
-    latents.decoding(None, str(path), "0" * 64)
-
-
-def test_evaluation_draws_a_grid_where_there_is_a_decoder(fake_autoencoder, tmp_path):
-  config = ism_imagenet256.get_config("debug")
-  config.model.depth, config.eval.vae, config.eval.nfe = 1, str(tmp_path / "vae"), (1,)
-  method, facts = ism.make_method(config, mesh_lib.make_mesh())
-  params = jax.jit(method.init)(jax.random.key(0))[0]
-  ((name, picture),) = method.evaluate(params, 2, True)
-  assert name == "grid" and picture.dtype == np.uint8 and facts["vae"] == ""
 
 
 def test_sampling_latents_asks_for_the_decoder(made, tmp_path):

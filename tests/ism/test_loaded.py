@@ -11,7 +11,7 @@ import ism_jax
 from configs import ism_digits
 from ism_jax import method as ism
 from ism_jax import path, sample
-from ism_jax.data import latents
+from ism_jax.networks import autoencoder
 from tests.light import heavy_imports
 from train_jax.errors import UserError
 
@@ -135,7 +135,7 @@ def test_latents_are_decoded_by_their_autoencoder(config, params, directory, tmp
     assert (path, expected) == ("v.safetensors", "its hash")
     return lambda *args: np.repeat(sampler(*args), 8, axis=1)
 
-  monkeypatch.setattr(latents, "decoding", decoding)
+  monkeypatch.setattr(autoencoder, "decoding", decoding)
   images = ism_jax.load_pretrained(tmp_path, vae="v.safetensors").sample([0], nfe=1)
   raw = ism_jax.load_pretrained(tmp_path).sample([0], nfe=1)
   np.testing.assert_array_equal(images[:, ::8], raw)
