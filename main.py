@@ -307,7 +307,7 @@ def main(argv: list[str]) -> bool:
     if FLAGS.images and FLAGS.texts:
       raise UserError("--images and --texts are both given; choose one.")
     check_flags("texts" if FLAGS.texts else "images")
-    encode = "seqmatch_jax.encode" if FLAGS.texts else "ism_jax.data.encode"
+    encode = "seqmatch_jax.data.encode" if FLAGS.texts else "ism_jax.data.encode"
     importlib.import_module(encode).encode_mode(FLAGS)
   elif FLAGS.mode not in ("train", "compile"):
     distributed.start()

@@ -26,8 +26,9 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from seqmatch_jax import loss, pretrained, rollout, sample, show, tokens, transformer
+from seqmatch_jax import loss, rollout, sample, show, tokens, transformer
 from seqmatch_jax.actions import tree
+from seqmatch_jax.huggingface import pretrained
 from seqmatch_jax.tokens import EOS, TextVocab, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora
@@ -165,7 +166,7 @@ class Loaded:
     Args:
       prompts, texts: [b]; a text is encoded apart from its prompt.
       backspace: whether a model that has learned to erase may. Then each token counts without the
-        probability of <backspace> in its place, which no text holds; see `evaluate.policies`.
+        probability of <backspace> in its place, which no text holds; see `questions.policies`.
       finished: whether <eos> after the text counts too.
       batch: pairs at a time, at most.
 

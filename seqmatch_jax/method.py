@@ -20,21 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import (
-  buffer,
-  export,
-  loaded,
-  loss,
-  model,
-  questions,
-  rollout,
-  sample,
-  show,
-  text,
-  tokens,
-)
+from seqmatch_jax import buffer, loaded, loss, model, rollout, sample, show, tokens
 from seqmatch_jax.actions import Noise, tree
+from seqmatch_jax.huggingface import export
 from seqmatch_jax.model import make_given, make_network, moved  # noqa: F401  main.py asks for them here
+from seqmatch_jax.tasks import questions, text
 from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError

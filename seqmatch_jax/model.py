@@ -14,7 +14,8 @@ import math
 import jax
 from jax.sharding import Mesh
 
-from seqmatch_jax import pretrained, tokens, transformer
+from seqmatch_jax import tokens, transformer
+from seqmatch_jax.huggingface import pretrained
 from seqmatch_jax.tokens import TextVocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora

@@ -5,7 +5,7 @@ import json
 import pytest
 import tensorflow_datasets as tfds
 
-from seqmatch_jax import corpus
+from seqmatch_jax.data import corpus
 from tests.train.record_files import write_array_record, write_tfds
 from train_jax.errors import UserError
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from seqmatch_jax import data
 from seqmatch_jax.actions import Noise, replay
-from seqmatch_jax.data import Example
+from seqmatch_jax.data import questions as data
+from seqmatch_jax.data.questions import Example
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL, Vocab
 from train_jax.errors import UserError
 

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from seqmatch_jax import diversity
+from seqmatch_jax.evaluation import diversity
 from train_jax.errors import UserError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from seqmatch_jax import corpus, documents, encode
+from seqmatch_jax.data import corpus, documents, encode
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
 

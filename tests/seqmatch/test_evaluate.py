@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmatch_jax import data, evaluate
 from seqmatch_jax.actions import Noise
+from seqmatch_jax.data import questions as data
+from seqmatch_jax.evaluation import questions as evaluate
 from seqmatch_jax.loss import LossConfig
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD, Vocab
 

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from configs import seqmatch_text
-from seqmatch_jax import diversity, evaluate_text, packing, text, text_features
-from seqmatch_jax.documents import Documents
+from seqmatch_jax.data import packing
+from seqmatch_jax.data.documents import Documents
+from seqmatch_jax.evaluation import diversity
+from seqmatch_jax.evaluation import features as text_features
+from seqmatch_jax.evaluation import text as evaluate_text
 from seqmatch_jax.loss import LossConfig
 from seqmatch_jax.rollout import Rollout
+from seqmatch_jax.tasks import text
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, Vocab
 
 VOCAB = Vocab(tuple("abc"))

@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
-from seqmatch_jax import mauve as lib
+from seqmatch_jax.evaluation import mauve as lib
 from train_jax.errors import UserError
 
 close = np.testing.assert_allclose

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from seqmatch_jax import packing
 from seqmatch_jax.actions import Noise, replay, visible
-from seqmatch_jax.documents import Documents
+from seqmatch_jax.data import packing
+from seqmatch_jax.data.documents import Documents
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
 from train_jax.errors import UserError
 

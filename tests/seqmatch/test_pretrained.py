@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seqmatch_jax import export, pretrained, transformer
+from seqmatch_jax import transformer
 from seqmatch_jax.actions import tree
+from seqmatch_jax.huggingface import export, pretrained
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, TextVocab
 from seqmatch_jax.transformer import TransformerConfig
 from tests.seqmatch import hf_folder

@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from configs import seqmatch_gpt2, seqmatch_llama7b, seqmatch_text
-from seqmatch_jax import encode, rollout, text, tokens
 from seqmatch_jax import method as seqmatch
+from seqmatch_jax import rollout, tokens
+from seqmatch_jax.data import encode
+from seqmatch_jax.tasks import text
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from seqmatch_jax import text_features, transformer
+from seqmatch_jax import transformer
 from seqmatch_jax.actions import visible
+from seqmatch_jax.evaluation import features as text_features
 from seqmatch_jax.tokens import BOS, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from tests.seqmatch import hf_folder

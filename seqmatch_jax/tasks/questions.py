@@ -1,4 +1,4 @@
-"""The task of questions with one right answer: files, or generated arithmetic (see data.py)."""
+"""The task of questions with one right answer, from files or generated (see data/questions.py)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import hashlib
 
 import jax
 
-from seqmatch_jax import data, evaluate, rollout, tokens
+from seqmatch_jax import rollout, tokens
 from seqmatch_jax.actions import Noise
-from seqmatch_jax.data import Encoded, Example
+from seqmatch_jax.data import questions as data
+from seqmatch_jax.data.questions import Encoded, Example
+from seqmatch_jax.evaluation import questions as evaluate
 from seqmatch_jax.task import Asked, Task
 from seqmatch_jax.tokens import Vocab
 from train_jax import mesh as mesh_lib

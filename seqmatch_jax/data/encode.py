@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from seqmatch_jax import corpus, tokens
-from seqmatch_jax.corpus import Texts
-from seqmatch_jax.documents import VERSION, token_type
+from seqmatch_jax import tokens
+from seqmatch_jax.data import corpus
+from seqmatch_jax.data.corpus import Texts
+from seqmatch_jax.data.documents import VERSION, token_type
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json, whole_file, write_json

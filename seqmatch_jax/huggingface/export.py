@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from seqmatch_jax import pretrained
+from seqmatch_jax.huggingface import pretrained
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, NAME, TextVocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from seqmatch_jax.actions import Noise, corrupt, pack_rows, tree
-from seqmatch_jax.documents import Documents
+from seqmatch_jax.data.documents import Documents
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
 from train_jax.errors import UserError
 

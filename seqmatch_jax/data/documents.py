@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from seqmatch_jax import tokens
-from seqmatch_jax.corpus import Texts
+from seqmatch_jax.data.corpus import Texts
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json

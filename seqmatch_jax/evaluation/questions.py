@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seqmatch_jax.actions import Noise, replay, tree
-from seqmatch_jax.data import Encoded
+from seqmatch_jax.data.questions import Encoded
 from seqmatch_jax.loss import LossConfig, log_likelihood
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import mesh as mesh_lib

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from seqmatch_jax import diversity
 from seqmatch_jax.actions import Noise
-from seqmatch_jax.evaluate import policies
-from seqmatch_jax.mauve import mauve
-from seqmatch_jax.packing import Packed
+from seqmatch_jax.data.packing import Packed
+from seqmatch_jax.evaluation import diversity
+from seqmatch_jax.evaluation.features import Features
+from seqmatch_jax.evaluation.mauve import mauve
+from seqmatch_jax.evaluation.questions import policies
 from seqmatch_jax.rollout import Rollout
-from seqmatch_jax.text_features import Features
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, padded
 from train_jax.multihost.signals import pause
 
@@ -37,11 +37,11 @@ def likelihood(
 ) -> Iterator[tuple[str, float]]:
   """Perplexity of the first `rows` rows of held-out text, for each token and for each character.
 
-  Under each of `evaluate.policies`. <eos> counts as a token and as no character; prompts count as
+  Under each of `questions.policies`. <eos> counts as a token and as no character; prompts count as
   neither.
 
   Args:
-    total: see `evaluate.make_total`.
+    total: see `questions.make_total`.
     batch: rows that are computed at a time.
   """
   quiet, log_likelihood, count = Noise(0.0, held.errors), 0.0, 0.0

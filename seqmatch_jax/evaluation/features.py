@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmatch_jax import model, pretrained, tokens, transformer
+from seqmatch_jax import model, tokens, transformer
+from seqmatch_jax.huggingface import pretrained
 from seqmatch_jax.tokens import BOS, PAD, TextVocab, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import mesh as mesh_lib

@@ -8,17 +8,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from seqmatch_jax import (
-  corpus,
-  documents,
-  evaluate,
-  evaluate_text,
-  packing,
-  rollout,
-  text_features,
-  tokens,
-)
-from seqmatch_jax.documents import Documents
+from seqmatch_jax import rollout, tokens
+from seqmatch_jax.data import corpus, documents, packing
+from seqmatch_jax.data.documents import Documents
+from seqmatch_jax.evaluation import features as text_features
+from seqmatch_jax.evaluation import questions as evaluate
+from seqmatch_jax.evaluation import text as evaluate_text
 from seqmatch_jax.task import Asked, Task
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax import mesh as mesh_lib
