@@ -107,7 +107,7 @@ def latent_rates(args) -> dict[str, float]:
 def image_rates(args) -> dict[str, float]:
   """JPEGs read and cut a second."""
   jpegs = [photo(i) for i in range(64)]
-  found = images.Images(10**6, (), lambda i: (jpegs[i % 64], 0), str)
+  found = images.EncodedImages(10**6, (), lambda i: (jpegs[i % 64], 0), str)
   with ThreadPoolExecutor() as pool:
     reader = images.read_batches(found, range(10**6), 32, 256, pool)
     job = lambda: np.stack([pixels for _, pixels, _ in next(reader)])  # noqa: E731

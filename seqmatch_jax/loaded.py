@@ -94,7 +94,7 @@ class Loaded:
   vocab: Vocab | TextVocab = field(repr=False)
   record: dict = field(repr=False)
   params: dict = field(repr=False)
-  network: transformer.Network = field(repr=False)
+  network: transformer.TransformerFunctions = field(repr=False)
   rollout: Callable = field(repr=False)
 
   def generate(self, prompts: str | Sequence[str], **settings) -> list[str]:

@@ -92,7 +92,7 @@ def make_sizes(config, facts: dict) -> TransformerConfig:
   return TransformerConfig(vocab=max(vocab, most), **sizes)
 
 
-def make_network(config, facts: dict) -> transformer.Network:
+def make_network(config, facts: dict) -> transformer.TransformerFunctions:
   """The network as functions."""
   return transformer.make_network(make_sizes(config, facts))
 

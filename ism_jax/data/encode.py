@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ism_jax.data.images import Images, find, read_batches
+from ism_jax.data.images import EncodedImages, find, read_batches
 from ism_jax.data.latents import VERSION, moments, record_dtype
 from ism_jax.networks import autoencoder
 from ism_jax.networks.autoencoder import SCALE
@@ -91,7 +91,13 @@ class ShardWriter:
 
 
 def encode_shard(
-  encode: Callable, images: Images, batch: int, job: Job, out: Path, shard: int, progress: Callable
+  encode: Callable,
+  images: EncodedImages,
+  batch: int,
+  job: Job,
+  out: Path,
+  shard: int,
+  progress: Callable,
 ) -> None:
   """Makes one shard, `batch` images a call; images that cannot be read are named and skipped.
 
@@ -146,7 +152,7 @@ def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int
   return manifest
 
 
-def make_job(images: Images, vae: str, side: int, shards: int) -> Job:
+def make_job(images: EncodedImages, vae: str, side: int, shards: int) -> Job:
   """The job of `--images --vae --side --shards`; 0 shards chooses their number.
 
   Raises:
@@ -158,7 +164,7 @@ def make_job(images: Images, vae: str, side: int, shards: int) -> Job:
   return shards_lib.make_job(KIND, VERSION, images, shards, flags)
 
 
-def encode_images(images: Images, job: Job, load: Callable, out: Path) -> dict | None:
+def encode_images(images: EncodedImages, job: Job, load: Callable, out: Path) -> dict | None:
   """Makes what is missing of this process's shards.
 
   Args:

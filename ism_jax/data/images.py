@@ -34,7 +34,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.Decompressio
 
 
 @dataclass(frozen=True)
-class Images:
+class EncodedImages:
   """n encoded images.
 
   Attributes:
@@ -50,7 +50,7 @@ class Images:
   name: Callable[[int], str]
 
 
-def folder(root: str, flag: str = "--images") -> Images:
+def folder(root: str, flag: str = "--images") -> EncodedImages:
   """`root/<class name>/*.png|jpg|...`; classes are numbered in the order of their names.
 
   Where these have no images, those in `root` itself are one class, of its name.
@@ -80,7 +80,7 @@ def folder(root: str, flag: str = "--images") -> Images:
       f"{flag}={root!r} has no images; expected {root}/<class name>/<image>.png, or "
       f"{root}/<image>.png of one class, or another of {', '.join(sorted(SUFFIXES))}."
     )
-  return Images(
+  return EncodedImages(
     len(files),
     tuple(names),
     lambda i: (files[i][0].read_bytes(), files[i][1]),
@@ -114,7 +114,7 @@ def _members(path: Path) -> list[tuple[Path, str, int, int, int]]:
   return [(path, key, *where, classes[key]) for key, where in images.items()]
 
 
-def tars(paths: list[Path]) -> Images:
+def tars(paths: list[Path]) -> EncodedImages:
   """WebDataset's layout: uncompressed tars with `KEY.jpg` (or .png, ...) and `KEY.cls`, a number.
 
   Only the tars' headers are read now; the images are read later where they lie.
@@ -132,19 +132,19 @@ def tars(paths: list[Path]) -> Images:
       file.seek(offset)
       return file.read(size), label
 
-  return Images(len(found), (), read, lambda i: f"{found[i][0].name}:{found[i][1]}")
+  return EncodedImages(len(found), (), read, lambda i: f"{found[i][0].name}:{found[i][1]}")
 
 
-def _labelled(found: records.Records) -> Images:
-  return Images(found.size, found.classes, found.read, found.name)
+def _labelled(found: records.Records) -> EncodedImages:
+  return EncodedImages(found.size, found.classes, found.read, found.name)
 
 
-def tfds(name: str, flag: str = "--images") -> Images:
+def tfds(name: str, flag: str = "--images") -> EncodedImages:
   """A prepared TFDS builder with `image` and `label`, see `records.open_tfds`."""
   return _labelled(records.open_tfds(name, flag, *FIELDS))
 
 
-def find(source: str) -> Images:
+def find(source: str) -> EncodedImages:
   """Whatever `--images=SOURCE` names.
 
   Args:
@@ -220,7 +220,7 @@ def square(image: Image.Image, side: int, channels: int | None = None) -> np.nda
 
 
 def read_image(
-  images: Images, i: int, side: int, channels: int | None = None
+  images: EncodedImages, i: int, side: int, channels: int | None = None
 ) -> tuple[np.ndarray | None, int]:
   """(the centre square of image i, see `square`; its class); None where it cannot be read."""
   label = -1
@@ -235,7 +235,7 @@ def read_image(
 
 
 def read_batches(
-  images: Images, rows: range, batch: int, side: int, pool: ThreadPoolExecutor
+  images: EncodedImages, rows: range, batch: int, side: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[int, np.ndarray | None, int]]]:
   """(number, pixels, class) of the images `rows`, `batch` at a time, one batch read ahead."""
 

@@ -188,7 +188,7 @@ def _decode_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def _in_memory(
-  images: images_lib.Images, path: str, side: int, channels: int, max_faults: int
+  images: images_lib.EncodedImages, path: str, side: int, channels: int, max_faults: int
 ) -> Source:
   """The centre square of each image; files that can't be read are named, skipped and counted."""
   if channels not in (1, 3):

@@ -27,7 +27,7 @@ from train_jax.errors import UserError
 from train_jax.files import whole_file
 
 
-class Images(NamedTuple):
+class ImageBatches(NamedTuple):
   """Images on disk.
 
   Attributes:
@@ -63,7 +63,7 @@ def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     ) from err
 
 
-def npz_images(path: Path) -> Images:
+def npz_images(path: Path) -> ImageBatches:
   """The images `arr_0` of an .npz; grey ones become three equal channels.
 
   Raises:
@@ -86,7 +86,7 @@ def npz_images(path: Path) -> Images:
         mine = pixels[rows[rows < count]]
         yield np.broadcast_to(mine, (*mine.shape[:3], 3))
 
-  return Images(shape[0], (*shape[1:3], 3), batches)
+  return ImageBatches(shape[0], (*shape[1:3], 3), batches)
 
 
 def _header(file) -> tuple[tuple[int, ...], np.dtype]:
@@ -110,7 +110,7 @@ def folder_files(folder: Path) -> list[Path]:
   return files
 
 
-def folder_images(files: list[Path], side: int, channels: int | None = None) -> Images:
+def folder_images(files: list[Path], side: int, channels: int | None = None) -> ImageBatches:
   """Image files at `side` pixels, see `read_square`; grey ones become three equal channels."""
 
   def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -121,7 +121,9 @@ def folder_images(files: list[Path], side: int, channels: int | None = None) -> 
         pixels = np.array(squares, np.uint8).reshape(len(mine), side, side, channels or 3)
         yield np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
-  return Images(len(files), (side, side, 3), batches, f"area{channels}" if channels else "adm")
+  return ImageBatches(
+    len(files), (side, side, 3), batches, f"area{channels}" if channels else "adm"
+  )
 
 
 def read_square(path: Path, side: int, channels: int | None = None) -> np.ndarray:

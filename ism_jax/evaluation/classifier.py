@@ -19,7 +19,7 @@ from ism_jax.evaluation.spec import balanced_labels
 
 
 @dataclass(frozen=True)
-class Reference:
+class ClassifierReference:
   """The data's side of a comparison: real images, their features [n, f] and these' moments.
 
   `held_out` are the moments of images that were kept from training, where some were.
@@ -32,7 +32,7 @@ class Reference:
   held_out: fid.Moments | None = None
 
   @classmethod
-  def of(cls, extract: FeatureExtractor, images: np.ndarray, held_out=None) -> Reference:
+  def of(cls, extract: FeatureExtractor, images: np.ndarray, held_out=None) -> ClassifierReference:
     """Features of real images [n, h, w, c] in [-1, 1], and of those held out, if any."""
     features = extract.features(images)
     kept = None if held_out is None else _moments(extract.features(held_out))
@@ -47,7 +47,9 @@ def _distance(a: fid.Moments, b: fid.Moments) -> float:
   return fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def compare(reference: Reference, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def compare(
+  reference: ClassifierReference, images: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
   """The metrics of samples [n, h, w, c] in [-1, 1] that were asked to be of class `labels` [n]."""
   extract = reference.extract
   features = extract.features(images)
@@ -66,7 +68,7 @@ def compare(reference: Reference, images: np.ndarray, labels: np.ndarray) -> dic
 def measure(
   sample: Callable,
   params,
-  reference: Reference,
+  reference: ClassifierReference,
   classes: int,
   settings: Sequence[tuple[int, float, int]],
   seed: int,

@@ -35,7 +35,7 @@ KEYS = {
 KEPT = 10_000  # images whose features precision and recall compare with, at most
 
 
-class Reference(NamedTuple):
+class OpenedReference(NamedTuple):
   """A reference that was looked at but not read.
 
   Attributes:
@@ -48,7 +48,7 @@ class Reference(NamedTuple):
   path: Path
   digest: str
   arrays: Collection[str]
-  images: adm.Images | None
+  images: adm.ImageBatches | None
 
   def has(self, kind: str) -> bool:
     """Whether the moments of this kind (`features`: the kept features) are in the file."""
@@ -68,7 +68,7 @@ def open_reference(
   sizes: Mapping[str, int],
   shape: tuple[int, int, int],
   channels: int | None = None,
-) -> Reference:
+) -> OpenedReference:
   """Looks at a reference, and at whether it will do.
 
   Args:
@@ -99,7 +99,7 @@ def open_reference(
       f"reference={file!r} has images of {images.shape[0]}x{images.shape[1]} pixels and the "
       f"samples have {shape[0]}x{shape[1]}; give a reference of the samples' size."
     )
-  return Reference(path, digest, frozenset(arrays), images)
+  return OpenedReference(path, digest, frozenset(arrays), images)
 
 
 def _check_arrays(file: str, kind: str, arrays: dict, f: int, images) -> None:
@@ -122,9 +122,9 @@ def _check_arrays(file: str, kind: str, arrays: dict, f: int, images) -> None:
 
 
 def read(
-  reference: Reference,
+  reference: OpenedReference,
   kinds: Collection[str],
-  networks: Collection[stream.Network],
+  networks: Collection[stream.FeatureNetwork],
   mesh: jax.sharding.Mesh,
   per_device: int = stream.PER_DEVICE,
 ) -> Real:
@@ -161,7 +161,7 @@ def _of(kind: str) -> str:
   return "pool" if kind == "features" else kind
 
 
-def _stored(reference: Reference, network: stream.Network) -> Path:
+def _stored(reference: OpenedReference, network: stream.FeatureNetwork) -> Path:
   """Where what this network says of the images is kept: beside the reference."""
   images, digests = reference.images, (network.digest, reference.digest)
   names = filter(None, (network.name, *digests, str(images.shape[0]), images.cut))
@@ -187,7 +187,9 @@ def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
     logging.warning("%s cannot be kept for the next time: %s", path, err)
 
 
-def _compute(images: adm.Images, network: stream.Network, mesh, per_device: int) -> dict:
+def _compute(
+  images: adm.ImageBatches, network: stream.FeatureNetwork, mesh, per_device: int
+) -> dict:
   """All that is ever needed of the images with this network, by name in the file."""
   bar = progress_bar(images.n, 0, jax.process_index() == 0, unit="img", desc="reference")
   kinds = [kind for kind in KEYS if kind in network.sizes]
@@ -203,7 +205,9 @@ def _compute(images: adm.Images, network: stream.Network, mesh, per_device: int)
   return arrays
 
 
-def _batches(images: adm.Images, network: stream.Network, mesh, per_device: int) -> Iterator:
+def _batches(
+  images: adm.ImageBatches, network: stream.FeatureNetwork, mesh, per_device: int
+) -> Iterator:
   """(numbers, features) of the images, batch by batch, the last one filled up."""
   b = per_device * mesh_lib.batch_parts(mesh)
   rows = mesh_lib.process_rows(b, mesh)

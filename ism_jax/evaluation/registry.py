@@ -146,7 +146,7 @@ def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> runner.Bench
 
 def make_reference(
   source: sources.Source, held_out: sources.Source | None = None, limit: int = 10_000
-) -> classifier.Reference:
+) -> classifier.ClassifierReference:
   """Features of the data, by a classifier fitted on it; of a random 10k where there are more.
 
   At least two of each class are among them: `fit_classifier` needs as many.
@@ -159,4 +159,6 @@ def make_reference(
   chosen = np.sort(np.concatenate([pairs, rest])[: max(limit, len(pairs))])
   images = source.images(chosen)
   kept = held_out.images(np.arange(len(held_out.labels))) if held_out else None
-  return classifier.Reference.of(fit_classifier(images, source.labels[chosen]), images, kept)
+  return classifier.ClassifierReference.of(
+    fit_classifier(images, source.labels[chosen]), images, kept
+  )

@@ -52,8 +52,8 @@ class Benchmark:
   classes: int
   mesh: jax.sharding.Mesh
   draw: Callable
-  networks: tuple[stream.Network, ...]
-  reference: reference_lib.Reference | None
+  networks: tuple[stream.FeatureNetwork, ...]
+  reference: reference_lib.OpenedReference | None
   vae_digest: str
   per_device: int
 

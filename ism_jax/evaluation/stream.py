@@ -30,7 +30,7 @@ DIGITS = 12  # of a file's SHA-256, where it is named
 PER_DEVICE = 32  # images of a batch: the decoder of a latent needs about 0.2 GB for each
 
 
-class Network(NamedTuple):
+class FeatureNetwork(NamedTuple):
   """A pretrained network laid out on a mesh.
 
   Attributes:
@@ -48,7 +48,7 @@ class Network(NamedTuple):
   features: Callable[[jax.Array], dict[str, jax.Array]]
 
 
-def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> Network:
+def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> FeatureNetwork:
   """The network `name` (inception or dinov2) with the weights of `file`; computes nothing.
 
   Raises:
@@ -73,7 +73,9 @@ def load_network(name: str, file: str, mesh: jax.sharding.Mesh) -> Network:
   params = mesh_lib.replicate(params, mesh)
   rows = mesh_lib.batch_sharding(mesh)
   jitted = jax.jit(features, out_shardings=rows)
-  return Network(name, file, sha256(file)[:DIGITS], sizes, lambda images: jitted(params, images))
+  return FeatureNetwork(
+    name, file, sha256(file)[:DIGITS], sizes, lambda images: jitted(params, images)
+  )
 
 
 class Wanted(NamedTuple):

@@ -93,7 +93,7 @@ class Residual(nnx.Module):
     return y + (self.conv_shortcut(x) if self.conv_shortcut else x)
 
 
-class Attention(nnx.Module):
+class PixelAttention(nnx.Module):
   """Self-attention of one head over the pixels, added to the input."""
 
   def __init__(self, width: int, groups: int, **kwargs):
@@ -115,7 +115,7 @@ class Middle(nnx.Module):
 
   def __init__(self, width: int, groups: int, **kwargs):
     self.resnets = nnx.List([Residual(width, width, groups, **kwargs) for _ in range(2)])
-    self.attention = Attention(width, groups, **kwargs)
+    self.attention = PixelAttention(width, groups, **kwargs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.resnets[1](self.attention(self.resnets[0](x)))
@@ -191,7 +191,7 @@ class Decoder(nnx.Module):
     return self.conv_out(nnx.silu(self.conv_norm_out(x)))
 
 
-class Network(nnx.Module):
+class AutoencoderModule(nnx.Module):
   """Encoder and decoder, and the 1 x 1 convolutions on either side of the latents."""
 
   def __init__(self, config: AutoencoderConfig, **kwargs):
@@ -220,7 +220,7 @@ def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> A
       it for arrays of other channels, and sides that do not halve evenly.
   """
   weights = Weights(path)
-  init, merge = recipe(lambda rngs: Network(config, rngs=rngs))
+  init, merge = recipe(lambda rngs: AutoencoderModule(config, rngs=rngs))
   old = "encoder.mid_block.attentions.0.query.weight" in weights
   shapes = jax.eval_shape(init, jax.random.key(0))
   params = torch_weights.read(weights, shapes, OLD_NAMES if old else NAMES)

@@ -49,7 +49,7 @@ class ViTConfig:
   offset: float = 0.0  # see the module's docstring
 
 
-class Block(nnx.Module):
+class ViTBlock(nnx.Module):
   """A pre-norm transformer block with layer scale."""
 
   def __init__(self, config: ViTConfig, *, rngs):
@@ -99,7 +99,7 @@ class ViT(nnx.Module):
     self.position_embeddings = nnx.Param(jnp.zeros((1, 1 + config.stored**2, k)))
     self.patch = nnx.Conv(3, k, (p, p), (p, p), padding="VALID", rngs=rngs)
 
-    self.blocks = stack_blocks(lambda rngs: Block(config, rngs=rngs), config.depth, rngs)
+    self.blocks = stack_blocks(lambda rngs: ViTBlock(config, rngs=rngs), config.depth, rngs)
     self.norm = nnx.LayerNorm(k, use_fast_variance=False, rngs=rngs)
 
   def positions(self, rows: int, columns: int) -> jax.Array:

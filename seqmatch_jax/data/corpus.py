@@ -24,7 +24,7 @@ FIELDS = {"text": bytes}, "a 'text'"  # of records
 
 
 @dataclass(frozen=True)
-class Texts:
+class Corpus:
   """Documents.
 
   Attributes:
@@ -38,9 +38,9 @@ class Texts:
   name: Callable[[int], str]
 
 
-def from_list(texts: list[str], name: str) -> Texts:
+def from_list(texts: list[str], name: str) -> Corpus:
   """Documents in memory."""
-  return Texts(len(texts), texts.__getitem__, lambda i: f"{name} {i}")
+  return Corpus(len(texts), texts.__getitem__, lambda i: f"{name} {i}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -83,7 +83,7 @@ def _json_lines(path: Path) -> list[tuple[Path, int, int, str]]:
   ]
 
 
-def files(paths: list[Path]) -> Texts:
+def files(paths: list[Path]) -> Corpus:
   """Plain text and JSON lines, `{"text": "...", ...}` each; read where they lie.
 
   Raises:
@@ -108,14 +108,14 @@ def files(paths: list[Path]) -> Texts:
       pass
     raise UserError(f'{name} is not a JSON object {{"text": "...", ...}}; mend or remove the line.')
 
-  return Texts(len(found), read, lambda i: found[i][3])
+  return Corpus(len(found), read, lambda i: found[i][3])
 
 
-def _decoded(found: records.Records) -> Texts:
-  return Texts(found.size, lambda i: found.read(i)[0].decode("utf-8"), found.name)
+def _decoded(found: records.Records) -> Corpus:
+  return Corpus(found.size, lambda i: found.read(i)[0].decode("utf-8"), found.name)
 
 
-def find(source: str, flag: str) -> Texts:
+def find(source: str, flag: str) -> Corpus:
   """Whatever `flag=source` names.
 
   Args:
@@ -160,7 +160,7 @@ def _paragraphs(text: str) -> Iterator[str]:
       yield line
 
 
-def python_prose() -> Texts:
+def python_prose() -> Corpus:
   """The English that every Python comes with: about 0.7 MB, some 5000 documents of a paragraph.
 
   Those are the paragraphs of the language reference (pydoc_data.topics) and of the docstrings in

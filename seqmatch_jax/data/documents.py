@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from seqmatch_jax import tokens
-from seqmatch_jax.data.corpus import Texts
+from seqmatch_jax.data.corpus import Corpus
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json
@@ -87,7 +87,7 @@ class Documents:
     return self.select(np.setdiff1d(np.arange(size), held)), self.select(held)
 
 
-def encode_texts(texts: Texts, vocab: Vocab | TextVocab) -> Documents:
+def encode_texts(texts: Corpus, vocab: Vocab | TextVocab) -> Documents:
   """All of `texts`, in memory; a text without tokens is left out.
 
   Raises:
@@ -109,7 +109,7 @@ def encode_texts(texts: Texts, vocab: Vocab | TextVocab) -> Documents:
   return Documents.from_parts([np.concatenate(rows)], [np.array([len(row) for row in rows])])
 
 
-def read_text(texts: Texts, i: int) -> str:
+def read_text(texts: Corpus, i: int) -> str:
   """Text i; UserError where it is no text."""
   try:
     return texts.read(i)

@@ -18,7 +18,7 @@ from absl import logging
 
 from seqmatch_jax import tokens
 from seqmatch_jax.data import corpus
-from seqmatch_jax.data.corpus import Texts
+from seqmatch_jax.data.corpus import Corpus
 from seqmatch_jax.data.documents import VERSION, token_type
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax.errors import UserError
@@ -30,7 +30,7 @@ KIND = "texts", "text", ("tokens.npy", "lengths.npy", "part.json")  # see shards
 CHUNK = 64  # texts that a thread takes at a time
 
 
-def _read(texts: Texts, i: int, use: Callable):
+def _read(texts: Corpus, i: int, use: Callable):
   """(use(text i), ""), or (None, why it is skipped)."""
   try:
     text = texts.read(i)
@@ -47,7 +47,7 @@ def _read(texts: Texts, i: int, use: Callable):
   return use(text), ""
 
 
-def _over(texts: Texts, rows: range, use: Callable, progress: Callable) -> tuple[list, int]:
+def _over(texts: Corpus, rows: range, use: Callable, progress: Callable) -> tuple[list, int]:
   """([use(text) of each that can be used], how many were skipped), by threads, in order."""
   parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
   used, skipped = [], 0
@@ -63,7 +63,7 @@ def _over(texts: Texts, rows: range, use: Callable, progress: Callable) -> tuple
   return used, skipped
 
 
-def find_symbols(texts: Texts, job: Job, out: Path) -> Vocab:
+def find_symbols(texts: Corpus, job: Job, out: Path) -> Vocab:
   """One token for each character there is in the texts; found once, and kept in `out`."""
   path = out / "symbols.json"
   known = read_json(path) if path.exists() else {}
@@ -77,7 +77,7 @@ def find_symbols(texts: Texts, job: Job, out: Path) -> Vocab:
 
 
 def encode_shard(
-  texts: Texts, vocab: Vocab | TextVocab, job: Job, out: Path, shard: int, progress: Callable
+  texts: Corpus, vocab: Vocab | TextVocab, job: Job, out: Path, shard: int, progress: Callable
 ) -> None:
   """Makes one shard."""
   kind = token_type(vocab.size)
@@ -102,7 +102,7 @@ def encode_shard(
 
 
 def encode_texts(
-  texts: Texts, make_vocab: Callable[[], Vocab | TextVocab], job: Job, out: Path
+  texts: Corpus, make_vocab: Callable[[], Vocab | TextVocab], job: Job, out: Path
 ) -> dict | None:
   """Makes what is missing of this process's shards.
 

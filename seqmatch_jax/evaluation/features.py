@@ -103,7 +103,7 @@ def make_features(
   most: int = CONTEXT,
   mesh: Mesh | None = None,
 ) -> Features:
-  """`hidden` (see `transformer.Network.features`) as texts -> float32 [m, k].
+  """`hidden` (see `TransformerFunctions.features`) as texts -> float32 [m, k].
 
   Args:
     last: the state at the last token, without <bos>; otherwise the mean over tokens, <bos> too.

@@ -83,7 +83,7 @@ def measure(made: Rollout, name: str) -> Iterator[tuple[str, float]]:
   yield "tokens/" + name, float(made.length.mean() - 1)
 
 
-class Texts(NamedTuple):
+class PromptedTexts(NamedTuple):
   """Texts with their prompts.
 
   Attributes:
@@ -97,14 +97,14 @@ class Texts(NamedTuple):
   length: np.ndarray
 
 
-def real_texts(packed: Packed, piece: np.ndarray) -> Texts:
+def real_texts(packed: Packed, piece: np.ndarray) -> PromptedTexts:
   """Pieces of documents as they are."""
   rows = [[BOS, *text[text != EOS]] for text in packed.texts(piece)]
   length = np.array([len(row) for row in rows])
-  return Texts(padded(rows), packed.prompts(piece)[1], length)
+  return PromptedTexts(padded(rows), packed.prompts(piece)[1], length)
 
 
-def variety(texts: Texts, name: str) -> Iterator[tuple[str, float]]:
+def variety(texts: PromptedTexts, name: str) -> Iterator[tuple[str, float]]:
   """Yields ("entropy/NAME", value), `distinct` and `repetition`, see diversity.py.
 
   Of what follows the prompts, which is the same text for all models.
@@ -116,7 +116,7 @@ def variety(texts: Texts, name: str) -> Iterator[tuple[str, float]]:
     yield f"{metric.__name__}/{name}", metric(*said, N)
 
 
-def embed(texts: Texts, vocab, features: Features) -> np.ndarray:
+def embed(texts: PromptedTexts, vocab, features: Features) -> np.ndarray:
   """Features [m, f] of whole texts, prompts included."""
   rows = zip(texts.tokens, texts.length, strict=True)
   return features([vocab.decode(row[:length].tolist()) for row, length in rows])

@@ -25,11 +25,11 @@ OPEN_ENDED = True  # whether a generation that fills its row is broken off there
 GAP = ""  # between a prompt and what is typed, as it is shown
 
 
-def _find(path: str, key: str) -> corpus.Texts:
+def _find(path: str, key: str) -> corpus.Corpus:
   return corpus.find(path, f"data.{key}") if path else corpus.python_prose()
 
 
-def _characters(texts: list[corpus.Texts]) -> Vocab:
+def _characters(texts: list[corpus.Corpus]) -> Vocab:
   """One token for each character there is."""
   found = {*()}
   for source in texts:
@@ -173,7 +173,7 @@ def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_confi
       how = {"temperature": 1.0, "allow_backspace": backspace, "retype": True, "top_p": top_p}
       made = rollout.in_batches(generate, params, prompt, length, config.batch, key, **how)
       yield from evaluate_text.measure(made, name)
-      texts = evaluate_text.Texts(made.tokens, length, made.length)
+      texts = evaluate_text.PromptedTexts(made.tokens, length, made.length)
       yield from evaluate_text.variety(texts, name)
       if features:
         yield from evaluate_text.closeness(known, evaluate_text.embed(texts, vocab, features), name)

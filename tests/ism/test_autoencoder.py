@@ -105,7 +105,7 @@ def test_doubling_repeats_pixels_before_it_convolves():
 def test_attention_by_hand():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 2, 3, 8)).astype(np.float32)
-  module = autoencoder.Attention(8, 2, rngs=nnx.Rngs(1), dtype=jnp.float32)
+  module = autoencoder.PixelAttention(8, 2, rngs=nnx.Rngs(1), dtype=jnp.float32)
   groups = x.astype(np.float64).reshape(2, 6, 2, 4)
   centred = groups - groups.mean((1, 3), keepdims=True)
   y = centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-6)

@@ -48,7 +48,7 @@ def load(gain=5.0):
   return Fake({"gain": jnp.float32(gain)}, run)
 
 
-def write_images(top: Path, count: int) -> images.Images:
+def write_images(top: Path, count: int) -> images.EncodedImages:
   rng = np.random.default_rng(0)
   for i in range(count):
     name = ("a", "b", "c")[i % 3]
@@ -66,7 +66,7 @@ def vae(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> images.Images:
+def photos(tmp_path_factory) -> images.EncodedImages:
   return write_images(tmp_path_factory.mktemp("photos"), 23)
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_broke_off_goes_on_with_what_is_done(photos, vae, whole, tmp_
         raise KeyboardInterrupt
       return photos.read(i)
 
-    return images.Images(photos.size, photos.names, read, photos.name)
+    return images.EncodedImages(photos.size, photos.names, read, photos.name)
 
   with pytest.raises(KeyboardInterrupt):
     encode.encode_images(fail_at(14), job, load, tmp_path)
@@ -166,7 +166,7 @@ photos = t.images.folder({photos!r})
 def read(i):
   time.sleep(0.05)
   return photos.read(i)
-slow = t.images.Images(photos.size, photos.names, read, photos.name)
+slow = t.images.EncodedImages(photos.size, photos.names, read, photos.name)
 t.encode.encode_images(slow, t.encode.make_job(photos, {vae!r}, t.SIDE, 4), t.load, Path({out!r}))
 """
 
@@ -236,16 +236,16 @@ def test_broken_inputs_are_refused_in_a_sentence(photos, vae, tmp_path):
   job = encode.make_job(photos, vae, SIDE, 4)
   with pytest.raises(UserError, match=r"--vae gives latents that are not finite \(near 'a/000"):
     encode.encode_images(photos, job, lambda: load(gain=np.inf), tmp_path / "inf")
-  unread = images.Images(23, (), lambda i: (b"no image", 0), photos.name)
+  unread = images.EncodedImages(23, (), lambda i: (b"no image", 0), photos.name)
   with pytest.raises(UserError, match=r"none of the 23 images can be read"):
     encode.encode_images(unread, job, load, tmp_path / "none")
-  unknown = images.Images(23, (), lambda i: (photos.read(i)[0], -1), photos.name)
+  unknown = images.EncodedImages(23, (), lambda i: (photos.read(i)[0], -1), photos.name)
   with pytest.raises(UserError, match=r"'a/000.png' has the class -1"):
     encode.encode_images(unknown, job, load, tmp_path / "unknown")
 
 
 def test_sources_without_names_number_their_classes(photos, vae, tmp_path):
-  nameless = images.Images(5, (), lambda i: (photos.read(i)[0], i), photos.name)
+  nameless = images.EncodedImages(5, (), lambda i: (photos.read(i)[0], i), photos.name)
   job = encode.make_job(nameless, vae, SIDE, 0)
   assert job.shards == 1
   assert encode.encode_images(nameless, job, load, tmp_path)["names"] == list("01234")

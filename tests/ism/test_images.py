@@ -182,7 +182,7 @@ def test_grey_palette_and_alpha_become_rgb():
     file, colour = io.BytesIO(), Image.new("RGB", (40, 32), (200, 100, 50))
     colour.convert(mode).save(file, "jpeg" if mode == "CMYK" else "png")
     content = [file.getvalue()]
-    one = images.Images(1, (), lambda i, content=content: (content[i], 5), str)
+    one = images.EncodedImages(1, (), lambda i, content=content: (content[i], 5), str)
     pixels, label = images.read_image(one, 0, 32)
     assert pixels.shape == (32, 32, 3) and label == 5
 
@@ -194,7 +194,7 @@ def test_what_is_transparent_is_white(mode):
   drawn.paste((0, 0, 0, 255), (8, 8, 24, 24))
   file = io.BytesIO()
   drawn.convert(mode).save(file, "png")
-  one = images.Images(1, (), lambda i: (file.getvalue(), 0), str)
+  one = images.EncodedImages(1, (), lambda i: (file.getvalue(), 0), str)
   wanted = np.full((32, 32, 3), 255)
   wanted[8:24, 8:24] = 0
   np.testing.assert_array_equal(images.read_image(one, 0, 32)[0], wanted)
@@ -205,14 +205,14 @@ def test_what_is_transparent_is_white(mode):
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
   values = (np.arange(256).reshape(16, 16) * 256).astype(np.uint16)
   Image.fromarray(values).save(tmp_path / "1.png")
-  one = images.Images(1, (), lambda i: ((tmp_path / "1.png").read_bytes(), 5), str)
+  one = images.EncodedImages(1, (), lambda i: ((tmp_path / "1.png").read_bytes(), 5), str)
   for pixels in (images.read_image(one, 0, 16)[0], adm.read_square(tmp_path / "1.png", 16)):
     np.testing.assert_array_equal(pixels, np.repeat(values[..., None] // 256, 3, axis=-1))
 
 
 def test_what_cannot_be_read_is_none_and_order_is_kept():
   contents = [encoded(0, "jpeg"), b"no image", encoded(2, "jpeg")[:300], encoded(3), b""]
-  source = images.Images(5, (), lambda i: (contents[i], i), str)
+  source = images.EncodedImages(5, (), lambda i: (contents[i], i), str)
   with ThreadPoolExecutor(2) as pool:
     batches = list(images.read_batches(source, range(5), 2, 16, pool))
   assert [[i for i, *_ in batch] for batch in batches] == [[0, 1], [2, 3], [4]]

@@ -43,7 +43,7 @@ def network(calls):
     calls.append(len(images))
     return run(images)
 
-  return stream.Network("inception", "weights", "0123456789ab", SIZES, features)
+  return stream.FeatureNetwork("inception", "weights", "0123456789ab", SIZES, features)
 
 
 def pool(images):

@@ -83,7 +83,7 @@ def test_a_document_that_does_not_fit_is_its_first_piece():
 
 def test_variety_is_of_what_follows_the_prompt():
   tokens = np.array([[BOS, 4, 4, 5, 5, 5, 5, 5], [BOS, 6, 4, 5, 6, 5, PAD, PAD]])
-  texts = evaluate_text.Texts(tokens, np.array([3, 2]), np.array([8, 6]))
+  texts = evaluate_text.PromptedTexts(tokens, np.array([3, 2]), np.array([8, 6]))
   found = dict(evaluate_text.variety(texts, "T=1"))
   said = np.array([[5, 5, 5, 5, 5], [4, 5, 6, 5, PAD]]), np.array([5, 4])
   assert found == {

@@ -25,7 +25,7 @@ TEXTS = ["abca", "d", "", "ab cd" * 9, "abca"]
 
 
 def counts(params, token, position, end):
-  """As `Network.features`: how often each token is among those seen, and the position."""
+  """As `TransformerFunctions.features`: how often each token was seen, and the position."""
   seen = visible(end).astype(np.float32) @ jax.nn.one_hot(token, VOCAB.size)
   return jnp.concatenate([params * seen, position[..., None]], axis=-1)
 
