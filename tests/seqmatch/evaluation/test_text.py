@@ -136,6 +136,6 @@ def test_every_way_to_generate_is_compared(backspace, monkeypatch):
     assert found[f"repetition/{way}"] > 0.7 and found[f"mauve/{way}"] < 0.5
   assert found["repetition/real"] < 0.3
   assert ("mauve/T=1, forbidden" in found) == backspace
-  page = (Path(text.__file__).parents[1] / "docs" / "METRICS.md").read_text()
+  page = (Path(text.__file__).parents[2] / "docs" / "METRICS.md").read_text()
   explained = page.partition("\n## Text\n")[2]
   assert all(f"`{name.partition('/')[0]}`" in explained for name in found)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from train_jax.errors import UserError
 from train_jax.storage.weights import Weights
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "convert_weights.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "convert_weights.py"
 
 
 @pytest.fixture

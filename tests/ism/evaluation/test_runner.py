@@ -180,7 +180,7 @@ def test_two_processes_measure_what_one_does(files, tensor):
   # Of two such flags the last counts.
   flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
   environment = {**os.environ, "XLA_FLAGS": flags}
-  root = str(Path(__file__).parents[2])
+  root = str(Path(__file__).parents[3])
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", PROGRAM, address, str(i), str(files.folder), str(tensor)],

@@ -1,8 +1,9 @@
 """What may be measured, and how the numbers are named."""
 
+import numpy as np
 import pytest
 
-from ism_jax.evaluation.spec import column
+from ism_jax.evaluation.spec import balanced_labels, column, random_labels
 from tests.ism.stand_ins import PARAMS, make
 from train_jax.errors import UserError
 
@@ -41,3 +42,18 @@ def test_bad_requests_are_refused_in_a_sentence(changes, message, files):
 def test_too_few_samples_are_refused(metrics, n, least, files):
   with pytest.raises(UserError, match=rf"{n} samples are too few for .*; draw at least {least}\."):
     next(make(files, metrics).measure(PARAMS, [(1, 0.0)], n))
+
+
+def test_labels_are_balanced():
+  labels = balanced_labels(23, 10)
+  assert labels.dtype == np.int32 and labels[13] == 3
+  counts = np.bincount(labels)
+  assert len(counts) == 10 and counts.max() - counts.min() <= 1
+
+
+def test_random_labels_are_uniform_by_the_seed_and_begin_alike():
+  labels = random_labels(20_000, 10, seed=1)
+  assert labels.dtype == np.int32 and set(labels.tolist()) == set(range(10))
+  assert np.abs(np.bincount(labels) - 2000).max() < 6 * np.sqrt(2000)
+  np.testing.assert_array_equal(random_labels(77, 10, seed=1), labels[:77])
+  assert np.any(random_labels(77, 10, seed=2) != labels[:77])

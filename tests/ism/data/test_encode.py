@@ -174,7 +174,7 @@ t.encode.encode_images(slow, t.encode.make_job(photos, {vae!r}, t.SIDE, 4), t.lo
 def test_sigkill_loses_nothing_that_was_done(vae, whole, tmp_path):
   photos = write_images(tmp_path / "photos", 23)
   out = tmp_path / "out"
-  root, here = str(Path(__file__).parents[2]), str(Path(__file__).parent)
+  root, here = str(Path(__file__).parents[3]), str(Path(__file__).parent)
   code = CHILD.format(root=root, here=here, photos=str(tmp_path / "photos"), vae=vae, out=str(out))
   process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ})
   deadline = time.monotonic() + 60
