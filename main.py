@@ -23,13 +23,14 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from train_jax import aot, distributed, loop, mesh, optim, signals, start
 from train_jax import config as config_lib
-from train_jax.checkpoint import Checkpoints
-from train_jax.distributed import check_same_everywhere
+from train_jax import loop, mesh, optim, warm_start
+from train_jax.checkpointing.checkpoint import Checkpoints
+from train_jax.checkpointing.saver import SaveError
 from train_jax.errors import UserError
 from train_jax.files import check_writable
-from train_jax.saver import SaveError
+from train_jax.multihost import distributed, signals
+from train_jax.multihost.distributed import check_same_everywhere
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File of the run: configs/NAME.py[:option].")
@@ -172,10 +173,10 @@ def make_given(config: ConfigDict, facts: dict, devices) -> dict:
   convert = None
   if hasattr(module, "convert"):
     convert = functools.partial(module.convert, config=config)
-  trained = start.read(config.init_from, config.method, abstract, devices, convert)
+  trained = warm_start.read(config.init_from, config.method, abstract, devices, convert)
   run = {"config": config.to_dict(), "facts": facts}
-  start.check_alike(trained, run, module.same(config))
-  given, line = start.choose(trained, abstract(config, facts), module.FRESH)
+  warm_start.check_alike(trained, run, module.same(config))
+  given, line = warm_start.choose(trained, abstract(config, facts), module.FRESH)
   if jax.process_index() == 0:
     print(line, flush=True)
   return given
@@ -197,8 +198,14 @@ def make_optimizer(config: ConfigDict):
   return optim.make_optimizer(make_optim_config(config), config.steps)
 
 
-def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
-  """Compiles the train step and the sampler for `topology`; prints what they take."""
+def compile_for(config: ConfigDict, topology: str) -> list:
+  """Compiles the train step and the sampler for `topology`; prints what they take.
+
+  Returns:
+    Both as tools.plan.aot.Program.
+  """
+  from tools.plan import aot  # nothing but this mode needs it
+
   chip = aot.CHIPS.get(topology.partition(":")[0])
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor, aot.find_devices(topology))
   mesh.check_batch(config.batch, devices, config.optim.accumulate)
@@ -212,7 +219,7 @@ def compile_for(config: ConfigDict, topology: str) -> list[aot.Program]:
   hyper = (make_optimizer(config), dict(config.ema), config.optim.clip, config.optim.accumulate)
   programs = [aot.compile_step(method, *hyper, position, devices, chip)]
   print(aot.describe(programs[0], chip), flush=True)
-  programs.append(module.sampler_program(config, facts, devices, chip))
+  programs.append(aot.compile_program(module.sampler_program(config, facts, devices), chip))
   print(aot.describe(programs[1], chip), flush=True)
   if chip:  # else there is no estimate
     print(aot.ASSUMPTIONS)
@@ -300,8 +307,8 @@ def main(argv: list[str]) -> bool:
     if FLAGS.images and FLAGS.texts:
       raise UserError("--images and --texts are both given; choose one.")
     check_flags("texts" if FLAGS.texts else "images")
-    package = "seqmatch_jax" if FLAGS.texts else "ism_jax"
-    importlib.import_module(f"{package}.encode").encode_mode(FLAGS)
+    encode = "seqmatch_jax.data.encode" if FLAGS.texts else "ism_jax.data.encode"
+    importlib.import_module(encode).encode_mode(FLAGS)
   elif FLAGS.mode not in ("train", "compile"):
     distributed.start()
     use_checkpoint(Path(FLAGS.workdir))

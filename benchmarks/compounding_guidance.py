@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from ism_jax import method, path
 from train_jax import mesh as mesh_lib
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -25,7 +25,7 @@ from PIL import Image
 from timing import in_turn, show
 from train_step import Step, get_config
 
-from ism_jax import data, encode, images, latents
+from ism_jax.data import encode, images, latents, sources
 from train_jax import mesh as mesh_lib
 
 SHAPE = (32, 32, 4)
@@ -88,8 +88,8 @@ def latent_rates(args) -> dict[str, float]:
     write_set(Path(top), args.records)
     source = latents.open_set(top)
     noise = lambda number: np.zeros(args.batch, np.int32)  # noqa: E731
-    stream = data.stream(source, args.batch, slice(0, args.batch), 0, 0, noise, 1)
-    order = data.batches(source, args.batch, 0)
+    stream = sources.stream(source, args.batch, slice(0, args.batch), 0, 0, noise, 1)
+    order = sources.batches(source, args.batch, 0)
     positions = iter(range(10**9))
     plain = one_by_one(Path(top), (order(i) for i in positions))
     jobs = {
@@ -107,7 +107,7 @@ def latent_rates(args) -> dict[str, float]:
 def image_rates(args) -> dict[str, float]:
   """JPEGs read and cut a second."""
   jpegs = [photo(i) for i in range(64)]
-  found = images.Images(10**6, (), lambda i: (jpegs[i % 64], 0), str)
+  found = images.EncodedImages(10**6, (), lambda i: (jpegs[i % 64], 0), str)
   with ThreadPoolExecutor() as pool:
     reader = images.read_batches(found, range(10**6), 32, 256, pool)
     job = lambda: np.stack([pixels for _, pixels, _ in next(reader)])  # noqa: E731

@@ -24,10 +24,10 @@ import main
 from configs import ism_digits, seqmatch_arithmetic
 from ism_jax import method as ism
 from seqmatch_jax import method as seqmatch
-from train_jax import checksum, saver, stored
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing import checksum, saver, stored
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.step import make_train_step
 
 

@@ -37,7 +37,7 @@ from train_step import Step, get_config, in_loop, model_flops
 
 from configs import ism_digits, seqmatch_text
 from ism_jax import pairing
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.layers import ATTENTION, attend
 from train_jax.metrics import table
 

@@ -30,7 +30,7 @@ from ism_jax import pairing
 from seqmatch_jax.rollout import RolloutConfig, make_rollout
 from seqmatch_jax.tokens import SPECIAL
 from seqmatch_jax.transformer import TransformerConfig, make_network
-from train_jax import cost
+from tools.plan import cost
 
 
 class Case(NamedTuple):

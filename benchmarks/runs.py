@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 import main
-from train_jax import distributed
+from train_jax.multihost import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 # Compiling is most of the work.

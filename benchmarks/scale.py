@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
 from configs import ism_imagenet256, seqmatch_arithmetic, seqmatch_llama7b
-from train_jax import aot, cost
+from tools.plan import aot, cost
 
 # (model, topology, fsdp, tensor, rows of the batch)
 ROWS = (

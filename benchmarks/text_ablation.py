@@ -21,7 +21,10 @@ import matplotlib
 import numpy as np
 
 from configs import seqmatch_text
-from seqmatch_jax import corpus, evaluate_text, packing, text, text_features
+from seqmatch_jax.data import corpus, packing
+from seqmatch_jax.evaluation import features as text_features
+from seqmatch_jax.evaluation import text as evaluate_text
+from seqmatch_jax.tasks import text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -41,7 +41,8 @@ import optax
 from timing import change, in_turn, matmul_peak, show
 
 from main import make_optimizer, make_schedule, method_module
-from train_jax import cost, loop
+from tools.plan import cost
+from train_jax import loop
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.step import make_train_step

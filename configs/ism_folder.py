@@ -23,8 +23,7 @@ import ml_collections
 
 from configs import ism_digits
 from configs.common import apply_options
-from configs.ism_imagenet256 import gpu
-from ism_jax.dit import SIZES
+from configs.ism_imagenet256 import SIZES, gpu
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

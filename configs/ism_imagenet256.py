@@ -35,7 +35,9 @@ import ml_collections
 
 from configs import ism_digits
 from configs.common import apply_options
-from ism_jax.dit import SIZES
+
+# (width, depth, heads) of the published sizes (DiT, table 1); `/2` is the patch.
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -75,7 +77,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 
 def size(name: str):
-  """The option `name`: one of the published sizes (DiT, table 1)."""
+  """The option `name`: one of SIZES, with its patch."""
 
   def apply(config):
     letter, _, patch = name.partition("/")

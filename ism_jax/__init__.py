@@ -2,7 +2,7 @@
 
 
 def load_pretrained(path, vae=None):
-  """The exported model in the directory `path`, ready to sample: see ism_jax/loaded.py."""
-  from ism_jax import loaded
+  """The exported model in the directory `path`, ready to sample: see ism_jax/model.py."""
+  from ism_jax import model
 
-  return loaded.load_pretrained(path, vae)
+  return model.load_pretrained(path, vae)

@@ -82,7 +82,7 @@ class ScalarEmbedding(nnx.Module):
     return self.outer(nnx.silu(self.inner(sinusoidal(self.scale * value, self.features))))
 
 
-class Attention(nnx.Module):
+class PatchAttention(nnx.Module):
   """Multi-head self-attention over patches; queries and keys RMS-normalised if `qk_norm`."""
 
   def __init__(self, config: DiTConfig, *, rngs, dtype):
@@ -113,14 +113,14 @@ def make_norm(width: int, rngs, dtype) -> nnx.LayerNorm:
   return nnx.LayerNorm(width, use_scale=False, use_bias=False, epsilon=1e-6, rngs=rngs, dtype=dtype)
 
 
-class Block(nnx.Module):
+class DiTBlock(nnx.Module):
   """adaLN-zero transformer block (DiT, figure 3)."""
 
   def __init__(self, config: DiTConfig, *, rngs):
     k, dtype = config.width, jnp.dtype(config.dtype)
     self.norm1 = make_norm(k, rngs, dtype)
     self.norm2 = make_norm(k, rngs, dtype)
-    self.attention = Attention(config, rngs=rngs, dtype=dtype)
+    self.attention = PatchAttention(config, rngs=rngs, dtype=dtype)
     self.mlp = Mlp(
       k, config.mlp_ratio * k, k, nnx.gelu, kernel_init=_xavier, rngs=rngs, dtype=dtype
     )
@@ -146,7 +146,7 @@ class DiT(nnx.Module):
     self.embed_guidance = ScalarEmbedding(k, 4.0, zero=True, rngs=rngs, dtype=dtype)
     self.embed_class = Embed(config.classes + 1, k, embedding_init=_normal, rngs=rngs, dtype=dtype)
 
-    self.blocks = stack_blocks(lambda rngs: Block(config, rngs=rngs), config.depth, rngs)
+    self.blocks = stack_blocks(lambda rngs: DiTBlock(config, rngs=rngs), config.depth, rngs)
     self.norm = make_norm(k, rngs, dtype)
     self.modulation = Dense(k, 2 * k, kernel_init=_zeros, rngs=rngs, dtype=dtype)
     self.out = Dense(k, patch_size, kernel_init=_zeros, rngs=rngs, dtype=dtype)
@@ -201,7 +201,3 @@ def make_network(config: DiTConfig) -> tuple[Callable, Callable]:
     return merge(params)(x, t, d, label, w)
 
   return init, apply
-
-
-# (width, depth, heads) of the published sizes; `/2` is the patch.
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

@@ -14,32 +14,21 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ism_jax import (
-  benchmark,
-  data,
-  dit,
-  evaluate,
-  evaluators,
-  latents,
-  loaded,
-  loss,
-  pairing,
-  path,
-  sample,
-  sit,
-  wavelet,
-)
-from ism_jax.protocol import check_number
-from train_jax import aot, exported
+from ism_jax import dit, loss, model, pairing, path, sample, wavelet
+from ism_jax.data import latents, sources
+from ism_jax.evaluation import pictures, registry, runner
+from ism_jax.evaluation.spec import check_number
+from ism_jax.networks import autoencoder, sit
 from train_jax import mesh as mesh_lib
 from train_jax.config import numbers
 from train_jax.errors import UserError
-from train_jax.faults import LIMIT
 from train_jax.metrics import report
-from train_jax.step import Method, no_augment
+from train_jax.step import AbstractCall, Method, no_augment
+from train_jax.storage import exported
+from train_jax.storage.faults import LIMIT
 
 
-def make_source(config) -> tuple[data.Source | latents.Latents, data.Source | None]:
+def make_source(config) -> tuple[sources.Source | latents.Latents, sources.Source | None]:
   """(the images, or latents, of `config.data`; those of them that are kept from training).
 
   With `data.flip` there are their mirror images as well, of those that are trained on.
@@ -55,11 +44,11 @@ def make_source(config) -> tuple[data.Source | latents.Latents, data.Source | No
       )
     return source, None
   if share:
-    source, held_out = data.hold_out(source, share)
-  return data.with_mirror_images(source) if flip else source, held_out
+    source, held_out = sources.hold_out(source, share)
+  return sources.with_mirror_images(source) if flip else source, held_out
 
 
-def _open_source(config) -> data.Source | latents.Latents:
+def _open_source(config) -> sources.Source | latents.Latents:
   kind, where, side = config.data.source, config.data.path, config.data.side
   shape = (side, side, config.data.channels)
   if kind == "digits":
@@ -68,14 +57,14 @@ def _open_source(config) -> data.Source | latents.Latents:
         f"data.path={where!r} is not read where data.source='digits'; choose data.source=folder, "
         "npz, tfds or latents, or leave the path empty."
       )
-    return data.digits()
+    return sources.digits()
   if kind not in ("folder", "npz", "tfds", "latents"):
     raise UserError(
       f"data.source={kind!r} is unknown; choose 'digits', 'folder', 'npz', 'tfds' or 'latents'."
     )
   made_up = config.data.get("made_up", 0)
   if made_up and not where:
-    make = latents.made_up if kind == "latents" else data.made_up
+    make = latents.made_up if kind == "latents" else sources.made_up
     return make(made_up, shape, config.data.get("classes", 10))
   if not where:
     raise UserError(
@@ -83,10 +72,12 @@ def _open_source(config) -> data.Source | latents.Latents:
     )
   faults = config.data.get("max_faults", LIMIT)
   if kind == "npz":
-    return data.npz(where)
+    return sources.npz(where)
   if kind == "latents":
     return latents.open_set(where, config.data.get("std", latents.STD_RANGE), faults)
-  return (data.folder if kind == "folder" else data.tfds)(where, side, config.data.channels, faults)
+  return (sources.folder if kind == "folder" else sources.tfds)(
+    where, side, config.data.channels, faults
+  )
 
 
 def without_data(config) -> tuple[ConfigDict, int]:
@@ -104,7 +95,7 @@ def without_data(config) -> tuple[ConfigDict, int]:
   return config, 0
 
 
-def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
+def sampler_program(config, facts: dict, mesh) -> AbstractCall:
   """For `--mode=compile`: the sampler of `--mode=sample`, `config.batch` images at a time."""
   mesh = mesh_of(config, list(mesh.devices.flat))
   init, apply = make_network(config, facts)
@@ -114,19 +105,18 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
     jax.ShapeDtypeStruct((config.batch, *shape), kind, sharding=rows)
     for shape, kind in ((facts["shape"], np.float32), ((), np.int32), ((), np.float32))
   )
-  return aot.compile_program(
+  return AbstractCall(
     "sampler, one step",
     mesh_lib.within(mesh, functools.partial(sample.integrate, apply)),
     (params, x0, label, w, jax.ShapeDtypeStruct((), np.int32)),
     {"parameters": params},
     mesh.size,
-    chip,
-    out_shardings=rows,
+    {"out_shardings": rows},
   )
 
 
 def same(config) -> tuple[str, ...]:
-  """What must be equal where config.init_from points (see train_jax/start.py)."""
+  """What must be equal where config.init_from points (see train_jax/warm_start.py)."""
   del config
   return ("config.model.heads",)
 
@@ -185,7 +175,7 @@ def make_loss_config(config, classes: int) -> loss.LossConfig:
   )
 
 
-def _check(config, source: data.Source) -> None:
+def _check(config, source: sources.Source) -> None:
   height, width, channels = source.shape
   for name, found in (("side", height), ("channels", channels)):
     if config.data[name] != found:
@@ -229,7 +219,7 @@ def _warn_of_few_rows(config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def _facts(source: data.Source | latents.Latents) -> dict:
+def _facts(source: sources.Source | latents.Latents) -> dict:
   """What every source says of its images, as JSON: names of the classes, shape, number."""
   return {
     "names": list(source.names),
@@ -238,7 +228,7 @@ def _facts(source: data.Source | latents.Latents) -> dict:
   }
 
 
-def _describe(config, source: data.Source | latents.Latents, held_out: int) -> None:
+def _describe(config, source: sources.Source | latents.Latents, held_out: int) -> None:
   """Prints what there is to learn; warns where the classes look like parts of a data set."""
   count, names = len(source.labels), source.names
   mirrored = ", half of them mirrored" if config.data.get("flip") else ""
@@ -285,7 +275,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   pool = max(pair_config.pool, 1)
 
   def rows_of_pool(seed: int, number: int) -> np.ndarray:
-    index = data.batches(source, config.batch, seed)
+    index = sources.batches(source, config.batch, seed)
     return np.concatenate([index(number * pool + i) for i in range(pool)])
 
   def noise_of_pool(seed: int, number: int) -> np.ndarray:
@@ -306,7 +296,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       yield "class_leak", value
 
   def stream(seed: int, position: int):
-    return data.stream(
+    return sources.stream(
       source,
       config.batch,
       mesh_lib.process_rows(config.batch, mesh),
@@ -323,7 +313,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     loss=loss_fn,
     augment=latents.draw if in_latents else no_augment,
     stream=stream,
-    evaluate=evaluators.make_evaluate(
+    evaluate=registry.make_evaluate(
       config, source, facts, make_sampled(config, facts), mesh, measured, held_out
     ),
   )
@@ -363,7 +353,7 @@ def _labels(flags, names: list[str]) -> tuple[int, ...]:
 
 
 def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
-  """`--mode=sample`: see evaluate.write_samples. `load(mesh) -> (params, step)` is called last."""
+  """`--mode=sample`: see pictures.write_samples. `load(mesh) -> (params, step)` comes last."""
   settings, names = _settings(config, flags, (1, 4, path.FINEST), (0.0,)), facts["names"]
   labels = _labels(flags, names)
   path.check_labels(labels, len(names))
@@ -372,12 +362,12 @@ def sample_mode(config, facts: dict, load, flags, out: Path) -> None:
   if "vae" in facts:
     if not flags.vae:
       raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
-    sampler = latents.decoding(sampler, flags.vae, facts["vae"])
+    sampler = autoencoder.decoding(sampler, flags.vae, facts["vae"])
   elif flags.vae:
     raise UserError(f"--vae={flags.vae} decodes latents, and this run makes images; leave it out.")
   params, _ = load(mesh)
   labels = np.resize(np.array(labels, np.int32), flags.num or 64)
-  evaluate.write_samples(sampler, params, names, settings, labels, flags.seed, out)
+  pictures.write_samples(sampler, params, names, settings, labels, flags.seed, out)
 
 
 def export_mode(config, facts: dict, load, flags, out: Path) -> None:
@@ -385,7 +375,7 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
   del flags
   params, step = load(mesh_of(config))
   record = {
-    "method": loaded.METHOD,
+    "method": model.METHOD,
     "step": step,
     "network": dataclasses.asdict(make_sizes(config, facts)),
     "run": {"config": config.to_dict(), "facts": facts},
@@ -407,13 +397,13 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
   config.eval.guidance = sorted({w for _, w in settings})
   config.seed = flags.seed
   apply = make_sampled(config, facts)
-  protocol, mesh = evaluators.make_protocol(config, flags), mesh_of(config)
+  protocol, mesh = registry.make_protocol(config, flags), mesh_of(config)
   if protocol:
     n = flags.num or 50_000
     check_number(protocol.metrics, n)
-    large = evaluators.make_benchmark(protocol, facts, apply, mesh)
+    large = registry.make_benchmark(protocol, facts, apply, mesh)
     params, step = load(mesh)
-    return benchmark.report(large, params, step, settings, n, out, flags.save_samples)
+    return runner.report(large, params, step, settings, n, out, flags.save_samples)
   if "vae" in facts:
     raise UserError(
       "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
@@ -424,9 +414,9 @@ def evaluate_mode(config, facts: dict, load, flags, out: Path) -> None:
       f"data.path={config.data.path!r} has other {', '.join(changed)} than the run had; put the "
       "images of that time back."
     )
-  if why := evaluators.not_measurable(source):
+  if why := registry.not_measurable(source):
     raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
-  run = evaluators.make_evaluate(config, source, facts, apply, mesh, held_out=held_out)
+  run = registry.make_evaluate(config, source, facts, apply, mesh, held_out=held_out)
   params, step = load(mesh)
   about = {"step": step, "seed": flags.seed, "samples": config.eval.samples}
   report(about, run(params, step, final=True), out)

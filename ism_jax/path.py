@@ -16,7 +16,7 @@ Dimensions: b batch, h w image, c channel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,17 @@ def velocity(x0: jax.Array, x1: jax.Array) -> jax.Array:
 def seen_step(d: jax.Array) -> jax.Array:
   """The step size as the network is told it: 0 for the finest step, d otherwise."""
   return jnp.where(d <= 1 / FINEST, 0.0, d)
+
+
+def both_fields(apply: Callable, params, x, t, label, null: int) -> tuple[jax.Array, jax.Array]:
+  """s(x, t, 0, c, 0) and s(x, t, 0, null, 0), from one call."""
+  # The two of a row are neighbours in the call: both stay on the row's device.
+  x, t = jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2)
+  zero = jnp.zeros_like(t)
+  labels = jnp.stack([label, jnp.full_like(label, null)], axis=1).reshape(-1)
+  both = apply(params, x, t, zero, labels, zero)
+  both = both.reshape(-1, 2, *both.shape[1:])
+  return both[:, 0], both[:, 1]
 
 
 def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) -> None:

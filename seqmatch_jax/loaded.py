@@ -5,8 +5,9 @@
     texts = model.generate(["a prompt"], temperature=1.0, seed=0)
 
 Needs jax, flax, numpy and safetensors, and tokenizers for a model that has a tokenizer. A run from
-nothing is exported as train_jax/exported.py says, its tokenizer.json beside it; one from pretrained
-weights as a Hugging Face folder (export.py), whose config.json has the same record as an entry.
+nothing is exported as train_jax/storage/exported.py says, its tokenizer.json beside it; one from
+pretrained weights as a Hugging Face folder (export.py), whose config.json has the same record as an
+entry.
 
 Dimensions: b prompts.
 """
@@ -25,13 +26,15 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from seqmatch_jax import loss, pretrained, rollout, sample, show, tokens, transformer
+from seqmatch_jax import loss, rollout, sample, show, tokens, transformer
 from seqmatch_jax.actions import tree
+from seqmatch_jax.huggingface import pretrained
 from seqmatch_jax.tokens import EOS, TextVocab, Vocab
 from seqmatch_jax.transformer import TransformerConfig
-from train_jax import exported, lora
+from train_jax import lora
 from train_jax.errors import UserError
 from train_jax.files import read_json
+from train_jax.storage import exported
 
 METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
 
@@ -91,7 +94,7 @@ class Loaded:
   vocab: Vocab | TextVocab = field(repr=False)
   record: dict = field(repr=False)
   params: dict = field(repr=False)
-  network: transformer.Network = field(repr=False)
+  network: transformer.TransformerFunctions = field(repr=False)
   rollout: Callable = field(repr=False)
 
   def generate(self, prompts: str | Sequence[str], **settings) -> list[str]:
@@ -163,7 +166,7 @@ class Loaded:
     Args:
       prompts, texts: [b]; a text is encoded apart from its prompt.
       backspace: whether a model that has learned to erase may. Then each token counts without the
-        probability of <backspace> in its place, which no text holds; see `evaluate.policies`.
+        probability of <backspace> in its place, which no text holds; see `questions.policies`.
       finished: whether <eos> after the text counts too.
       batch: pairs at a time, at most.
 

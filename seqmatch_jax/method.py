@@ -20,26 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import (
-  buffer,
-  export,
-  loaded,
-  loss,
-  model,
-  questions,
-  rollout,
-  sample,
-  show,
-  text,
-  tokens,
-)
+from seqmatch_jax import buffer, loaded, loss, model, rollout, sample, show, tokens
 from seqmatch_jax.actions import Noise, tree
+from seqmatch_jax.huggingface import export
 from seqmatch_jax.model import make_given, make_network, moved  # noqa: F401  main.py asks for them here
-from train_jax import aot, lora
+from seqmatch_jax.tasks import questions, text
+from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.metrics import report
-from train_jax.step import Method
+from train_jax.step import AbstractCall, Method
 
 
 def task_of(config):
@@ -53,7 +43,7 @@ def task_of(config):
 
 
 def same(config) -> tuple[str, ...]:
-  """What must be equal where config.init_from points (see train_jax/start.py)."""
+  """What must be equal where config.init_from points (see train_jax/warm_start.py)."""
   keys = ("config.model.heads", "config.lora.alpha", "facts.symbols", "facts.tokenizer.sha256")
   if not (config.get("lora") and config.lora.rank):
     return keys
@@ -203,7 +193,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   return Method(init, loss_fn, augment, stream, measure, frozen), facts
 
 
-def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
+def sampler_program(config, facts: dict, mesh) -> AbstractCall:
   """For `--mode=compile`: generation as `--mode=sample` does it, `config.batch` rows at a time."""
   mesh = model.mesh_of(config, list(mesh.devices.flat))
   network, prompt = make_network(config, facts), task_of(config).ask(config, facts, [], 1).prompt
@@ -213,14 +203,13 @@ def sampler_program(config, facts: dict, mesh, chip) -> aot.Program:
   params = mesh_lib.lay_out(shapes, mesh)
   rows = jax.ShapeDtypeStruct((config.batch,), np.int32)
   prompts = jax.ShapeDtypeStruct((config.batch, prompt.shape[1]), np.int32)
-  return aot.compile_program(
+  return AbstractCall(
     "generation, the prompts and one action",
     mesh_lib.within(mesh, generate),
     (params, prompts, rows, key, rows),
     {"parameters": params},
     mesh.size,
-    chip,
-    out_shardings=mesh_lib.everywhere(mesh),
+    {"out_shardings": mesh_lib.everywhere(mesh)},
   )
 
 
@@ -294,7 +283,7 @@ def export_mode(config, facts: dict, load, flags, out: Path) -> None:
   """`--mode=export`: the `sample` average as files that `seqmatch_jax.load_pretrained` reads.
 
   A run from pretrained weights becomes a folder as Hugging Face lays it out, adapters merged; any
-  other the two files of train_jax/exported.py.
+  other the two files of train_jax/storage/exported.py.
   """
   del flags
   source, vocab, task = config.get("pretrained"), tokens.from_facts(facts), task_of(config)

@@ -14,16 +14,17 @@ import math
 import jax
 from jax.sharding import Mesh
 
-from seqmatch_jax import pretrained, tokens, transformer
+from seqmatch_jax import tokens, transformer
+from seqmatch_jax.huggingface import pretrained
 from seqmatch_jax.tokens import TextVocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.lazy import Lazy
 from train_jax.state import flatten
 from train_jax.step import Frozen
-from train_jax.weights import Weights
+from train_jax.storage.lazy import Lazy
+from train_jax.storage.weights import Weights
 
 
 def with_tokenizer(config):
@@ -91,7 +92,7 @@ def make_sizes(config, facts: dict) -> TransformerConfig:
   return TransformerConfig(vocab=max(vocab, most), **sizes)
 
 
-def make_network(config, facts: dict) -> transformer.Network:
+def make_network(config, facts: dict) -> transformer.TransformerFunctions:
   """The network as functions."""
   return transformer.make_network(make_sizes(config, facts))
 

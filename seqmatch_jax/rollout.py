@@ -23,10 +23,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
-from seqmatch_jax.transformer import Network
+from seqmatch_jax.transformer import TransformerFunctions
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.signals import pause
+from train_jax.multihost.signals import pause
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def nucleus(score: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
   return score >= jnp.min(jnp.where(kept, best, jnp.inf), axis=-1, keepdims=True)
 
 
-def make_steps(network: Network, config: RolloutConfig) -> tuple[Callable, Callable]:
+def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Callable, Callable]:
   """Returns `begin(params, prompt, length) -> State`, and `advance`.
 
   `advance(params, state, prompt_length, settings, until) -> State` goes on until every row is over,
@@ -248,7 +248,7 @@ def make_settings(
 
 
 def make_rollout(
-  network: Network, config: RolloutConfig, mesh: Mesh | None = None
+  network: TransformerFunctions, config: RolloutConfig, mesh: Mesh | None = None
 ) -> Callable[..., Rollout]:
   """Returns `rollout(params, prompt, length, key, row, ...)`: continues prompts in one go.
 
@@ -321,7 +321,7 @@ def in_batches(
 
 
 def make_stream(
-  network: Network, config: RolloutConfig, every: int, mesh: Mesh | None = None
+  network: TransformerFunctions, config: RolloutConfig, every: int, mesh: Mesh | None = None
 ) -> Callable[..., Iterator]:
   """Returns `stream`: what `make_rollout` returns, but an iterator.
 

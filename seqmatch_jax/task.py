@@ -1,6 +1,6 @@
 """The seam between what is written (questions with answers, or text) and how it is learned.
 
-A task is a module with constants for `--mode=sample` (see questions.py) and three functions:
+A task is a module with constants for `--mode=sample` (see tasks/questions.py) and three functions:
 
     make_task(config, mesh) -> Task
     make_evaluate(config, facts, network, generate, loss_config, mesh) -> (evaluate, number asked)

@@ -12,7 +12,7 @@ import numpy as np
 
 from train_jax.errors import UserError
 from train_jax.files import read_json
-from train_jax.weights import sha256
+from train_jax.storage.weights import sha256
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer

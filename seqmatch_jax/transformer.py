@@ -105,7 +105,7 @@ class TransformerConfig:
       )
 
 
-class Network(NamedTuple):
+class TransformerFunctions(NamedTuple):
   """A decoder as functions; `params` is a nested dict of float32 arrays.
 
   Attributes:
@@ -174,7 +174,7 @@ def make_norm(config: TransformerConfig, rngs) -> nnx.Module:
   return nnx.RMSNorm(config.width, **shared)
 
 
-class Block(nnx.Module):
+class TransformerBlock(nnx.Module):
   """Attention and a feed-forward layer, each on a normalised input and added to it."""
 
   def __init__(self, config: TransformerConfig, *, rngs):
@@ -244,7 +244,7 @@ class Transformer(nnx.Module):
     if config.family == "gpt2":
       self.place = Embed(config.context, k, embedding_init=normal, **shared)
 
-    self.blocks = stack_blocks(lambda rngs: Block(config, rngs=rngs), config.depth, rngs)
+    self.blocks = stack_blocks(lambda rngs: TransformerBlock(config, rngs=rngs), config.depth, rngs)
     self.norm = make_norm(config, rngs)
     if not config.tied:
       self.out = Dense(k, v, use_bias=False, kernel_init=normal, **shared)
@@ -301,7 +301,7 @@ def is_learned(name: str) -> bool:
   return lora.is_adapter(name) or name.startswith("erase.")
 
 
-def make_network(config: TransformerConfig) -> Network:
+def make_network(config: TransformerConfig) -> TransformerFunctions:
   """The functions of a decoder; the module is only the recipe between parameters and them."""
   draw, merge = recipe(lambda rngs: Transformer(config, rngs=rngs))
 
@@ -336,4 +336,4 @@ def make_network(config: TransformerConfig) -> Network:
     x, cache = module.extend(token[:, None], position, mask, cache)
     return module.logits(x)[:, 0], cache
 
-  return Network(init, frozen, apply, features, read, extend)
+  return TransformerFunctions(init, frozen, apply, features, read, extend)

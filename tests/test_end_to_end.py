@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {ONE}"}
 RUNS = """
 import json, os, sys
 import ism_jax.method, main, seqmatch_jax.method
-from train_jax import distributed
+from train_jax.multihost import distributed
 for line in sys.stdin:
   args, *files = json.loads(line)
   if not (child := os.fork()):

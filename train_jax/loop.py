@@ -17,14 +17,14 @@ import numpy as np
 import optax
 from absl import logging
 
-from train_jax import distributed
 from train_jax import mesh as mesh_lib
 from train_jax import metrics as metrics_lib
 from train_jax import state as state_lib
-from train_jax.checkpoint import Checkpoints
-from train_jax.distributed import all_agree
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
-from train_jax.signals import Interrupted, Signals, pausing
+from train_jax.multihost import distributed
+from train_jax.multihost.distributed import all_agree
+from train_jax.multihost.signals import Interrupted, Signals, pausing
 from train_jax.state import TrainState
 from train_jax.step import Method, Metrics, make_train_step
 
@@ -109,7 +109,7 @@ def train(
     decays: of the named EMAs; "sample" is the one that is evaluated.
     record: JSON saved with every checkpoint (the config and facts about the data).
     given: called where a run begins at step 0, for the parameters that it begins with instead of
-      drawn ones, by dotted name (see start.py). They are not held on to.
+      drawn ones, by dotted name (see warm_start.py). They are not held on to.
 
   Returns:
     Whether the run is complete; False after SIGTERM or SIGINT, with everything saved.

@@ -36,6 +36,25 @@ class Frozen(NamedTuple):
   make: Callable[[PyTree], PyTree]
 
 
+class AbstractCall(NamedTuple):
+  """A function with the shapes of its arguments: it can be compiled without data or devices.
+
+  Attributes:
+    name: what the function does, for a reader.
+    args: trees of jax.ShapeDtypeStruct, laid out on the mesh that the function runs on.
+    groups: those trees of them whose bytes are reported, by name.
+    chips: devices of the mesh.
+    options: keywords of jax.jit.
+  """
+
+  name: str
+  function: Callable
+  args: tuple
+  groups: dict[str, PyTree]
+  chips: int
+  options: dict[str, Any]
+
+
 class Method(NamedTuple):
   """Everything that the loop needs to know about a method: functions over pytrees, no objects.
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ism_jax.networks import autoencoder
 from tests.ism.stand_ins import SHAPE, SIZES, project, put_stand_ins, weights
 
 
@@ -31,3 +32,17 @@ def files(tmp_path, stand_ins):
     inception=lambda x, kind="pool": project(weights(tmp_path / "inception", SIZES[kind]), x),
     dinov2=lambda x: project(weights(tmp_path / "dinov2", 7), x),
   )
+
+
+@pytest.fixture
+def fake_autoencoder(monkeypatch):
+  """A decoder that repeats each latent's first three channels 8 x 8; returns the sizes it saw."""
+  sizes = []
+
+  def decode(params, z):
+    sizes.append(len(z))
+    return params * np.float32(0.1) * z[..., :3].repeat(8, 1).repeat(8, 2)
+
+  fake = SimpleNamespace(params=np.float32(2), decode=decode)
+  monkeypatch.setattr(autoencoder, "load", lambda path: fake)
+  return sizes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train_jax.weights import save
+from train_jax.storage.weights import save
 
 
 def named_weight(name: str, shape: tuple[int, ...], seed: int = 0, gain: float = 1.0) -> np.ndarray:

@@ -10,9 +10,9 @@ from types import ModuleType, SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 
-import ism_jax
-from ism_jax import benchmark, fid
-from ism_jax.protocol import Protocol
+from ism_jax import networks
+from ism_jax.evaluation import fid, runner
+from ism_jax.evaluation.spec import Protocol
 from ism_jax.sample import make_sampler, to_uint8
 from train_jax import mesh as mesh_lib
 
@@ -56,10 +56,10 @@ def load_autoencoder(path):
 def put_stand_ins(put_module, put_attribute):
   loads = {"inception": load_inception, "dinov2": load_dinov2, "autoencoder": load_autoencoder}
   for name, load in loads.items():
-    module = ModuleType(f"ism_jax.{name}")
+    module = ModuleType(f"ism_jax.networks.{name}")
     module.load = lambda path, *args, load=load, **kwargs: load(Path(path), *args, **kwargs)
-    put_module(f"ism_jax.{name}", module)
-    put_attribute(ism_jax, name, module, raising=False)
+    put_module(f"ism_jax.networks.{name}", module)
+    put_attribute(networks, name, module, raising=False)
 
 
 def network(params, x, t, d, c, w):
@@ -70,7 +70,7 @@ def network(params, x, t, d, c, w):
 
 def make(files, metrics=ALL, shape=SHAPE, mesh=None, encoder="", per_device=4, **changes):
   protocol = Protocol(metrics, **{**files.flags, **changes})
-  return benchmark.prepare(
+  return runner.prepare(
     protocol, network, shape, 10, mesh or mesh_lib.make_mesh(), encoder, per_device
   )
 

@@ -10,7 +10,6 @@ from jax.extend import core
 
 import main
 from configs import ism_folder, ism_imagenet256
-from ism_jax import dit
 from ism_jax import method as ism
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
@@ -110,8 +109,8 @@ def test_options_combine_and_unknown_ones_are_named():
   flow = ism_imagenet256.get_config("flow,debug")
   sizes = [ism.make_sizes(config, FACTS) for config in (small, flow)]
   assert [found.shortcuts for found in sizes] == [True, False]
-  pixels = ism_folder.get_config("px32,B")
-  assert (pixels.data.side, pixels.model.patch, pixels.model.width) == (32, 2, dit.SIZES["B"][0])
+  pixels, (width, _, _) = ism_folder.get_config("px32,B"), ism_imagenet256.SIZES["B"]
+  assert (pixels.data.side, pixels.model.patch, pixels.model.width) == (32, 2, width)
   for module, known in (
     (ism_imagenet256, "S/2, B/2, L/2, XL/2, gpu, paper, debug, flow, shortcut"),
     (ism_folder, "B, px32"),

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from configs import ism_digits, ism_imagenet256
-from ism_jax import evaluators, loss, path
+from ism_jax import loss, path
 from ism_jax import method as ism
+from ism_jax.evaluation import registry
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.errors import UserError
@@ -187,7 +188,7 @@ def test_what_is_evaluated_is_what_the_config_says(default, monkeypatch):
   """Steps, strengths, numbers of samples and the seed; the leak of the pairs of training."""
   *_, params = default
   asked, read, drawn = [], [], []
-  monkeypatch.setattr(evaluators, "make_reference", lambda source, held_out: "reference")
+  monkeypatch.setattr(registry, "make_reference", lambda source, held_out: "reference")
 
   def measure(sampler, params, reference, classes, settings, seed):
     asked.append((reference, classes, settings, seed))
@@ -200,8 +201,8 @@ def test_what_is_evaluated_is_what_the_config_says(default, monkeypatch):
 
     return sampler
 
-  monkeypatch.setattr(evaluators.evaluate, "measure", measure)
-  monkeypatch.setattr(evaluators.sample, "make_sampler", make_sampler)
+  monkeypatch.setattr(registry.evaluate, "measure", measure)
+  monkeypatch.setattr(registry.sample, "make_sampler", make_sampler)
   monkeypatch.setattr(ism.pairing, "class_leak", lambda *args: read.append(args) or 0.25)
   config = get_config(seed=5, eval__nfe=(1, 8, 128), eval__guidance=(0.5,), eval__samples=80)
   method, _ = build(config)

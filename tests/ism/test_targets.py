@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import targets
+from ism_jax import loss
 from ism_jax.path import interpolate
 
 NULL = 3
@@ -37,14 +37,14 @@ def column(values):
 def consistency(apply, batch, t, step, w, params=None, baked=0.0):
   x0, x1, label = batch
   t, step, w = (jnp.broadcast_to(jnp.float32(a), (B,)) for a in (t, step, w))
-  rows = targets.consistency_rows(apply, params, x0, x1, t, step, label, w, baked, NULL)
+  rows = loss.consistency_rows(apply, params, x0, x1, t, step, label, w, baked, NULL)
   return rows, np.asarray(interpolate(x0, x1, t))
 
 
 def test_velocity_rows(batch):
   x0, x1, label = batch
   t = jnp.linspace(0, 1, B)
-  rows = targets.velocity_rows(x0, x1, t, label)
+  rows = loss.velocity_rows(x0, x1, t, label)
   np.testing.assert_array_equal(rows.target, x1 - x0)
   np.testing.assert_array_equal(rows.x[0], x0[0])
   np.testing.assert_array_equal(rows.x[-1], x1[-1])
@@ -133,7 +133,7 @@ def test_guidance_target_with_interval(batch, params):
   x0, x1, label = batch
   t = jnp.array([0.0, 0.29, 0.3, 0.5, 0.9, 127 / 128])
   w = jnp.array([3.5, 1.0, 1.0, 2.0, 0.25, 0.0])
-  rows = targets.guidance_rows(field, params, x0, x1, t, label, w, start=0.3, null=NULL)
+  rows = loss.guidance_rows(field, params, x0, x1, t, label, w, start=0.3, null=NULL)
   classes = np.asarray(params["class"])
   direction = (classes[label] - classes[NULL]) * (1 + np.asarray(t))
   w_eff = np.array([0, 0, 1.0, 2.0, 0.25, 0.0])  # below 0.3 none, at 0.3 and above w
@@ -144,7 +144,7 @@ def test_guidance_target_with_interval(batch, params):
 def test_the_interval_is_not_in_the_input(batch, params):
   x0, x1, label = batch
   w = jnp.full(B, 2.0)
-  rows = targets.guidance_rows(field, params, x0, x1, jnp.zeros(B), label, w, start=0.3, null=NULL)
+  rows = loss.guidance_rows(field, params, x0, x1, jnp.zeros(B), label, w, start=0.3, null=NULL)
   np.testing.assert_array_equal(rows.w, w)
   np.testing.assert_array_equal(rows.label, label)
   assert not np.any(rows.d)
@@ -153,7 +153,7 @@ def test_the_interval_is_not_in_the_input(batch, params):
 def test_null_rows_get_the_plain_velocity(batch, params):
   x0, x1, _ = batch
   label = jnp.full(B, NULL)
-  rows = targets.guidance_rows(
+  rows = loss.guidance_rows(
     field, params, x0, x1, jnp.full(B, 0.8), label, jnp.full(B, 3.0), start=0.3, null=NULL
   )
   np.testing.assert_array_equal(rows.target, x1 - x0)
@@ -167,7 +167,7 @@ def test_guidance_direction_is_one_call(batch, params):
     return field(params, x, *rest)
 
   x0, _, label = batch
-  targets.guidance_direction(counted, params, x0, jnp.zeros(B), label, NULL)
+  loss.guidance_direction(counted, params, x0, jnp.zeros(B), label, NULL)
   assert sizes == [2 * B]
 
 
@@ -210,7 +210,7 @@ def test_guidance_direction_of_gaussians(batch):
   x0, x1, label = batch
   t = jnp.linspace(0.05, 0.95, B)
   w = jnp.full(B, 1.5)
-  rows = targets.guidance_rows(gaussian_flow, None, x0, x1, t, label, w, start=0.0, null=NULL)
+  rows = loss.guidance_rows(gaussian_flow, None, x0, x1, t, label, w, start=0.0, null=NULL)
   slope = (SPREAD**2 * t - (1 - t)) / deviation(t) ** 2
   shift = (MEANS[label] - MEANS[NULL]) * (1 - t * slope)
   expected = x1 - x0 + 1.5 * column(shift)
@@ -230,7 +230,7 @@ def test_targets_carry_no_gradient(batch, params):
   t, w = jnp.full(B, 0.5), jnp.ones(B)
 
   def guided(params):
-    rows = targets.guidance_rows(field, params, x0, x1, t, label, w, start=0.3, null=NULL)
+    rows = loss.guidance_rows(field, params, x0, x1, t, label, w, start=0.3, null=NULL)
     return jnp.sum(rows.target**2)
 
   def consistent(params):

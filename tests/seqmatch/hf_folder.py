@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.ism.named_weights import read_oracle, tensors_of
-from train_jax.weights import INDEX, WHOLE, save
+from train_jax.storage.weights import INDEX, WHOLE, save
 
 ENDS = {
   "gpt2": {"bos_token": "w210", "eos_token": "w210"},

@@ -18,8 +18,8 @@ from seqmatch_jax import model, tokens
 from seqmatch_jax.show import END
 from tests.light import heavy_imports
 from tests.seqmatch import hf_folder
-from train_jax import exported
 from train_jax.errors import UserError
+from train_jax.storage import exported
 
 WORDS = ["w7 w8", "w9", "w3 w4 w5"]
 LIMITS = {"max_length": 20, "max_actions": 30, "max_erasures": 5}

@@ -14,13 +14,13 @@ import pytest
 
 from configs import seqmatch_arithmetic
 from seqmatch_jax import method as seqmatch
-from seqmatch_jax import questions
 from seqmatch_jax.actions import replay
+from seqmatch_jax.tasks import questions
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import loop
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.step import make_train_step
 

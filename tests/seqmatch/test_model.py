@@ -14,7 +14,7 @@ from configs import seqmatch_text
 from seqmatch_jax import method as seqmatch
 from seqmatch_jax import model
 from tests.seqmatch import hf_folder
-from train_jax import lora, start
+from train_jax import lora, warm_start
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.errors import UserError
@@ -141,11 +141,11 @@ def test_adapters_go_on_from_a_run_on_the_same_matrices_only(rank, get_config):
   config = get_config(rank=rank)
   one, other = {"facts": {"weights_sha256": "1"}}, {"facts": {"weights_sha256": "2"}}
   run = {"config": config.to_dict()}
-  trained = start.Trained("there", {}, run | one)
-  start.check_alike(trained, run | one, seqmatch.same(config))
+  trained = warm_start.Trained("there", {}, run | one)
+  warm_start.check_alike(trained, run | one, seqmatch.same(config))
   expected = pytest.raises(UserError, match=r"facts.weights_sha256='1' and this run '2'")
   with expected if rank else nullcontext():
-    start.check_alike(trained, run | other, seqmatch.same(config))
+    warm_start.check_alike(trained, run | other, seqmatch.same(config))
   config.pretrained = ""  # drawn: by the seed
   assert ("config.seed" in seqmatch.same(config)) == bool(rank)
 

@@ -18,7 +18,7 @@ from seqmatch_jax.rollout import (
   nucleus,
 )
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
-from seqmatch_jax.transformer import Network, TransformerConfig
+from seqmatch_jax.transformer import TransformerConfig, TransformerFunctions
 from train_jax.errors import UserError
 
 VOCAB, ROWS = 9, 12
@@ -251,7 +251,7 @@ def constant(prefers, config=LIMITS, rows=1, calls=None, **kwargs) -> Rollout:
       jax.debug.callback(lambda: calls.append(token.shape))
     return jnp.broadcast_to(params, (*token.shape, VOCAB)), cache
 
-  network = Network(None, None, None, None, lambda params, prompt, length: (), extend)
+  network = TransformerFunctions(None, None, None, None, lambda params, prompt, length: (), extend)
   logits = np.zeros(VOCAB, np.float32)
   logits[list(prefers)] = np.arange(len(prefers), 0, -1)
   logits = kwargs.pop("logits", logits)

@@ -15,7 +15,7 @@ from absl import logging as absl_logging
 from tests.train.stored_steps import make_state as state_of
 from tests.train.stored_steps import meta_of
 from train_jax import loop
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 
 RATE = optax.linear_schedule(0.05, 0.01, 8)
 DECAYS = {"target": 0.05, "sample": 0.99}  # apart from the first step on

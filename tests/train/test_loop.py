@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from train_jax import checksum, loop, metrics
+from train_jax import loop, metrics
 from train_jax import mesh as mesh_lib
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing import checksum
+from train_jax.checkpointing.checkpoint import Checkpoints
+from train_jax.checkpointing.saver import SaveError
 from train_jax.errors import UserError
-from train_jax.saver import SaveError
 from train_jax.step import Frozen
 
 

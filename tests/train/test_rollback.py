@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train_jax import loop
-from train_jax.checkpoint import Checkpoints
+from train_jax.checkpointing.checkpoint import Checkpoints
 
 
 def poison(positions):

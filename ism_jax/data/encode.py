@@ -1,0 +1,206 @@
+"""`--mode=encode`: images -> a latent set (see latents.py), in shards.
+
+Images are cut as in ADM (see `images.center_crop`), encoded with their mirror images, and stored as
+the mean and standard deviation of the posterior. Each process uses its own devices; for what
+processes do see shards.py.
+
+Dimensions: n images, b batch, h w image or latent, c channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from ism_jax.data.images import EncodedImages, find, read_batches
+from ism_jax.data.latents import VERSION, moments, record_dtype
+from ism_jax.networks import autoencoder
+from ism_jax.networks.autoencoder import SCALE
+from train_jax import mesh as mesh_lib
+from train_jax.errors import UserError
+from train_jax.files import commit, write_json
+from train_jax.storage import shards as shards_lib
+from train_jax.storage.shards import Job, make_missing
+from train_jax.storage.weights import sha256
+
+KIND = "images", "img", ("latents.array_record", "latents.json")  # see shards.Job
+PER_DEVICE = 32  # images in one call of the encoder
+
+
+def make_encoder(model) -> Callable:
+  """Returns `encode(pixels)`: uint8 [b, h, w, 3] -> float16 [b, 2, 2, h/8, w/8, c].
+
+  See `latents.record_dtype` for the result. The batch is split over this process's devices.
+  """
+  mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+  split, params = mesh_lib.batch_sharding(mesh), mesh_lib.replicate(model.params, mesh)
+
+  def both_views(params, pixels):
+    x = pixels.astype(np.float32) / 127.5 - 1
+    views = [jax.numpy.stack(model.encode(params, v), axis=1) for v in (x, x[:, :, ::-1])]
+    return jax.numpy.stack(views, axis=1).astype(np.float16)
+
+  encode = jax.jit(both_views, out_shardings=split)
+  return lambda pixels: encode(params, jax.device_put(pixels, split))
+
+
+class ShardWriter:
+  """The records of one shard, under another name until `finish`."""
+
+  def __init__(self, out: Path, job: Job, shard: int):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    self.job, (self.records, self.json) = job, job.paths(out, shard)
+    self.partial = out / f".{self.records.stem}.partial"
+    # Groups of 1 for random access; latents are mostly noise and do not compress.
+    self.writer = ArrayRecordWriter(str(self.partial), "group_size:1,uncompressed")
+    self.labels: list[int] = []
+    self.sums: list = []  # of means and mean squares, by channel
+
+  def write(self, posterior: jax.Array, names: list[str], labels: list[int]) -> None:
+    """Appends the first len(labels) of posterior [b, 2, 2, h, w, c]; `names` are for errors."""
+    posterior = np.asarray(posterior)[: len(labels)]
+    if not np.all(np.isfinite(posterior)):
+      raise UserError(
+        f"--vae gives latents that are not finite (near {names[0]!r}); give the weights of a "
+        "trained autoencoder."
+      )
+    if min(labels) < 0:
+      unknown = names[labels.index(min(labels))]
+      raise UserError(f"{unknown!r} has the class {min(labels)}; give images of known classes.")
+    records = np.zeros(len(labels), record_dtype(posterior.shape[3:]))
+    records["label"], records["posterior"] = labels, posterior
+    for record in records:
+      self.writer.write(record.tobytes())
+    self.labels.extend(labels)
+    self.sums.append([moment.sum(0) for moment in moments(posterior)])
+
+  def finish(self, skipped: list[str]) -> None:
+    """Writes the JSON file that goes with the shard, then gives the shard its name."""
+    self.writer.close()
+    first, second = np.sum(self.sums, axis=0).tolist() if self.sums else ([], [])
+    part = {"labels": self.labels, "skipped": skipped, "sum": first, "square": second}
+    write_json(self.json, {"job": self.job.facts, **part})
+    commit(self.partial, self.records)
+
+
+def encode_shard(
+  encode: Callable,
+  images: EncodedImages,
+  batch: int,
+  job: Job,
+  out: Path,
+  shard: int,
+  progress: Callable,
+) -> None:
+  """Makes one shard, `batch` images a call; images that cannot be read are named and skipped.
+
+  Raises:
+    UserError: the autoencoder's output is not finite in float16, or an image has no class.
+  """
+  writer = ShardWriter(out, job, shard)
+  skipped, waiting = [], None  # waiting: written while the devices are at work on the next one
+  with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
+    for read in read_batches(images, job.rows(shard), batch, job.facts["side"], pool):
+      unread = [images.name(i) for i, pixels, _ in read if pixels is None]
+      for name in unread:
+        logging.warning("skipped: cannot read the image %s", name)
+      skipped += unread
+      kept = [item for item in read if item[1] is not None]
+      if kept:
+        numbers, pixels, labels = zip(*kept, strict=True)
+        filled = np.stack([pixels[min(i, len(kept) - 1)] for i in range(batch)])
+        result = encode(filled)
+        if waiting:
+          writer.write(*waiting)
+        waiting = result, [images.name(i) for i in numbers], list(labels)
+      progress(len(read))
+  if waiting:
+    writer.write(*waiting)
+  writer.finish(skipped)
+
+
+def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int, ...]) -> dict:
+  """Puts the shards' parts together; returns the manifest.
+
+  Raises:
+    UserError: no image could be read.
+  """
+  parts = job.parts(out)
+  count = sum(len(part["labels"]) for part in parts)
+  if not count:
+    raise UserError(f"none of the {job.size} images can be read; give whole image files.")
+  mean, square = (np.sum([p[key] for p in parts if p[key]], 0) / count for key in ("sum", "square"))
+  classes = 1 + max(max(part["labels"], default=0) for part in parts)
+  manifest = {
+    **job.facts,
+    "count": count,
+    "skipped": sum(len(part["skipped"]) for part in parts),
+    "names": names or [str(i) for i in range(classes)],
+    "shape": shape,
+    "scale": SCALE,
+    "mean": mean.tolist(),
+    "std": np.sqrt(square - mean**2).tolist(),
+  }
+  write_json(out / "manifest.json", manifest)
+  return manifest
+
+
+def make_job(images: EncodedImages, vae: str, side: int, shards: int) -> Job:
+  """The job of `--images --vae --side --shards`; 0 shards chooses their number.
+
+  Raises:
+    UserError: a number that is out of range, or no autoencoder.
+  """
+  if side < 8 or side % 8:
+    raise UserError(f"--side={side} must be a positive multiple of 8, such as 256.")
+  flags = {"side": side, "vae": sha256(vae)}
+  return shards_lib.make_job(KIND, VERSION, images, shards, flags)
+
+
+def encode_images(images: EncodedImages, job: Job, load: Callable, out: Path) -> dict | None:
+  """Makes what is missing of this process's shards.
+
+  Args:
+    load: () -> the autoencoder, see `autoencoder.load`; called if there is anything to do.
+
+  Returns:
+    The manifest once every shard is there; None while other processes are at work.
+
+  Raises:
+    UserError: `out` holds latents of another job; the autoencoder is broken; no readable image.
+  """
+
+  def prepare(missing: list[int]) -> Callable:
+    devices = jax.local_device_count()
+    largest = max(len(job.rows(shard)) for shard in missing)
+    batch = min(PER_DEVICE * devices, -(-largest // devices) * devices)
+    encode = make_encoder(load())
+    return partial(encode_shard, encode, images, batch, job, out)
+
+  if not make_missing(job, out, prepare):
+    return None
+  shape = (job.facts["side"] // 8, job.facts["side"] // 8, 4)
+  return write_manifest(out, job, images.names, shape)
+
+
+def encode_mode(flags) -> None:
+  """`--mode=encode --images=SOURCE --vae=FILE --out=DIR [--side=256 --shards=N]`."""
+  for name in ("vae", "out"):
+    if not getattr(flags, name):
+      raise UserError(f"--{name} is missing; --mode=encode needs --images, --vae and --out.")
+  images, out = find(flags.images), Path(flags.out)
+  job = make_job(images, flags.vae, flags.side, flags.shards)
+  manifest = encode_images(images, job, lambda: autoencoder.load(flags.vae), out)
+  if manifest:
+    print(
+      f"latents:   {manifest['count']} images of {len(manifest['names'])} classes in {out}, "
+      f"{manifest['skipped']} skipped\nchannels:  means {np.round(manifest['mean'], 3).tolist()}, "
+      f"stds {np.round(manifest['std'], 3).tolist()} after scaling"
+    )

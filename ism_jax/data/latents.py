@@ -1,0 +1,294 @@
+"""Stored latents as training data: posteriors of an autoencoder, sampled anew at every step.
+
+A latent set is a directory that `--mode=encode` writes (see encode.py):
+
+    manifest.json                            what it is: counts, classes, statistics, autoencoder
+    latents-00003-of-00157.array_record      the records of one shard, uncompressed
+    latents-00003-of-00157.json              its labels, in order, and its part of the statistics
+
+A record is `record_dtype`, little-endian and without padding: the class (int32), then float16 mean
+and standard deviation of the image's posterior, then those of its mirror image. They are not
+scaled. Training sees the image and its mirror image as two examples: example 2 i + f is image i,
+mirrored if f = 1.
+
+The host only reads. The latent x1 = SCALE (mean + std noise) is drawn on the device, inside the
+step, from the step's own key: a function of (seed, position).
+
+Dimensions: n images, b batch, h w latent, c channel.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax.networks import autoencoder
+from ism_jax.networks.autoencoder import SCALE
+from train_jax.errors import UserError
+from train_jax.files import read_json
+from train_jax.storage.faults import LIMIT, Faults
+from train_jax.storage.shards import shard_name
+from train_jax.storage.weights import sha256
+
+VERSION = 1  # of the layout above
+MEAN_LIMIT = 1.0  # of a channel of scaled latents
+STD_RANGE = (0.5, 2.0)  # sd-vae-ft-mse on ImageNet: about 0.7 to 1
+UNREADABLE = (OSError, RuntimeError, ValueError)  # what reading a damaged record raises
+THREADS = 32  # that read: across a network a record takes milliseconds, nearly all of them waiting
+AT_ONCE = 8  # rows that a thread reads before another call may have its turn
+
+
+def record_dtype(shape: tuple[int, int, int]) -> np.dtype:
+  """One image's record; `posterior[f, 0]` is the mean and `posterior[f, 1]` the std of view f."""
+  return np.dtype([("label", "<i4"), ("posterior", "<f2", (2, 2, *shape))])
+
+
+def moments(posterior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and mean square of the scaled latents of each image, by channel.
+
+  posterior [b, 2, 2, h, w, c] -> two float64 [b, c], over both views and all pixels.
+  """
+  mean, std = (posterior[:, :, i].astype(np.float64) for i in (0, 1))
+  axes = (1, 2, 3)
+  return SCALE * mean.mean(axes), SCALE**2 * (mean**2 + std**2).mean(axes)
+
+
+@dataclass(frozen=True)
+class Latents:
+  """A source of examples (see sources.Source): image 2 i + f is view f of the stored image i.
+
+  Attributes:
+    read: images [b] and their views [b] -> float16 [2, b, h, w, c], mean and std, not scaled.
+    labels: int32 [2 n], of the examples.
+    names: one name for each class.
+    shape: (h, w, c) of one latent.
+    vae, manifest: SHA-256 of the autoencoder's file and of manifest.json; "" for made-up latents.
+  """
+
+  read: Callable[[np.ndarray, np.ndarray], np.ndarray]
+  labels: np.ndarray
+  names: tuple[str, ...]
+  shape: tuple[int, int, int]
+  vae: str
+  manifest: str
+
+  def images(self, index) -> np.ndarray:
+    """The scaled posterior means, float32 [b, h, w, c]: what noise is paired with.
+
+    The draw around them is far smaller than the distances that the pairing compares.
+    """
+    return SCALE * self.read(*np.divmod(index, 2))[0].astype(np.float32)
+
+  def rows(self, index) -> dict[str, np.ndarray]:
+    """What a batch holds of its examples: float16 `mean` and `std` [b, h, w, c], not scaled."""
+    mean, std = self.read(*np.divmod(index, 2))
+    return {"mean": mean, "std": std}
+
+
+def draw(state, batch: dict, key: jax.Array) -> tuple:
+  """`Method.augment`: `mean` and `std` of a batch become `image`, a draw of the scaled latents."""
+  batch = dict(batch)
+  mean, std = (batch.pop(name).astype(jnp.float32) for name in ("mean", "std"))
+  return state.extra, {**batch, "image": autoencoder.sample(mean, std, key)}
+
+
+def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
+  """n random records: the shapes and scales of real ones, and nothing to learn but the class."""
+  rng = np.random.default_rng(0)
+  label = (np.arange(n) % classes).astype(np.int32)
+  shift = rng.normal(size=(classes, 1, 1, shape[2]))
+  mean = rng.normal(0, 1 / SCALE, (n, *shape)) + shift[label]
+  views = np.stack([mean, mean[:, :, ::-1]]).astype(np.float16)
+
+  def read(image, view):
+    chosen = views[view, image]
+    return np.stack([chosen, np.full_like(chosen, 0.1)])
+
+  names = tuple(map(str, range(classes)))
+  return Latents(read, np.repeat(label, 2), names, shape, "", "")
+
+
+def _read_json(path: Path) -> dict:
+  try:
+    return read_json(path)
+  except (OSError, ValueError) as err:
+    raise UserError(
+      f"{path} is missing or damaged, so {path.parent} is not a whole latent set; run the "
+      "--mode=encode command that makes it, again: what is done is kept."
+    ) from err
+
+
+def make_reader(
+  files: list[Path], labels: list[np.ndarray], shape: tuple[int, int, int], faults: Faults
+) -> Callable:
+  """Returns `read(image, view)`, see `Latents`: random access, nothing is kept in memory.
+
+  Threads read the rows of a call, and several threads may call.
+
+  In the place of a record that cannot be read comes the next of its class that can: which one is a
+  function of the files alone, so that batches stay full and are the same for any number of
+  processes and after a resume.
+
+  Args:
+    labels: of the images of each file.
+
+  Raises:
+    UserError: a shard is missing, damaged, or of another length than `labels` says.
+  """
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  def open_shard(file: Path, count: int) -> ArrayRecordReader:
+    options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+    try:
+      reader = ArrayRecordReader(str(file), **options)
+      found = reader.num_records() if reader.ok() else 0
+    except (OSError, RuntimeError, ValueError):
+      found = 0
+    if found != count:
+      raise UserError(
+        f"{file} holds {found} whole records and its manifest says {count}; delete it and run the "
+        "--mode=encode command again, which makes only what is missing."
+      )
+    return reader
+
+  counts = [len(each) for each in labels]
+  readers = [open_shard(file, count) for file, count in zip(files, counts, strict=True)]
+  starts, label = np.concatenate([[0], np.cumsum(counts)]), np.concatenate(labels)
+  dtype, bad = record_dtype(shape), set()
+
+  def read_one(image: int) -> np.ndarray:
+    number = int(np.searchsorted(starts, image, side="right")) - 1
+    # One by one: a list of positions costs the library twice the processor time.
+    record = readers[number].read([int(image - starts[number])])[0]
+    if len(record) != dtype.itemsize:
+      raise ValueError(f"it has {len(record)} bytes, and a record has {dtype.itemsize}")
+    found = np.frombuffer(record, dtype)[0]
+    # Of both views: whether a record is good must not depend on which of them is asked for.
+    # Infinity and NaN have all bits of the exponent; np.isfinite takes six times as long.
+    exponent = found["posterior"].view(np.uint16) & 0x7C00
+    if found["label"] != label[image] or exponent.max() == 0x7C00:
+      raise ValueError("its class is another, or its numbers are not finite")
+    return found["posterior"]
+
+  def read_with_patience(image: int) -> np.ndarray:
+    for pause in (0.1, 1.0):
+      try:
+        return read_one(image)
+      except UNREADABLE:  # a disk across a network, perhaps
+        time.sleep(pause)
+    return read_one(image)
+
+  def stand_ins(image: int) -> Iterator[int]:
+    yield image
+    same = np.flatnonzero(label == label[image])
+    yield from np.roll(same, -1 - int(np.searchsorted(same, image)))[:-1].tolist()
+
+  def read_or_another(image: int) -> np.ndarray:
+    for candidate in stand_ins(image):
+      if candidate not in bad:
+        try:
+          return read_with_patience(candidate)
+        except UNREADABLE as err:
+          bad.add(candidate)
+          faults.add(f"image {candidate}", " ".join(str(err).split()))
+    raise UserError(
+      f"no image of the class {label[image]} in {files[0].parent} can be read; mend it."
+    )
+
+  def read_part(out: np.ndarray, image: np.ndarray, view: np.ndarray, part: range) -> list[int]:
+    """Fills the rows `part` of `out`; returns those that it could not read."""
+    left = []
+    for i in part:
+      try:
+        out[:, i] = read_one(image[i])[view[i]]
+      except UNREADABLE:
+        left.append(i)
+    return left
+
+  pool, one_at_a_time = ThreadPoolExecutor(THREADS, thread_name_prefix="latents"), threading.Lock()
+
+  def read(image: np.ndarray, view: np.ndarray) -> np.ndarray:
+    n = len(image)
+    out, image, view = np.empty((2, n, *shape), np.float16), image.tolist(), view.tolist()
+    # Not all of a large call at once: a pool for the pairing must not hold up the next batch.
+    for start in range(0, n, THREADS * AT_ONCE):
+      rows = range(start, min(start + THREADS * AT_ONCE, n))
+      parts = [rows[i::THREADS] for i in range(min(THREADS, len(rows)))]
+      lefts = pool.map(functools.partial(read_part, out, image, view), parts)
+      # These are rare. One after the other, so that each is waited for and counted once.
+      for i in sorted(i for left in lefts for i in left):
+        with one_at_a_time:
+          out[:, i] = read_or_another(image[i])[view[i]]
+    return out
+
+  return read
+
+
+def _check_statistics(path: str, manifest: dict, read: Callable, std: tuple[float, float]) -> None:
+  """Raises UserError unless the set's statistics are sane, and are those of its records."""
+  mean, spread = (np.array(manifest[name]) for name in ("mean", "std"))
+  if not (np.all(np.abs(mean) <= MEAN_LIMIT) and np.all((std[0] <= spread) & (spread <= std[1]))):
+    raise UserError(
+      f"the scaled latents of data.path={path!r} have the means {np.round(mean, 3).tolist()} and "
+      f"stds {np.round(spread, 3).tolist()} by channel, which must be within {MEAN_LIMIT:g} of 0 "
+      f"and in data.std={tuple(std)}; encode with the right autoencoder, or set data.std for "
+      "another one."
+    )
+  n = manifest["count"]
+  chosen = np.unique(np.linspace(0, n - 1, 256).astype(np.int64))
+  expected = (mean, spread**2 + mean**2)
+  views = np.stack([read(chosen, np.full_like(chosen, view)) for view in (0, 1)])  # [f, 2, b, ...]
+  posterior = np.moveaxis(views, 2, 0)
+  for values, whole in zip(moments(posterior), expected, strict=True):
+    # Six standard errors of a sample of k images out of n, and one per cent for rounding.
+    k = len(values)
+    error = values.std(0) * np.sqrt((1 - k / n) / k)
+    if not np.all(np.abs(values.mean(0) - whole) <= 6 * error + 0.01 * spread**2 + 0.001):
+      raise UserError(
+        f"the records of data.path={path!r} do not have the statistics of its manifest.json; the "
+        "files do not belong together: encode into an empty directory."
+      )
+
+
+def open_set(path: str, std: tuple[float, float] = STD_RANGE, max_faults: int = LIMIT) -> Latents:
+  """The latent set in the directory `path`.
+
+  Args:
+    std: what is accepted as the standard deviation of a channel of scaled latents.
+    max_faults: records that may be unreadable.
+
+  Raises:
+    UserError: not a whole latent set, of another layout, or its statistics are off; `read` raises
+      it when there are too many faults.
+  """
+  top = Path(path).expanduser()
+  manifest = _read_json(top / "manifest.json")
+  if manifest.get("version") != VERSION:
+    raise UserError(
+      f"data.path={path!r} has the layout version {manifest.get('version')}, and this program "
+      f"reads {VERSION}; encode it again."
+    )
+  shards, shape = manifest["shards"], tuple(manifest["shape"])
+  parts = [_read_json(top / shard_name("latents.json", i, shards)) for i in range(shards)]
+  labels = [np.array(part["labels"], np.int32) for part in parts]
+  files = [top / shard_name("latents.array_record", i, shards) for i in range(shards)]
+  read = make_reader(files, labels, shape, Faults(max_faults, f"data.path={path!r}"))
+  labels = np.concatenate(labels)
+  if not 0 < len(labels) == manifest["count"]:
+    raise UserError(
+      f"data.path={path!r} has labels of {len(labels)} images and its manifest.json says "
+      f"{manifest['count']}; encode into an empty directory."
+    )
+  _check_statistics(path, manifest, read, std)
+  names = tuple(manifest["names"])
+  digest = sha256(top / "manifest.json")
+  return Latents(read, np.repeat(labels, 2), names, shape, manifest["vae"], digest)

@@ -1,0 +1,162 @@
+"""Images on disk as evaluation takes and leaves them: .npz files in the form of ADM, and folders.
+
+The form (Dhariwal & Nichol, arXiv 2105.05233, github.com/openai/guided-diffusion/evaluations): an
+.npz with images as `arr_0`, uint8 [n, h, w, c], and for references their Inception moments as `mu`
+and `sigma` (pooled features), `mu_s` and `sigma_s` (spatial). Images are read and written a batch
+at a time: `np.load` would hold all 50 000, 10 GB at 256 pixels.
+
+Dimensions: n images, b batch, h w image, c channel.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+from PIL import Image
+
+from ism_jax.data.images import SUFFIXES, UNREADABLE, square
+from train_jax.errors import UserError
+from train_jax.files import whole_file
+
+
+class ImageBatches(NamedTuple):
+  """Images on disk.
+
+  Attributes:
+    n: how many.
+    shape: (h, w, 3).
+    batches: (b, rows) -> of each batch of b the rows `rows` (ascending; the last batch may not have
+      them all): uint8 [<= len(rows), h, w, 3].
+    cut: how they were cut out of image files; "" where they are stored as they are.
+  """
+
+  n: int
+  shape: tuple[int, int, int]
+  batches: Callable[[int, np.ndarray], Iterator[np.ndarray]]
+  cut: str = ""
+
+
+def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Name -> (shape, dtype) of the arrays of an .npz, none of them read.
+
+  Raises:
+    UserError: it is not one.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      found = {}
+      for name in archive.namelist():
+        with archive.open(name) as file:
+          found[name.removesuffix(".npy")] = _header(file)
+      return found
+  except (OSError, ValueError, zipfile.BadZipFile) as err:
+    raise UserError(
+      f"{str(path)!r} is not a whole .npz file ({err}); fetch it again, or give another."
+    ) from err
+
+
+def npz_images(path: Path) -> ImageBatches:
+  """The images `arr_0` of an .npz; grey ones become three equal channels.
+
+  Raises:
+    UserError: they are not uint8 [n, h, w, 1 or 3].
+  """
+  shape, dtype = npz_arrays(path)["arr_0"]
+  if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not math.prod(shape):
+    raise UserError(
+      f"arr_0 of {str(path)!r} is {dtype} {shape}, and must be uint8 [n, h, w, 3]; convert the "
+      "images to 8 bits, channels last."
+    )
+
+  def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
+    size = math.prod(shape[1:])
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+      _header(file)
+      for start in range(0, shape[0], b):
+        count = min(b, shape[0] - start)
+        pixels = np.frombuffer(file.read(count * size), np.uint8).reshape(count, *shape[1:])
+        mine = pixels[rows[rows < count]]
+        yield np.broadcast_to(mine, (*mine.shape[:3], 3))
+
+  return ImageBatches(shape[0], (*shape[1:3], 3), batches)
+
+
+def _header(file) -> tuple[tuple[int, ...], np.dtype]:
+  """(shape, dtype) of an array; ValueError for images in Fortran's order."""
+  version = npy.read_magic(file)
+  read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+  shape, fortran, dtype = read(file)
+  if fortran and len(shape) > 2:
+    raise ValueError("its images are stored in Fortran's order")
+  return shape, dtype
+
+
+def folder_files(folder: Path) -> list[Path]:
+  """The images in a folder and the folders below it, by name; UserError if there is none."""
+  files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+  if not files:
+    raise UserError(
+      f"the folder {str(folder)!r} has no images; expected files ending in "
+      f"{', '.join(sorted(SUFFIXES))}."
+    )
+  return files
+
+
+def folder_images(files: list[Path], side: int, channels: int | None = None) -> ImageBatches:
+  """Image files at `side` pixels, see `read_square`; grey ones become three equal channels."""
+
+  def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
+    with ThreadPoolExecutor() as pool:
+      for start in range(0, len(files), b):
+        mine = [files[start + i] for i in rows if start + i < len(files)]
+        squares = list(pool.map(lambda path: read_square(path, side, channels), mine))
+        pixels = np.array(squares, np.uint8).reshape(len(mine), side, side, channels or 3)
+        yield np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+
+  return ImageBatches(
+    len(files), (side, side, 3), batches, f"area{channels}" if channels else "adm"
+  )
+
+
+def read_square(path: Path, side: int, channels: int | None = None) -> np.ndarray:
+  """An image file as uint8 [side, side, c], c = `channels`, or 3.
+
+  Args:
+    channels: cut it as what is trained on in pixels, 1 or 3 of them: see `images.area_square`;
+      None: cut it as in ADM, see `images.center_crop`.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  try:
+    with Image.open(path) as file:
+      return square(file, side, channels)
+  except UNREADABLE as err:
+    raise UserError(f"the image {str(path)!r} cannot be read; repair or remove it.") from err
+
+
+@contextmanager
+def npz_writer(
+  path: Path, shape: tuple[int, int, int, int], more: Mapping[str, np.ndarray]
+) -> Iterator[Callable[[np.ndarray], None]]:
+  """Writes uint8 images of `shape` [n, h, w, c] as `arr_0`, a batch at a time, and `more` arrays.
+
+  Yields the function that takes the next images. The file appears under its name when it is whole.
+  """
+  with whole_file(path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+    with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+      npy.write_array_header_1_0(
+        file, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+      )
+      yield lambda images: file.write(np.ascontiguousarray(images, np.uint8).tobytes()) and None
+    for name, array in more.items():
+      with archive.open(f"{name}.npy", "w") as file:
+        npy.write_array(file, np.asarray(array), allow_pickle=False)

@@ -1,0 +1,151 @@
+"""What a person looks at: grids of samples, their spectra, and the files of `--mode=sample`.
+
+Dimensions: n samples, h w image, c channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from ism_jax.sample import BATCH, to_uint8
+from train_jax.metrics import progress_bar
+
+matplotlib.use("Agg")
+
+COLUMNS = 16  # of a grid, at most
+
+
+def grid(
+  images: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str = ""
+) -> np.ndarray:
+  """Draws images [rows, columns, h, w, c] uint8 with their names -> uint8 [height, width, 3]."""
+  high, wide = images.shape[:2]
+  above = 0.3 if title else 0.0  # inches
+  size = 0.62 * wide + 1.1, 0.62 * high + 0.6 + above
+  figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, dpi=100)
+  for i, j in np.ndindex(high, wide):
+    axis = axes[i, j]
+    image = images[i, j]
+    axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    if i == 0:
+      axis.set_title(columns[j], fontsize=8)
+    if j == 0:
+      axis.set_ylabel(rows[i], fontsize=8, rotation=0, ha="right", va="center")
+  if title:
+    figure.suptitle(title, fontsize=9)
+  figure.tight_layout(pad=0.3, h_pad=0.15, w_pad=0.15, rect=(0, 0, 1, 1 - above / size[1]))
+  return _pixels(figure)
+
+
+def radial_power(images: np.ndarray) -> np.ndarray:
+  """Power spectrum of images [n, h, w, c], averaged over rings -> [1 + min(h, w) // 2].
+
+  Entry k is the mean power at spatial frequencies of k cycles an image, mean removed; by Parseval
+  the powers of all frequencies add up to the variance over pixels.
+  """
+  _, height, width, _ = images.shape
+  spectrum = np.abs(np.fft.fft2(images - images.mean(), axes=(1, 2))) ** 2 / (height * width) ** 2
+  rows, columns = np.fft.fftfreq(height, 1 / height), np.fft.fftfreq(width, 1 / width)
+  ring = np.rint(np.hypot(rows[:, None], columns[None])).astype(int)  # [h, w]
+  power = spectrum.mean(axis=(0, 3))
+  return np.array([power[ring == k].mean() for k in range(1 + min(height, width) // 2)])
+
+
+def spectrum_figure(real: np.ndarray, samples: dict[str, np.ndarray]) -> np.ndarray:
+  """Spectra of samples over that of real images, by ring -> picture uint8 [height, width, 3].
+
+  A line below 1 at the right is missing detail: the frequency bias that the wavelet loss is for.
+  """
+  figure, axis = plt.subplots(figsize=(6, 3.5), dpi=100)
+  reference = radial_power(real)
+  for name, images in samples.items():
+    axis.plot(radial_power(images) / reference, marker="o", label=name)
+  axis.axhline(1, color="black", linewidth=0.8)
+  axis.set(xlabel="cycles an image", ylabel="power of samples / power of data")
+  axis.legend(fontsize=8)
+  figure.tight_layout()
+  return _pixels(figure)
+
+
+def _pixels(figure) -> np.ndarray:
+  """A drawn figure as uint8 [height, width, 3]; closes it."""
+  figure.canvas.draw()
+  pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+  plt.close(figure)
+  return pixels
+
+
+def row_name(nfe: int, w: float) -> str:
+  """How a row of a grid is labelled."""
+  return f"{nfe} step{'s' * (nfe > 1)}, w={w:g}"
+
+
+def labelled_grid(
+  images: np.ndarray,
+  settings: Sequence[tuple[int, float]],
+  names: Sequence[str],
+  labels: np.ndarray,
+  title: str = "",
+) -> np.ndarray:
+  """`grid` of images [settings, labels, h, w, c]: a row for each (nfe, w), a column a label."""
+  rows = [row_name(*setting) for setting in settings]
+  return grid(images, rows, [names[label][:10] for label in labels], title)
+
+
+def write_samples(
+  sample: Callable,
+  params,
+  names: Sequence[str],
+  settings: Sequence[tuple[int, float]],
+  labels: np.ndarray,
+  seed: int,
+  out: Path,
+) -> None:
+  """Writes `out/samples.npz` and the labelled `out/grid.png`; prints images/s.
+
+  Every process draws the samples, and the first writes and prints.
+
+  The .npz has the ADM layout: `arr_0` uint8 [n, h, w, c], beside it what each image was asked to be
+  (`labels`, `nfe`, `guidance`) and the `seed`.
+
+  Args:
+    settings: (nfe, w) pairs.
+    labels: int32, the class of each image of one setting.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  chief = jax.process_index() == 0
+  # One batch with one step pays for the compilation, so that the speeds below are the sampler's
+  # own.
+  sample(params, seed, labels[:BATCH], 0.0, 1)
+  groups = []
+  for nfe, w in settings:
+    bar = progress_bar(len(labels), 0, chief, unit="img", desc=f"nfe={nfe} w={w:g}")
+    groups.append(to_uint8(sample(params, seed, labels, w, nfe, progress=bar.update)))
+    bar.close()
+    if chief:
+      print(f"nfe={nfe:<4} w={w:<5g} {len(labels) / bar.format_dict['elapsed']:10.1f} images/s")
+  if not chief:
+    return
+  np.savez_compressed(
+    out / "samples.npz",
+    arr_0=np.concatenate(groups),
+    labels=np.tile(labels, len(settings)),
+    nfe=np.repeat([nfe for nfe, _ in settings], len(labels)),
+    guidance=np.repeat([w for _, w in settings], len(labels)),
+    seed=np.int64(seed),
+  )
+  # Columns: as many of each class as fit, class by class.
+  shown = np.argsort(labels[:COLUMNS], kind="stable")
+  drawn = np.stack([group[shown] for group in groups])
+  picture = labelled_grid(drawn, settings, names, labels[shown], f"seed {seed}")
+  Image.fromarray(picture).save(out / "grid.png")
+  print(f"grid:    {out / 'grid.png'}\nsamples: {out / 'samples.npz'}")

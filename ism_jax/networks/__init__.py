@@ -1,0 +1,1 @@
+"""Networks of other people, with their published weights."""

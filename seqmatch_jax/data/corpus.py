@@ -1,0 +1,185 @@
+"""Documents of text, in random access: files, JSON lines, ArrayRecord, TFDS, or what Python ships.
+
+A source knows how many documents there are and where each lies; they are read one by one. In a
+plain text file, and in nothing else, a line that is only `<|endoftext|>` ends a document: a file
+without one is a document, and blank lines are a part of it.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from train_jax.errors import UserError
+from train_jax.storage import records
+
+SEPARATOR = b"<|endoftext|>"
+PLAIN, LINES, RECORDS = (".txt", ".md", ".rst"), (".jsonl", ".ndjson"), ".array_record"
+FIELDS = {"text": bytes}, "a 'text'"  # of records
+
+
+@dataclass(frozen=True)
+class Corpus:
+  """Documents.
+
+  Attributes:
+    size: how many.
+    read: i -> its text. Raises ValueError where it is no text in UTF-8.
+    name: i -> where it is from, the same wherever the source lies.
+  """
+
+  size: int
+  read: Callable[[int], str]
+  name: Callable[[int], str]
+
+
+def from_list(texts: list[str], name: str) -> Corpus:
+  """Documents in memory."""
+  return Corpus(len(texts), texts.__getitem__, lambda i: f"{name} {i}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+  """(offset, line) of each line of a file."""
+  offset = 0
+  try:
+    with path.open("rb") as file:
+      for line in file:
+        yield offset, line
+        offset += len(line)
+  except OSError as err:
+    raise UserError(f"the text file {str(path)!r} cannot be read: {err.strerror}.") from err
+
+
+def _plain(path: Path) -> list[tuple[Path, int, int, str]]:
+  """(file, offset, bytes, name) of each document of a plain text file, blank ones left out."""
+  found, start, stop, blank = [], 0, 0, True
+
+  def close():
+    if not blank:
+      found.append((path, start, stop - start, f"{path.name}:{start}"))
+
+  for offset, line in _lines(path):
+    if line.strip() == SEPARATOR:
+      close()
+      start, stop, blank = offset + len(line), offset + len(line), True
+    else:
+      stop, blank = offset + len(line), blank and not line.strip()
+  close()
+  return found
+
+
+def _json_lines(path: Path) -> list[tuple[Path, int, int, str]]:
+  """(file, offset, bytes, name) of each line that is not blank."""
+  lines = enumerate(_lines(path), 1)
+  return [
+    (path, offset, len(line), f"{path.name}:{number}")
+    for number, (offset, line) in lines
+    if line.strip()
+  ]
+
+
+def files(paths: list[Path]) -> Corpus:
+  """Plain text and JSON lines, `{"text": "...", ...}` each; read where they lie.
+
+  Raises:
+    UserError: a file cannot be read. Later: a line is not an object with a text.
+  """
+  found = []
+  for path in paths:
+    found += (_json_lines if path.suffix in LINES else _plain)(path)
+
+  def read(i: int) -> str:
+    path, offset, size, name = found[i]
+    with path.open("rb") as file:
+      file.seek(offset)
+      text = file.read(size).decode("utf-8" if offset else "utf-8-sig")
+    if path.suffix not in LINES:
+      return text.replace("\r\n", "\n").strip("\n")
+    try:
+      text = json.loads(text)["text"]
+      if isinstance(text, str):
+        return text
+    except (json.JSONDecodeError, KeyError, TypeError):
+      pass
+    raise UserError(f'{name} is not a JSON object {{"text": "...", ...}}; mend or remove the line.')
+
+  return Corpus(len(found), read, lambda i: found[i][3])
+
+
+def _decoded(found: records.Records) -> Corpus:
+  return Corpus(found.size, lambda i: found.read(i)[0].decode("utf-8"), found.name)
+
+
+def find(source: str, flag: str) -> Corpus:
+  """Whatever `flag=source` names.
+
+  Args:
+    source: a file, a pattern, or a directory (with those below it) of .txt, .md, .rst, .jsonl or
+      .array_record files (of these alone, where there are some); a TFDS builder's directory; or
+      `tfds:NAME[@SPLIT]`.
+
+  Raises:
+    UserError: it is none of these, or has no document.
+  """
+  path = Path(source).expanduser()
+  if records.is_tfds(source):
+    found = _decoded(records.open_tfds(source, flag, *FIELDS))
+  else:
+    named = [path] if path.is_file() else map(Path, glob.glob(str(path)))
+    inside = path.rglob("*") if path.is_dir() else named
+    there = sorted(file for file in inside if file.is_file())
+    packed = [file for file in there if RECORDS in file.name]
+    written = [file for file in there if file.suffix in (*PLAIN, *LINES)]
+    if not there:
+      raise UserError(f"{flag}={source!r} is not there; give a file, a directory or a pattern.")
+    if not packed and not written:
+      raise UserError(
+        f"{flag}={source!r} has no texts; give .txt files (a document each, or split by lines "
+        f"{SEPARATOR.decode()}), .jsonl or .array_record files, a TFDS directory, or tfds:NAME."
+      )
+    found = _decoded(records.open_array_records(packed, *FIELDS)) if packed else files(written)
+  if not found.size:
+    raise UserError(f"{flag}={source!r} holds no document; give texts that are not blank.")
+  return found
+
+
+_ASCII = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "—": "--", "–": "-"})
+PRINTABLE = "".join(map(chr, range(32, 127)))
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+  """The paragraphs of English prose in `text`, each as one line of printable ASCII."""
+  for paragraph in re.split(r"\n\s*\n", text):
+    line = " ".join(paragraph.split()).translate(_ASCII)
+    if len(line) >= 32 and line[0].isupper() and line[-1] == "." and not set(line) - {*PRINTABLE}:
+      yield line
+
+
+def python_prose() -> Corpus:
+  """The English that every Python comes with: about 0.7 MB, some 5000 documents of a paragraph.
+
+  Those are the paragraphs of the language reference (pydoc_data.topics) and of the docstrings in
+  the standard library's modules that are one file. The text differs by a few per cent from one
+  version of Python to the next; its characters, printable ASCII, do not.
+
+  Raises:
+    UserError: this Python comes without the sources of its library.
+  """
+  try:
+    from pydoc_data.topics import topics
+  except ImportError:
+    topics = {}
+  texts = [topics[name] for name in sorted(topics)]
+  for path in sorted(Path(os.__file__).parent.glob("*.py")):
+    texts += re.findall(r'"""(.*?)"""', path.read_text(encoding="utf-8", errors="ignore"), re.S)
+  found = list(dict.fromkeys(line for text in texts for line in _paragraphs(text)))
+  if len(found) < 1000:
+    raise UserError(
+      "this Python comes without the texts of its library; give others with data.path."
+    )
+  return from_list(found, "paragraph")

@@ -1,0 +1,162 @@
+"""Documents as tokens: in memory, or stored by `--mode=encode` and read where they lie.
+
+A stored set is a directory (see encode.py):
+
+    manifest.json                    what it is: counts, its vocabulary, what it was made from
+    tokenizer.json                   the tokenizer, if it is not one token a character
+    tokens-00003-of-00157.npy        the tokens of one shard's documents, one after the other
+    lengths-00003-of-00157.npy       how many each of them has
+
+Dimensions: d documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from seqmatch_jax import tokens
+from seqmatch_jax.data.corpus import Corpus
+from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax.errors import UserError
+from train_jax.files import read_json
+from train_jax.storage.shards import shard_name
+
+VERSION = 1  # of the layout above
+MOST = 100_000_000  # characters that are turned into tokens at the start of a run
+
+
+def token_type(size: int) -> np.dtype:
+  """How a token of a vocabulary of `size` is stored."""
+  return np.dtype("<u2" if size <= 2**16 else "<i4")
+
+
+@dataclass(frozen=True)
+class Documents:
+  """Token documents in random access.
+
+  Attributes:
+    parts: 1-D arrays of tokens, which may be mapped files.
+    length: int64 [d], tokens of each document, <eos> not counted.
+    part, offset: int64 [d], where it begins.
+  """
+
+  parts: tuple[np.ndarray, ...]
+  length: np.ndarray
+  part: np.ndarray
+  offset: np.ndarray
+
+  @classmethod
+  def from_parts(cls, parts: Sequence[np.ndarray], lengths: Sequence[np.ndarray]) -> Documents:
+    """`parts` hold documents of these lengths, one after the other."""
+    part = np.repeat(np.arange(len(lengths)), [len(x) for x in lengths])
+    offset = [np.cumsum(x, dtype=np.int64) - x for x in lengths]
+    return cls(tuple(parts), np.concatenate(lengths).astype(np.int64), part, np.concatenate(offset))
+
+  def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Tokens `start` to `stop` of a document, int32."""
+    stop = self.length[document] if stop is None else stop
+    begin = self.offset[document]
+    return self.parts[self.part[document]][begin + start : begin + stop].astype(np.int32)
+
+  def select(self, index: np.ndarray) -> Documents:
+    """Some of them."""
+    return Documents(self.parts, self.length[index], self.part[index], self.offset[index])
+
+  def split(self, tests: int) -> tuple[Documents, Documents]:
+    """(the others, `tests` documents that are evenly spread over all); UserError if too few.
+
+    Of a single document, such as a book, its last tenth is held out.
+    """
+    size = len(self.length)
+    if size == 1:
+      end = self.length[0] * 9 // 10
+      rest = Documents(self.parts, self.length - end, self.part, self.offset + end)
+      return replace(self, length=0 * self.length + end), rest
+    if not 1 <= tests < size:
+      raise UserError(
+        f"data.tests={tests} must be at least 1 and less than the {size} documents there are; "
+        "choose another number, or give data.test."
+      )
+    held = np.linspace(0, size - 1, tests + 2).round().astype(int)[1:-1]
+    if tests == size - 1:  # the places are less than 1 apart
+      held = np.arange(1, size)
+    return self.select(np.setdiff1d(np.arange(size), held)), self.select(held)
+
+
+def encode_texts(texts: Corpus, vocab: Vocab | TextVocab) -> Documents:
+  """All of `texts`, in memory; a text without tokens is left out.
+
+  Raises:
+    UserError: a text cannot be encoded, or they are too many for that.
+  """
+  rows, characters = [], 0
+  for i in range(texts.size):
+    text = read_text(texts, i)
+    characters += len(text)
+    if characters > MOST:
+      raise UserError(
+        f"these texts have more than {MOST:,} characters; turn them into tokens once, with "
+        "--mode=encode --texts=..., and give its directory as data.path."
+      )
+    rows.append(np.array(vocab.encode(text), token_type(vocab.size)))
+  rows = [row for row in rows if len(row)]
+  if not rows:
+    raise UserError("these texts have no tokens; give texts that are not blank.")
+  return Documents.from_parts([np.concatenate(rows)], [np.array([len(row) for row in rows])])
+
+
+def read_text(texts: Corpus, i: int) -> str:
+  """Text i; UserError where it is no text."""
+  try:
+    return texts.read(i)
+  except UserError:
+    raise
+  except ValueError as err:
+    raise UserError(f"{texts.name(i)} is not text in UTF-8 ({err}); save it as such.") from err
+
+
+def is_set(path: str) -> bool:
+  """Whether `path` is a stored set."""
+  return bool(path) and (Path(path).expanduser() / "manifest.json").is_file()
+
+
+def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
+  """The stored set in the directory `path`, with its vocabulary.
+
+  Raises:
+    UserError: not a whole set, or of another layout.
+  """
+  top = Path(path).expanduser()
+  try:
+    manifest = read_json(top / "manifest.json")
+  except (OSError, ValueError) as err:
+    raise UserError(f"{top / 'manifest.json'} is damaged; encode the texts again.") from err
+  if manifest.get("version") != VERSION or "documents" not in manifest:
+    raise UserError(
+      f"{path!r} is not a set of token documents of layout version {VERSION}; make one with "
+      "--mode=encode --texts=..."
+    )
+  if "tokenizer" in manifest["vocab"]:
+    manifest["vocab"]["tokenizer"]["path"] = str(top / "tokenizer.json")
+  vocab, shards = tokens.from_facts(manifest["vocab"]), manifest["shards"]
+  parts, lengths = [], []
+  for i in range(shards):
+    files = [top / shard_name(file, i, shards) for file in ("tokens.npy", "lengths.npy")]
+    try:
+      parts.append(np.load(files[0], mmap_mode="r"))
+      lengths.append(np.load(files[1]))
+    except (OSError, ValueError) as err:
+      raise UserError(
+        f"{files[0]} and {files[1].name} are missing or damaged; delete them and run the "
+        "--mode=encode command again, which makes only what is missing."
+      ) from err
+    if lengths[-1].sum() != len(parts[-1]):
+      raise UserError(f"{files[0]} and {files[1].name} do not belong together; encode again.")
+  found = Documents.from_parts(parts, lengths)
+  if (len(found.length), found.length.sum()) != (manifest["documents"], manifest["tokens"]):
+    raise UserError(f"the shards in {path!r} are not those of its manifest.json; encode again.")
+  return found, vocab

@@ -1,0 +1,147 @@
+"""`--mode=encode --texts=...`: texts -> a set of token documents (see documents.py), in shards.
+
+The threads of a process share out the texts of a shard; for what processes do see shards.py. Texts
+that cannot be used, because they are no UTF-8, hold a backspace or are blank, are named, skipped
+and counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from seqmatch_jax import tokens
+from seqmatch_jax.data import corpus
+from seqmatch_jax.data.corpus import Corpus
+from seqmatch_jax.data.documents import VERSION, token_type
+from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax.errors import UserError
+from train_jax.files import read_json, whole_file, write_json
+from train_jax.metrics import progress_bar
+from train_jax.storage.shards import Job, make_job, make_missing
+
+KIND = "texts", "text", ("tokens.npy", "lengths.npy", "part.json")  # see shards.Job
+CHUNK = 64  # texts that a thread takes at a time
+
+
+def _read(texts: Corpus, i: int, use: Callable):
+  """(use(text i), ""), or (None, why it is skipped)."""
+  try:
+    text = texts.read(i)
+  except UserError:
+    raise
+  except ValueError as err:
+    return None, f"{texts.name(i)} is not text in UTF-8 ({err})"
+  if not text.strip():
+    return None, f"{texts.name(i)} is blank"
+  if "\b" in text or tokens.NAME in text:
+    return None, f"{texts.name(i)} holds a backspace"
+  if not tokens.is_unicode(text):
+    return None, f"{texts.name(i)} holds half a character, which is not text in UTF-8"
+  return use(text), ""
+
+
+def _over(texts: Corpus, rows: range, use: Callable, progress: Callable) -> tuple[list, int]:
+  """([use(text) of each that can be used], how many were skipped), by threads, in order."""
+  parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+  used, skipped = [], 0
+  with ThreadPoolExecutor(os.cpu_count(), "encode") as pool:
+    for found in pool.map(lambda part: [_read(texts, i, use) for i in part], parts):
+      for result, why in found:
+        if why:
+          logging.warning("skipped: %s", why)
+          skipped += 1
+        else:
+          used.append(result)
+      progress(len(found))
+  return used, skipped
+
+
+def find_symbols(texts: Corpus, job: Job, out: Path) -> Vocab:
+  """One token for each character there is in the texts; found once, and kept in `out`."""
+  path = out / "symbols.json"
+  known = read_json(path) if path.exists() else {}
+  if known.get("texts") != job.facts["texts"]:  # a job that was broken off read others, perhaps
+    bar, found = progress_bar(texts.size, 0, unit="text", desc="looking for characters"), {*()}
+    _over(texts, range(texts.size), found.update, bar.update)
+    bar.close()
+    known = {"texts": job.facts["texts"], "symbols": sorted(found)}
+    write_json(path, known)
+  return Vocab(tuple(known["symbols"]))
+
+
+def encode_shard(
+  texts: Corpus, vocab: Vocab | TextVocab, job: Job, out: Path, shard: int, progress: Callable
+) -> None:
+  """Makes one shard."""
+  kind = token_type(vocab.size)
+
+  def use(text: str):
+    return np.array(vocab.encode(text), kind), len(text)
+
+  used, skipped = _over(texts, job.rows(shard), use, progress)
+  lengths = np.array([len(ids) for ids, _ in used], np.int64)
+  ids = np.concatenate([ids for ids, _ in used]) if used else np.zeros(0, kind)
+  for path, array in zip(job.paths(out, shard), (ids, lengths), strict=False):
+    with whole_file(path) as file:
+      np.save(file, array)
+  part = {
+    "job": job.facts,
+    "documents": len(used),
+    "tokens": len(ids),
+    "characters": sum(size for _, size in used),
+    "skipped": skipped,
+  }
+  write_json(job.paths(out, shard)[-1], part)
+
+
+def encode_texts(
+  texts: Corpus, make_vocab: Callable[[], Vocab | TextVocab], job: Job, out: Path
+) -> dict | None:
+  """Makes what is missing of this process's shards.
+
+  Returns:
+    The manifest once every shard is there; None while other processes are at work.
+
+  Raises:
+    UserError: `out` holds tokens of another job, or no text can be used.
+  """
+  if not make_missing(job, out, lambda _: partial(encode_shard, texts, make_vocab(), job, out)):
+    return None
+  found, vocab = job.parts(out), make_vocab()
+  names = ("documents", "tokens", "characters", "skipped")
+  counts = {name: sum(part[name] for part in found) for name in names}
+  if not counts["tokens"]:
+    raise UserError(f"none of the {job.size} texts can be used; give text in UTF-8.")
+  facts = tokens.to_facts(vocab)
+  if isinstance(vocab, TextVocab):  # the set goes with its tokenizer, wherever it is moved to
+    with whole_file(out / "tokenizer.json") as file:
+      file.write(Path(vocab.path).read_bytes())
+    facts["tokenizer"]["path"] = "tokenizer.json"
+  manifest = {**job.facts, **counts, "vocab": facts}
+  write_json(out / "manifest.json", manifest)
+  return manifest
+
+
+def encode_mode(flags) -> None:
+  """`--mode=encode --texts=SOURCE --out=DIR [--tokenizer=FILE --shards=N]`."""
+  if not flags.out:
+    raise UserError("--out is missing; --mode=encode needs --texts and --out.")
+  texts, out = corpus.find(flags.texts, "--texts"), Path(flags.out)
+  vocab = TextVocab.from_file(flags.tokenizer) if flags.tokenizer else None
+  facts = {"tokenizer": vocab.sha256 if vocab else ""}  # "": a token a character
+  job = make_job(KIND, VERSION, texts, flags.shards, facts)
+  manifest = encode_texts(texts, lambda: vocab or find_symbols(texts, job, out), job, out)
+  if manifest:
+    print(
+      f"tokens:    {manifest['tokens']} of {manifest['documents']} documents in {out}, "
+      f"{manifest['characters'] / manifest['tokens']:.2f} characters each; "
+      f"{manifest['skipped']} texts skipped\n"
+      f"train:     --config.data.source=text --config.data.path={out}"
+    )

@@ -1,0 +1,1 @@
+"""How good a policy is: exact answers, likelihood, erasures, and texts beside real ones."""

@@ -1,0 +1,1 @@
+"""GPT-2 and Llama as Hugging Face lays them out: read as ours, and ours written as theirs."""

@@ -1,0 +1,228 @@
+"""The task of text without a right answer: documents of a corpus (see corpus.py, packing.py)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import jax
+import numpy as np
+from absl import logging
+
+from seqmatch_jax import rollout, tokens
+from seqmatch_jax.data import corpus, documents, packing
+from seqmatch_jax.data.documents import Documents
+from seqmatch_jax.evaluation import features as text_features
+from seqmatch_jax.evaluation import questions as evaluate
+from seqmatch_jax.evaluation import text as evaluate_text
+from seqmatch_jax.task import Asked, Task
+from seqmatch_jax.tokens import TextVocab, Vocab
+from train_jax import mesh as mesh_lib
+from train_jax.errors import UserError
+
+TEMPERATURE = 1.0  # of a generation, where none is asked for
+RETYPE = True  # whether a sample may type again what it has erased
+OPEN_ENDED = True  # whether a generation that fills its row is broken off there, see rollout.py
+GAP = ""  # between a prompt and what is typed, as it is shown
+
+
+def _find(path: str, key: str) -> corpus.Corpus:
+  return corpus.find(path, f"data.{key}") if path else corpus.python_prose()
+
+
+def _characters(texts: list[corpus.Corpus]) -> Vocab:
+  """One token for each character there is."""
+  found = {*()}
+  for source in texts:
+    for i in range(source.size):
+      found.update(documents.read_text(source, i))
+  return Vocab.from_texts([found])
+
+
+def open_documents(
+  source, vocab: Vocab | TextVocab | None = None
+) -> tuple[Documents, Documents, Vocab | TextVocab]:
+  """Training and test documents of `config.data`, and their vocabulary.
+
+  Args:
+    vocab: what texts are encoded with; None chooses as `config.data` says.
+
+  Raises:
+    UserError: they cannot be read, or do not belong together.
+  """
+  if vocab is None and source.tokenizer:
+    vocab = TextVocab.from_file(source.tokenizer)
+  if documents.is_set(source.path):
+    train, stored = documents.open_set(source.path)
+    vocab = _check_same(source.path, stored, vocab)
+    if not source.test:
+      return *train.split(source.tests), vocab
+    if not documents.is_set(source.test):
+      return train, documents.encode_texts(_find(source.test, "test"), vocab), vocab
+    test, other = documents.open_set(source.test)
+    _check_same(source.test, other, vocab)
+    return train, test, vocab
+  texts = [_find(source.path, "path")] + ([_find(source.test, "test")] if source.test else [])
+  if vocab is None:
+    vocab = _characters(texts) if source.path else Vocab(tuple(corpus.PRINTABLE))
+  encoded = [documents.encode_texts(x, vocab) for x in texts]
+  return (*encoded, vocab) if source.test else (*encoded[0].split(source.tests), vocab)
+
+
+def _check_same(path: str, stored: Vocab | TextVocab, vocab: Vocab | TextVocab | None):
+  """`vocab`, or where it is None, `stored`; UserError if they differ."""
+
+  def mark(x):
+    return x.sha256 if isinstance(x, TextVocab) else x.symbols
+
+  if vocab is not None and mark(vocab) != mark(stored):
+    raise UserError(
+      f"the documents in {path!r} were encoded with other tokens than this run has; encode them "
+      "with its tokenizer."
+    )
+  return stored if vocab is None else vocab
+
+
+def _pack(config, found: Documents, vocab) -> packing.Packed:
+  source = config.data
+  return packing.pack(found, vocab.size, source.context, config.noise.max_errors, source.prompt)
+
+
+def _digest(found: Documents) -> str:
+  """Of how many tokens each document has, in order."""
+  return hashlib.sha256(found.length.tobytes()).hexdigest()
+
+
+def _describe(packed: packing.Packed, batch: int) -> None:
+  """Prints how much there is to learn; warns where most of it is prompts."""
+  size, length = packed.stop - packed.start, packed.documents.length
+  learned = np.maximum(size - packed.prompt, 0).sum() / size.sum()
+  if jax.process_index():
+    return
+  print(
+    f"data: {len(length)} documents, {size.sum()} tokens in {packed.rows} rows, an epoch of "
+    f"{packed.rows / batch:.1f} batches; {learned:.0%} of the tokens are learned, the others are "
+    "prompts",
+    flush=True,
+  )
+  if learned < 0.5:
+    logging.warning(
+      "data.prompt=%d takes most of these texts, and prompts are not learned: lower it (half of "
+      "the documents have %d tokens or fewer).",
+      *(packed.prompt, np.median(length)),
+    )
+
+
+def make_task(config, mesh) -> Task:
+  """Documents of `config.data`; raises UserError if they do not fit the config."""
+  if config.noise.source != "uniform":
+    raise UserError(
+      f"noise.source={config.noise.source!r} is for questions; choose 'uniform' for text."
+    )
+  least = 8 if config.eval.features else 1  # a quarter of them on the way, two for MAUVE
+  if config.eval.samples < least:
+    why = " for MAUVE, which eval.features asks for" if least > 1 else ""
+    raise UserError(f"eval.samples={config.eval.samples} must be at least {least}{why}.")
+  train, test, vocab = open_documents(config.data)
+  packed, erasures = _pack(config, train, vocab), config.eval.erasures
+  _describe(packed, config.batch)
+  most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
+  facts = {
+    **tokens.to_facts(vocab),
+    "documents": len(train.length),
+    "lengths_sha256": _digest(train),
+    "tests_lengths_sha256": _digest(test),
+    "max_length": most,
+    "max_actions": most + 2 * erasures,
+    "max_erasures": erasures,
+  }
+  mesh_lib.check_batch(config.batch, mesh)
+  rows = mesh_lib.process_rows(config.batch, mesh)
+
+  def stream(noise, seed, position):
+    return packing.stream(packed, noise, config.batch, rows, seed, position)
+
+  def measure(network, generate, loss_config):
+    held = _pack(config, test, vocab)
+    return _evaluate(config, held, vocab, network, generate, loss_config, mesh)
+
+  return Task(facts, 1 + config.data.prompt, stream, measure)
+
+
+def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config, mesh):
+  """`Method.evaluate`: all that is held out at the end, a quarter of it on the way."""
+  total = evaluate.make_total(network.apply, loss_config, mesh)
+  features = text_features.load(config.eval.features, vocab) if config.eval.features else None
+  settings = {"T=1": (loss_config.backspace, None), "p=0.95": (loss_config.backspace, 0.95)}
+  if loss_config.backspace:
+    settings["T=1, forbidden"] = (False, None)
+
+  def run(params, step: int, final: bool):
+    del step
+    rows = held.rows if final else max(held.rows // 4, 1)
+    count = config.eval.samples if final else max(config.eval.samples // 4, 1)
+    yield from evaluate_text.likelihood(total, params, held, vocab, rows, config.batch)
+    piece = continued(held, count)
+    real = evaluate_text.real_texts(held, np.unique(piece))
+    yield from evaluate_text.variety(real, "real")
+    known = evaluate_text.embed(real, vocab, features) if features else None
+    prompt, length = held.prompts(piece)
+    key = jax.random.key(config.seed)
+    for name, (backspace, top_p) in settings.items():
+      # The policy itself: it may type again what it has just erased. Where a good token was erased
+      # only worse ones would be left otherwise, which are erased in their turn.
+      how = {"temperature": 1.0, "allow_backspace": backspace, "retype": True, "top_p": top_p}
+      made = rollout.in_batches(generate, params, prompt, length, config.batch, key, **how)
+      yield from evaluate_text.measure(made, name)
+      texts = evaluate_text.PromptedTexts(made.tokens, length, made.length)
+      yield from evaluate_text.variety(texts, name)
+      if features:
+        yield from evaluate_text.closeness(known, evaluate_text.embed(texts, vocab, features), name)
+
+  return run
+
+
+def continued(held: packing.Packed, count: int) -> np.ndarray:
+  """`count` held-out pieces whose prompts are gone on from: numbers, int64 [count].
+
+  Those that documents begin with, in the order of these; then their second ones, and so on; and
+  where there are not so many, all again.
+  """
+  order = np.lexsort((held.document, held.start))
+  return order[np.arange(count) % len(order)]
+
+
+def _held_out(config, facts: dict) -> tuple[packing.Packed, Vocab | TextVocab]:
+  """What a trained run has held out, and its vocabulary; UserError where the data are others."""
+  train, test, vocab = open_documents(config.data, tokens.from_facts(facts))
+  now = {"lengths_sha256": _digest(train), "tests_lengths_sha256": _digest(test)}
+  if len(train.length) != facts["documents"] or any(
+    digest != facts.get(name, digest) for name, digest in now.items()
+  ):
+    raise UserError(
+      f"data.path={config.data.path!r} has {len(train.length)} documents to train on now, and the "
+      f"run had {facts['documents']}, or they or those held out are others or in another order; "
+      "put the texts (or the Python, whose texts '' are) of that time back."
+    )
+  return _pack(config, test, vocab), vocab
+
+
+def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
+  """(`Method.evaluate`, number of generations)."""
+  held, vocab = _held_out(config, facts)
+  run = _evaluate(config, held, vocab, network, generate, loss_config, mesh)
+  return run, config.eval.samples
+
+
+def ask(config, facts: dict, given: list[str], count: int) -> Asked:
+  """The prompts that are `given`, or else those of `count` held-out pieces, see `continued`."""
+  if given:
+    vocab = tokens.from_facts(facts)
+    return Asked(given, *tokens.encode_prompts(given, vocab, facts["max_length"]))
+  held, vocab = _held_out(config, facts)
+  piece = continued(held, count)
+  prompt, length = held.prompts(piece)
+  texts = [vocab.decode(row.tolist()) for row in prompt]
+  places = zip(held.document[piece], held.start[piece], strict=True)
+  whole = [vocab.decode(held.documents.read(*place).tolist()) for place in places]
+  rest = [text[len(begin) :] for text, begin in zip(whole, texts, strict=True)]
+  return Asked(texts, prompt, length, rest)

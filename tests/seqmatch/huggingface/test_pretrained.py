@@ -1,0 +1,314 @@
+"""Hugging Face's folders: transformers' outputs, what is read of them, mistakes, and the way back.
+
+Dimensions: b batch, s nodes, v vocabulary.
+"""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from seqmatch_jax import transformer
+from seqmatch_jax.actions import tree
+from seqmatch_jax.huggingface import export, pretrained
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, TextVocab
+from seqmatch_jax.transformer import TransformerConfig
+from tests.seqmatch import hf_folder
+from train_jax import mesh as mesh_lib
+from train_jax.errors import UserError
+from train_jax.lora import LoraConfig, join, quantise
+from train_jax.state import dotted, flatten
+from train_jax.storage.weights import INDEX, Weights
+
+KEY = jax.random.key(0)
+BOTH = pytest.mark.parametrize("family", ["gpt2", "llama"])
+
+
+def load(folder, mesh=None, lora=None, bias=-3.0):
+  """(network, all of its parameters, vocabulary, sizes) of a folder."""
+  vocab = TextVocab.from_file(folder)
+  sizes = TransformerConfig(vocab=vocab.size, lora=lora, **pretrained.read_sizes(folder))
+  network = transformer.make_network(sizes)
+  tensors = pretrained.read(folder, sizes, vocab, bias)
+  mesh = mesh or mesh_lib.make_mesh(devices=jax.devices()[:1])
+  shapes = jax.eval_shape(network.init, KEY)
+  params = shapes if lora is None else jax.jit(network.init)(KEY)
+  if lora is None:
+    params = pretrained.place(tensors, shapes, mesh_lib.state_sharding(shapes, mesh))
+  else:
+    frozen = jax.eval_shape(network.frozen, KEY)
+    params["erase"] = {
+      name: tensors[f"erase.{name}"][tuple(map(slice, a.shape))]
+      for name, a in params["erase"].items()
+    }
+    params = join(params, pretrained.place(tensors, frozen, mesh_lib.state_sharding(frozen, mesh)))
+  return network._replace(apply=jax.jit(network.apply)), params, vocab, sizes
+
+
+def map_named(fn, params):
+  """fn(dotted name, leaf) for each leaf of nested dicts."""
+  return jax.tree_util.tree_map_with_path(lambda path, a: fn(dotted(path), a), params)
+
+
+def ours(vocab, tokens):
+  """The tokenizer's numbers -> ours."""
+  return np.array(vocab.encode(" ".join(f"w{i}" for i in np.ravel(tokens)))).reshape(tokens.shape)
+
+
+def logits_of(network, params, vocab, tokens):
+  """Logits at the tokenizer's own `tokens` [b, s] -> [b, s, v] in our order."""
+  token = ours(vocab, tokens)
+  position = np.broadcast_to(np.arange(token.shape[1]), token.shape)
+  return np.asarray(network.apply(params, token, position, np.full_like(token, token.shape[1])))
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def loaded(request, tmp_path_factory):
+  """(family, folder, network, parameters, vocabulary, sizes, oracle) of both families."""
+  folder = hf_folder.write(tmp_path_factory.mktemp("hf") / "model", request.param)
+  return request.param, folder, *load(folder), hf_folder.oracle(request.param)
+
+
+def check(network, params, vocab, oracle, atol):
+  known = vocab.hf_ids >= 0
+  found = logits_of(network, params, vocab, oracle["tokens"])[..., known]
+  np.testing.assert_allclose(found, oracle["logits"][..., vocab.hf_ids[known]], rtol=0, atol=atol)
+
+
+def test_logits_are_those_of_transformers(loaded):
+  _, _, network, params, vocab, _, oracle = loaded
+  check(network, params, vocab, oracle, 2e-5)
+
+
+def test_backspace_begins_at_the_mean_logit_and_below_it(loaded):
+  _, _, network, params, vocab, _, oracle = loaded
+  found = logits_of(network, params, vocab, oracle["tokens"])[..., BACKSPACE]
+  np.testing.assert_allclose(found, oracle["logits"].mean(-1) - 3, rtol=0, atol=2e-5)
+
+
+def test_rows_follow_our_order_and_tokens_that_are_not_there_have_zeros(loaded):
+  family, _, _, params, *_ = loaded
+  name = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+  table, embedding = hf_folder.tensors(family)[name], np.asarray(params["embed"]["embedding"])
+  bos, eos = {"gpt2": (210, 210), "llama": (1, 2)}[family]
+  np.testing.assert_array_equal(embedding[[BOS, EOS]], table[[bos, eos]])
+  np.testing.assert_array_equal(embedding[[PAD, BACKSPACE]], 0)
+  np.testing.assert_array_equal(embedding[4:7], table[[0, 1, 2] if family == "gpt2" else [0, 3, 4]])
+
+
+def test_shards_of_a_mesh_and_of_files_and_half_precision_change_nothing(
+  loaded, tmp_path, monkeypatch
+):
+  family, _, _, params, _, _, _ = loaded
+  monkeypatch.setattr(mesh_lib, "SMALL", 64)
+  coarse = {
+    name: value.astype(ml_dtypes.bfloat16) for name, value in hf_folder.tensors(family).items()
+  }
+  if family == "gpt2":  # as in OpenAI's own files
+    coarse = {name.removeprefix("transformer."): value for name, value in coarse.items()}
+  folder = hf_folder.write(tmp_path / "m", family, parameters=coarse, files=3)
+  _, spread, _, _ = load(folder, mesh_lib.make_mesh(2, 2))
+  kernel = spread["blocks"]["qkv"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+  for name, value in flatten(spread).items():
+    whole = np.asarray(flatten(params)[name])
+    if not name.startswith("erase"):
+      whole = whole.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_allclose(value, whole, rtol=0, atol=1e-3 if "erase" in name else 0)
+
+
+def test_no_more_than_a_devices_share_is_read_at_a_time(loaded, monkeypatch):
+  _, folder, _, _, vocab, sizes, _ = loaded
+  read = []
+  part = Weights.part
+  monkeypatch.setattr(
+    Weights, "part", lambda self, *args: read.append(part(self, *args)) or read[-1]
+  )
+  kernel = pretrained.read(folder, sizes, vocab, 0.0)["blocks.qkv.kernel"]
+  found = kernel[slice(1, 3), slice(0, 32), slice(60, 100)]
+  assert found.shape == (2, 32, 40) and sum(a.size for a in read) == found.size
+
+
+@BOTH
+def test_padded_rows_of_weights_are_left_out(family, tmp_path):
+  padded = {
+    name: np.concatenate([value, np.full((5, 64), 9.0, np.float32)]) if len(value) > 200 else value
+    for name, value in hf_folder.tensors(family).items()
+    if ".h." not in name
+  } | {name: value for name, value in hf_folder.tensors(family).items() if ".h." in name}
+  folder = hf_folder.write(tmp_path / "m", family, parameters=padded)
+  network, params, vocab, _ = load(folder)
+  check(network, params, vocab, hf_folder.oracle(family), 2e-5)
+  np.testing.assert_allclose(params["erase"]["kernel"].max(), 0, atol=1)
+
+
+# --- rotary positions of Llama 3 ------------------------------------------------------------------
+
+
+def test_llama_3_stretches_long_waves_only():
+  factor, low, high, original = 8.0, 1.0, 4.0, 8192
+  found = transformer.frequencies(128, 500_000.0, (factor, low, high, original))
+  for i, value in enumerate(found):  # as in Meta's llama-models, one frequency at a time
+    frequency = 1 / 500_000.0 ** (2 * i / 128)
+    wavelength = 2 * np.pi / frequency
+    if wavelength < original / high:
+      expected = frequency
+    elif wavelength > original / low:
+      expected = frequency / factor
+    else:
+      smooth = (original / wavelength - low) / (high - low)
+      expected = (1 - smooth) * frequency / factor + smooth * frequency
+    assert value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_both_spellings_of_rope_scaling_are_read(key, tmp_path):
+  rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+  rope |= {"original_max_position_embeddings": 8192}
+  rope |= {"rope_theta": 5e5} if key == "rope_parameters" else {}
+  folder = hf_folder.write(tmp_path / "m", "llama", {key: rope, "rope_theta": 5e5})
+  sizes = pretrained.read_sizes(folder)
+  assert sizes["scaling"] == [8.0, 1.0, 4.0, 8192] and sizes["theta"] == 5e5
+  assert TransformerConfig(vocab=9, **json.loads(json.dumps(sizes))).kv_heads == 2
+
+
+# --- trees and caches of both families ------------------------------------------------------------
+
+
+def test_trees_and_a_cache_that_rewinds_are_passes_over_each_text(loaded):
+  _, _, network, params, _, sizes, _ = loaded
+  a, b, c, d = range(10, 14)
+  actions = np.array([[a, b, BACKSPACE, c, BACKSPACE, BACKSPACE, d]], np.int32)
+  batch = tree(np.array([[BOS, 9]], np.int32), np.array([2], np.int32), actions, 6)
+  texts = [[BOS], [BOS, 9], [BOS, 9, a], [BOS, 9, a, b], [BOS, 9, a, c], [BOS, 9, d]]
+  alone = []
+  for text in texts:
+    token = np.array([text + [PAD] * (6 - len(text))], np.int32)
+    logits = network.apply(params, token, np.arange(6)[None], np.full((1, 6), 6))
+    alone.append(np.asarray(logits[0, len(text) - 1]))
+  found = network.apply(params, batch["token"], batch["position"], batch["end"])[0]
+  np.testing.assert_allclose(found, alone, rtol=0, atol=2e-5)
+
+  cache = network.read(params, np.array([texts[1]]), 6)
+  assert cache[0][0].shape == (1, sizes.kv_heads or sizes.heads, 6, 16)
+  extend = jax.jit(network.extend)
+  for text, expected in zip(texts[1:], alone[1:], strict=True):
+    logits, cache = extend(params, cache, np.array([text[-1]]), np.array([len(text) - 1]))
+    np.testing.assert_allclose(logits[0], expected, rtol=0, atol=2e-5)
+
+
+def test_features_are_what_the_output_reads(loaded):
+  _, _, network, params, _, sizes, oracle = loaded
+  token = oracle["tokens"]
+  args = (token, np.arange(40)[None], np.full((1, 40), 40))
+  features = jax.jit(network.features)(params, *args)
+  head = params["embed"]["embedding"].T if sizes.tied else params["out"]["kernel"]
+  logits = np.array(network.apply(params, *args))
+  np.testing.assert_allclose((features @ head)[..., 4:], logits[..., 4:], rtol=0, atol=2e-5)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def kept(name, value, base):
+  """What is computed with a parameter of that name that is frozen as `base`."""
+  if base == "int8" and name.startswith("blocks.") and name.endswith("kernel"):
+    steps, scale = quantise(value)
+    return steps * scale[:, None]
+  if base != "float32" and name.endswith(("kernel", "embedding")) and "erase" not in name:
+    return value.astype("bfloat16").astype("float32")
+  return value
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
+def test_at_step_0_adapters_change_nothing(loaded, base):
+  _, folder, network, params, vocab, _, oracle = loaded
+  other, adapted, _, _ = load(folder, lora=LoraConfig(4, 8.0, ("all",), base))
+  assert adapted["blocks"]["qkv"]["kernel"].dtype == base
+  rounded = map_named(lambda name, a: kept(name, a, base), params)
+  expected = logits_of(network, rounded, vocab, oracle["tokens"])
+  found = logits_of(other, adapted, vocab, oracle["tokens"])
+  if base == "int8":  # scales come after the product here
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+  else:
+    np.testing.assert_array_equal(found, expected)
+  exact = logits_of(network, params, vocab, oracle["tokens"])
+  assert np.abs(found - exact).max() <= {"float32": 0, "bfloat16": 0.1, "int8": 0.2}[base]
+
+
+# --- the way back ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["", "int8"])
+def test_an_export_computes_the_same(loaded, base, tmp_path, perturb, monkeypatch):
+  family, folder, *_ = loaded
+  lora = LoraConfig(3, 6.0, ("q", "v", "up"), base) if base else None
+  network, params, vocab, sizes = load(folder, lora=lora)
+  learned = flatten(jax.eval_shape(network.init, KEY))
+  params = map_named(lambda name, a: perturb(a) if name in learned else a, params)
+  monkeypatch.setattr(export, "LIMIT", 300_000)
+  export.write(tmp_path / "out", params, sizes, vocab, folder, {"method": "seqmatch", "step": 7})
+  assert pretrained.read_config(tmp_path / "out")["seqmatch"]["step"] == 7
+  assert (tmp_path / "out" / INDEX).is_file()
+  again, stored, known, _ = load(tmp_path / "out", bias=77.0)
+  assert known.hf_size == vocab.hf_size + 1 + (family == "gpt2" and not base)
+  assert known.size == vocab.size and np.array_equal(known.hf_ids[4:], vocab.hf_ids[4:])
+
+  token = np.array([[BOS, *range(20, 35)]])
+  args = (token, np.arange(16)[None], np.full((1, 16), 16))
+  expected = np.array(network.apply(params, *args))
+  found = np.array(again.apply(stored, *args))
+  chosen = [EOS, *range(BACKSPACE, vocab.size)]
+  np.testing.assert_allclose(found[..., chosen], expected[..., chosen], rtol=0, atol=1e-5)
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_mistakes_cost_a_sentence(tmp_path):
+  def refused(match, family="llama", config=None, change=None, **kwargs):
+    tensors = hf_folder.tensors(family)
+    folder = hf_folder.write(
+      tmp_path / "m", family, config, **kwargs, parameters=(change or dict)(tensors)
+    )
+    with pytest.raises(UserError, match=match):
+      load(folder)
+
+  q = "model.layers.2.self_attn.k_proj.weight"
+  refused(
+    r"no tensor 'model.layers.2.self_attn.k_proj.weight'",
+    change=lambda t: {k: v for k, v in t.items() if k != q},
+  )
+  refused(
+    r"k_proj.weight' has the shape \(64, 64\), and this architecture expects \(32, 64\)",
+    change=lambda t: {**t, q: np.zeros((64, 64), np.float32)},
+  )
+  refused(r"tokenizer.json has 230 tokens and .* embeds 223; give the", config={"vocab_size": 230})
+  refused(r"architecture 'mamba'; supported are gpt2, llama", config={"model_type": "mamba"})
+  refused(r"hidden_act='gelu', a variant of llama that", config={"hidden_act": "gelu"})
+  refused(r"rope positions of the type 'yarn'", config={"rope_scaling": {"rope_type": "yarn"}})
+  refused(r"head_dim=32, a variant", config={"head_dim": 32})
+  refused(r"activation_function='relu', a variant of gpt2", "gpt2", {"activation_function": "relu"})
+  folder = hf_folder.write(tmp_path / "sharded", "llama", files=2)
+  (folder / "model-00002-of-00002.safetensors").unlink()
+  with pytest.raises(
+    UserError, match=r"'model-00002-of-00002.safetensors', one of the 2 files that"
+  ):
+    load(folder)
+  with pytest.raises(UserError, match=r"pretrained='.*nowhere.*give a folder with config.json"):
+    pretrained.read_sizes(tmp_path / "nowhere")
+  (folder / "config.json").write_text("[]")
+  with pytest.raises(UserError, match=r"config.json cannot be read as JSON; give a folder"):
+    pretrained.read_sizes(folder)
+
+
+def test_a_text_longer_than_learned_positions_is_refused(loaded):
+  family, _, network, params, _, sizes, _ = loaded
+  if family == "llama":
+    assert network.read(params, np.array([[BOS]]), 97) and sizes.check_length(10**6) is None
+    return
+  network.read(params, np.array([[BOS]]), 96)
+  with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
+    network.read(params, np.array([[BOS]]), 97)

@@ -1,0 +1,293 @@
+"""The task of text, assembled: a run of a few steps, its numbers against naive ones, bad input."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import seqmatch_gpt2, seqmatch_llama7b, seqmatch_text
+from seqmatch_jax import method as seqmatch
+from seqmatch_jax import rollout, tokens
+from seqmatch_jax.data import encode
+from seqmatch_jax.tasks import text
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS
+from train_jax import mesh as mesh_lib
+from train_jax import state as state_lib
+from train_jax.errors import UserError
+from train_jax.step import make_train_step
+
+FLAGS = {
+  "prompt": None,
+  "prompts": None,
+  "temperature": None,
+  "top_k": None,
+  "top_p": 0.9,
+  "max_actions": None,
+  "backspace": True,
+  "stream": False,
+  "num": 3,
+  "seed": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory):
+  """A file of 60 short documents."""
+  path = tmp_path_factory.mktemp("corpus") / "texts.txt"
+  path.write_text(
+    "\n<|endoftext|>\n".join(f"{i} is {i * i}.\nfine" * (1 + i % 9) for i in range(60))
+  )
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(corpus_file):
+  made = seqmatch_text.get_config("debug")
+  made.data.path = corpus_file
+  made.loss.warmup = 0
+  return made
+
+
+@pytest.fixture(scope="module")
+def run(config, one_device):
+  """(method, facts, state after two steps, metrics)."""
+  method, facts = seqmatch.make_method(config, one_device)
+  tx = optax.adam(1e-2)
+  state = jax.jit(state_lib.create(method, tx, {"sample": 0.9}, 0))()
+  step = jax.jit(make_train_step(method, tx, {"sample": 0.9}, clip=1.0))
+  stream = method.stream(0, 0)
+  for _ in range(2):
+    state, metrics = step(state, next(stream))
+  return method, facts, state, metrics
+
+
+def test_a_run_rolls_out_from_its_prompts(run, config):
+  method, facts, state, metrics = run
+  assert np.isfinite(metrics["loss"]) and float(metrics["penalty_model"]) != 0
+  batch = next(method.stream(0, 0))
+  memory = jax.device_get(state.extra)
+  assert memory["filled"] == config.buffer.rollouts
+  np.testing.assert_array_equal(memory["prompt"][:8], batch["prompt"])
+  assert facts["max_length"] == config.data.context - config.noise.max_errors
+  assert tokens.from_facts(json.loads(json.dumps(facts))).size == 4 + len(
+    set("0123456789 is.\nfine")
+  )
+
+
+def test_perplexity_is_that_of_one_document_after_the_other(run, config):
+  method, facts, state, _ = run
+  found = dict(method.evaluate(state.params, 2, True))
+  network = seqmatch.make_network(config, facts)
+  _, test, vocab = text.open_documents(config.data)
+  most, k = config.data.context - config.noise.max_errors - 1, config.data.prompt
+  pieces = []  # padded to one length, so that one compilation does
+  for i in range(len(test.length)):
+    ids = [*test.read(i).tolist(), EOS]
+    cut = [ids[a : a + most] for a in range(0, len(ids) - 1, most)]
+    if cut[-1][-1] != EOS:
+      cut[-1] = [*cut[-1], EOS]
+    pieces += cut
+  width = most + 2
+  rows = np.zeros((len(pieces), width), np.int32)
+  for row, piece in zip(rows, pieces, strict=True):
+    row[: 1 + len(piece)] = [BOS, *piece]
+  place = np.broadcast_to(np.arange(width), rows.shape)
+  logits = np.array(jax.jit(network.apply)(state.params, rows, place, np.full_like(rows, width)))
+  total, forbidden, count, characters = 0.0, 0.0, 0, 0
+  for row, piece in zip(logits.astype(np.float64), pieces, strict=True):
+    for i, token in enumerate(piece):
+      if i >= k or token == EOS:
+        row[i, [0, 1]] = -np.inf
+        if i <= min(k, len(piece) - 1):
+          row[i, BACKSPACE] = -np.inf  # at the prompt
+        total += row[i, token] - np.log(np.exp(row[i]).sum())
+        row[i, BACKSPACE] = -np.inf
+        forbidden += row[i, token] - np.log(np.exp(row[i]).sum())
+        count += 1
+    characters += len(vocab.decode(piece[k:]))
+  for name, nats in (("", total), (", forbidden", forbidden)):
+    a_token, a_character = (np.exp(-nats / n) for n in (count, characters))
+    np.testing.assert_allclose(found[f"perplexity/token{name}"], a_token, rtol=1e-4)
+    np.testing.assert_allclose(found[f"perplexity/character{name}"], a_character, rtol=1e-4)
+  assert forbidden > total
+  assert found["backspaces/T=1, forbidden"] == 0 < found["backspaces/T=1"] < 1
+  assert 0 <= found["finished/T=1"] <= 1
+
+
+def test_adapters_are_evaluated_on_the_parameters_that_they_were_trained_with(tmp_path):
+  """Whatever --seed, which is that of the generations: drawn ones are of the run's own seed."""
+  config = seqmatch_gpt2.get_config("debug")
+  config.data.context = config.model.context = 24
+  config.eval.samples, config.eval.erasures, config.seed = 2, 1, 5
+  _, facts = seqmatch.make_method(config, mesh_lib.make_mesh(devices=jax.devices()[:1]))
+  params = seqmatch.make_network(config, facts).init(jax.random.key(0))
+  found = []
+  for seed in (0, 1):
+    flags = SimpleNamespace(seed=seed, features=None)
+    seqmatch.evaluate_mode(config, facts, lambda mesh: (params, 0), flags, tmp_path)
+    found.append(json.loads((tmp_path / "evaluation.json").read_text())["perplexity/token"])
+  assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, capsys):
+  _, facts, state, _ = run
+  flags = SimpleNamespace(**{**FLAGS, "stream": stream})
+  seqmatch.sample_mode(config, facts, lambda mesh: (state.params, 2), flags, tmp_path)
+  rows = json.loads((tmp_path / "generations.json").read_text())
+  _, test, vocab = text.open_documents(config.data)
+  held = [vocab.decode(test.read(i, 0, config.data.prompt)) for i in range(3)]
+  assert [row["prompt"] for row in rows] == held
+  whole = [row["prompt"] + row["reference"] for row in rows]
+  assert whole == [vocab.decode(test.read(i).tolist()) for i in range(3)]
+  out = capsys.readouterr().out
+  assert all(prompt in out for prompt in held) and "tokens/s" in out
+  assert "top_p 0.9" in (tmp_path / "generations.html").read_text()
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_texts_are_drawn_as_the_columns_say(final, run, config, monkeypatch):
+  method, facts, state, _ = run
+  asked = []
+
+  def in_batches(generate, params, prompt, length, batch, key, **how):
+    asked.append((len(prompt), how))
+    n, most = len(prompt), facts["max_actions"]
+    made = np.zeros((n, facts["max_length"]), np.int32)
+    made[:, : prompt.shape[1]] = prompt
+    return rollout.Rollout(np.full((n, most), EOS, np.int32), made, length, np.ones(n, bool))
+
+  monkeypatch.setattr(text.rollout, "in_batches", in_batches)
+  dict(method.evaluate(state.params, 2, final))
+  own = {"temperature": 1.0, "retype": True}
+  count = config.eval.samples if final else config.eval.samples // 4
+  assert asked == [
+    (count, {**own, "allow_backspace": True, "top_p": None}),
+    (count, {**own, "allow_backspace": True, "top_p": 0.95}),
+    (count, {**own, "allow_backspace": False, "top_p": None}),
+  ]
+
+
+def test_a_book_is_a_corpus(config, one_device, tmp_path):
+  """A single document: its end is held out, and gone on from at several places."""
+  book, other = tmp_path / "book.txt", config.copy_and_resolve_references()
+  book.write_text(" ".join(str(i) for i in range(1000)))
+  other.data.path = str(book)
+  found = text.make_task(other, one_device)
+  assert found.facts["documents"] == 1
+  asked = text.ask(other, found.facts, [], 5)
+  whole = [prompt + rest for prompt, rest in zip(asked.texts, asked.references, strict=True)]
+  assert len(set(asked.texts)) == 5 and all(book.read_text().endswith(x) for x in whole)
+  _, facts = seqmatch.make_method(other, one_device)
+  assert facts["documents"] == 1
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_what_is_held_out_must_be_what_the_run_held_out(test, config, one_device, tmp_path):
+  files = [tmp_path / name for name in ("train.txt", "test.txt")]
+  documents = [str(i) * (2 + i) for i in range(10)]
+  write = lambda file, texts: file.write_text("\n<|endoftext|>\n".join(texts))  # noqa: E731
+  write(files[0], documents)
+  write(files[1], documents)
+  own = config.copy_and_resolve_references()
+  own.data.path, own.data.tests, own.data.prompt = str(files[0]), 3, 1
+  own.data.test = str(files[1]) if test else ""
+  facts = text.make_task(own, one_device).facts
+  text.ask(own, facts, [], 2)
+  old = {name: x for name, x in facts.items() if not name.endswith("sha256")}
+  write(files[test], documents[1:] + documents[:1])
+  text.ask(own, old, [], 2)  # of a version that did not know
+  with pytest.raises(UserError, match="others or in another order; put the texts"):
+    text.ask(own, facts, [], 2)
+
+
+@pytest.mark.parametrize(("prompt", "share", "warned"), [(2, "75%", 0), (6, "25%", 1)])
+def test_how_much_there_is_to_learn_is_told(
+  prompt, share, warned, one_device, tmp_path, capsys, caplog
+):
+  path, config = tmp_path / "texts.txt", seqmatch_text.get_config("debug")
+  path.write_text("\n<|endoftext|>\n".join(["abcdefgh"] * 5))
+  config.data.update(path=str(path), tests=1, prompt=prompt)
+  text.make_task(config, one_device)
+  assert "data: 4 documents, 32 tokens in" in (said := capsys.readouterr().out)
+  assert f"{share} of the tokens are learned" in said
+  found = [line for line in caplog.messages if "takes most of these texts" in line]
+  assert len(found) == warned
+
+
+def test_other_texts_have_other_facts(config, tmp_path):
+  found = []
+  for name, words in (("a", "ab cd"), ("b", "ab dc"), ("c", "abc d")):
+    folder = tmp_path / name
+    folder.mkdir()
+    for i, word in enumerate(words.split()):
+      (folder / f"{i}.txt").write_text(word)
+    (folder / "2.txt").write_text("held out")
+    (folder / "3.txt").write_text("more")
+    other = config.copy_and_resolve_references()
+    other.data.path, other.data.tests, other.data.prompt = str(folder), 1, 1
+    found.append(text.make_task(other, mesh_lib.make_mesh(devices=jax.devices()[:1])).facts)
+  assert found[0] == found[1]  # it is not a digest of all there is
+  assert found[0]["documents"] == found[2]["documents"]
+  assert found[0]["lengths_sha256"] != found[2]["lengths_sha256"]
+
+
+def test_stored_documents_are_the_same_run(run, config, corpus_file, tmp_path):
+  method, facts, _, _ = run
+  flags = SimpleNamespace(texts=corpus_file, out=str(tmp_path), tokenizer=None, shards=2)
+  encode.encode_mode(flags)
+  stored = config.copy_and_resolve_references()
+  stored.data.path = str(tmp_path)
+  other, its_facts = seqmatch.make_method(stored, mesh_lib.make_mesh(devices=jax.devices()[:1]))
+  assert its_facts == facts
+  batches = [next(m.stream(3, 7)) for m in (method, other)]
+  for name, value in batches[0].items():
+    np.testing.assert_array_equal(value, batches[1][name])
+
+
+@pytest.mark.parametrize("source", [seqmatch_gpt2, seqmatch_llama7b])
+def test_configs_of_pretrained_decoders_have_the_paper_s_settings_and_build(source, one_device):
+  config = source.get_config()
+  paper = (config.loss.alpha, config.noise.rate, config.loss.gamma, config.data.context)
+  assert paper == (0.01, 0.001, 0.998, 1024) and config.lora.rank > 0
+  compiled, position = seqmatch.without_data(source.get_config("debug"))
+  assert position == 1 and compiled.model.vocab == 100
+  for made in (source.get_config("debug"), compiled):
+    method, _ = seqmatch.make_method(made, one_device)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0))
+    assert any("_a" in name for name in state_lib.flatten(params))
+    batch = next(method.stream(0, 0)) | {"strength": 1.0}
+    loss, _ = jax.eval_shape(
+      method.loss, params, {}, batch, jax.random.key(0), method.frozen.shapes
+    )
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"path": "nowhere"}, r"data.path='nowhere' is not there"),
+    ({"test": "nowhere"}, r"data.test='nowhere' is not there"),
+    ({"tests": 60}, r"data.tests=60 must be at least 1 and less than the 60 documents"),
+    ({"prompt": 60}, r"data.prompt=60 must be at least 0"),
+    ({"tokenizer": "nowhere"}, "nowhere"),
+    ({"samples": 0}, r"eval.samples=0 must be at least 1\."),
+    ({"samples": 7, "features": "x"}, r"eval.samples=7 must be at least 8 for MAUVE"),
+  ],
+)
+def test_bad_configs_are_refused_in_a_sentence(changes, message, config, one_device):
+  config = config.copy_and_resolve_references()
+  for name, value in changes.items():
+    config["eval" if name in config.eval else "data"][name] = value
+  with pytest.raises(UserError, match=message):
+    seqmatch.make_method(config, one_device)
+
+
+def test_noise_from_questions_is_refused(config, one_device):
+  config = config.copy_and_resolve_references()
+  config.noise.source = "prompt"
+  with pytest.raises(UserError, match=r"noise.source='prompt' is for questions"):
+    seqmatch.make_method(config, one_device)

@@ -1,0 +1,1 @@
+"""Programs beside training, each run by hand from the root of the checkout."""

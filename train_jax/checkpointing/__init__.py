@@ -1,0 +1,1 @@
+"""Steps on disk: written in the background, checksummed, and the newest good one found again."""

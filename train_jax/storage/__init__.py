@@ -1,0 +1,1 @@
+"""Tensors and records in files: safetensors, lazy tensors, examples, shards, exported models."""

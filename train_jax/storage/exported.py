@@ -1,0 +1,81 @@
+"""An exported model: a directory that holds one network and what is needed to use it elsewhere.
+
+    model.safetensors   the parameters by dotted name, such as `blocks.mlp.inner.kernel`, float32
+                        or what matrices with adapters are kept as (lora.py)
+    config.json         `format`, `method`, `step`, `run` (config and facts of the run that it comes
+                        from), and what the method adds
+
+config.json is removed first and written last, so that a directory that has one is whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from train_jax import mesh
+from train_jax.errors import UserError
+from train_jax.files import read_json, write_json
+from train_jax.state import dotted, flatten
+from train_jax.storage import weights
+
+FORMAT = 1
+MODEL, CONFIG = "model.safetensors", "config.json"
+
+
+def save(directory: Path, params, record: dict) -> None:
+  """Writes `params` (nested dicts) and `record` (JSON); replaces an older export.
+
+  All processes must call it; the first one writes.
+
+  Args:
+    record: with `method`, `step` and `run`; `format` is added.
+  """
+  params = jax.tree.map(mesh.fetch, params)
+  if jax.process_index():
+    return
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / CONFIG).unlink(missing_ok=True)
+  weights.save(directory / MODEL, flatten(params), {"method": record["method"]})
+  write_json(directory / CONFIG, {"format": FORMAT, **record}, indent=1)
+
+
+def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
+  """(record, weights) of an exported model of `method`.
+
+  Raises:
+    UserError: it is not there, not whole, of another method, or of a later format.
+  """
+  path = Path(directory).expanduser() / CONFIG
+  try:
+    record = read_json(path)
+  except (OSError, ValueError) as err:
+    raise UserError(
+      f"{str(directory)!r} is no exported model: {path} cannot be read; make one with "
+      "--mode=export --workdir=RUN."
+    ) from err
+  if method in record:  # of pretrained weights
+    raise UserError(
+      f"{str(directory)!r} is a Hugging Face folder that --mode=export wrote; begin from it with "
+      f"pretrained={str(directory)!r}."
+    )
+  if record.get("format") != FORMAT or record.get("method") != method:
+    raise UserError(
+      f"{path} is of format {record.get('format')} and method {record.get('method')!r}, where "
+      f"format {FORMAT} and method {method!r} are expected; export the model again, or give "
+      "another one."
+    )
+  return record, weights.Weights(path.with_name(MODEL))
+
+
+def fill(stored: weights.Weights, abstract):
+  """The tensors of `stored` in the structure of `abstract`, as jax arrays of its dtypes.
+
+  Raises:
+    UserError: one is missing or has another shape.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.asarray(stored.get(dotted(path), leaf.shape), leaf.dtype), abstract
+  )

@@ -1,0 +1,121 @@
+"""Tensors that are read piece by piece, as the devices of a mesh ask for their shares.
+
+A parameter here is often several tensors of a file: layers stacked, matrices concatenated,
+transposed, or with rows in another order. `Lazy` composes such views; what is read at a time is one
+slice of one tensor, and what is held one device's share of one parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from train_jax.storage.weights import Weights
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Lazy:
+  """A tensor whose parts are read when they are indexed, by slices of step 1.
+
+  Attributes:
+    shape: of the whole.
+    fill: (array, index) -> None; writes the part at `index`, a whole slice for each axis, into it.
+    dtype: of the parts.
+  """
+
+  shape: tuple[int, ...]
+  fill: Callable[[np.ndarray, Index], None]
+  dtype: Any = np.float32
+
+  def __getitem__(self, index: Index) -> np.ndarray:
+    index = tuple(
+      slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)
+    )  # fmt: skip
+    out = np.empty([s.stop - s.start for s in index], self.dtype)
+    self.fill(out, index)
+    return out
+
+
+def stored(weights: Weights, name: str, shape: tuple[int, ...]) -> Lazy:
+  """The tensor `name` of a file; UserError if it is missing or has another shape."""
+  weights.check(name, shape)
+
+  def fill(out, index):
+    out[...] = weights.part(name, index)
+
+  return Lazy(tuple(shape), fill)
+
+
+def transposed(inner: Lazy) -> Lazy:
+  """The transpose of a matrix."""
+  return Lazy(inner.shape[::-1], lambda out, index: inner.fill(out.T, index[::-1]))
+
+
+def concatenated(parts: Sequence[Lazy]) -> Lazy:
+  """Tensors side by side along the last axis."""
+  ends = np.cumsum([part.shape[-1] for part in parts]).tolist()
+
+  def fill(out, index):
+    start, stop = index[-1].start, index[-1].stop
+    for part, end in zip(parts, ends, strict=True):
+      first = end - part.shape[-1]
+      low, high = max(start, first), min(stop, end)
+      if low < high:
+        here = slice(low - first, high - first)
+        part.fill(out[..., low - start : high - start], (*index[:-1], here))
+
+  return Lazy((*parts[0].shape[:-1], ends[-1]), fill)
+
+
+def stacked(layers: Sequence[Lazy]) -> Lazy:
+  """Tensors of one shape along a new first axis."""
+
+  def fill(out, index):
+    for row, layer in zip(out, layers[index[0]], strict=True):
+      layer.fill(row, index[1:])
+
+  return Lazy((len(layers), *layers[0].shape), fill)
+
+
+def rows(inner: Lazy, numbers: np.ndarray) -> Lazy:
+  """The rows `numbers` of a tensor, in that order; zeros where a number is negative."""
+
+  def fill(out, index):
+    wanted, start = numbers[index[0]], 0
+    out[...] = 0
+    ends = (np.diff(wanted) != 1) | (wanted[:-1] < 0)  # of runs of rows that follow each other
+    for run in np.split(wanted, np.flatnonzero(ends) + 1):
+      if len(run) and run[0] >= 0:
+        these = slice(int(run[0]), int(run[-1]) + 1)
+        inner.fill(out[start : start + len(run)], (these, *index[1:]))
+      start += len(run)
+
+  return Lazy((len(numbers), *inner.shape[1:]), fill)
+
+
+def quantised(inner: Lazy) -> tuple[Lazy, Lazy]:
+  """Kernels [l, i, o] as `lora.quantise` has them: int8, and scales [l, o]."""
+  layers, inputs, outputs = inner.shape
+
+  @functools.cache
+  def scale(layer: int, start: int, stop: int) -> np.ndarray:
+    kernel = inner[slice(layer, layer + 1), slice(0, inputs), slice(start, stop)][0]
+    return np.abs(kernel).max(axis=0) / np.float32(127)
+
+  def fill_kernel(out, index):
+    for row, layer in zip(out, range(index[0].start, index[0].stop), strict=True):
+      steps = scale(layer, index[2].start, index[2].stop)
+      kernel = inner[slice(layer, layer + 1), *index[1:]][0]
+      row[...] = np.round(kernel / np.where(steps > 0, steps, 1))
+
+  def fill_scale(out, index):
+    for row, layer in zip(out, range(index[0].start, index[0].stop), strict=True):
+      row[...] = scale(layer, index[1].start, index[1].stop)
+
+  return Lazy(inner.shape, fill_kernel, np.int8), Lazy((layers, outputs), fill_scale)
