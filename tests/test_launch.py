@@ -347,5 +347,8 @@ def test_all_of_the_packages_is_installed():
   there = {p for p in ROOT.glob("*_jax/**/*") if p.is_file() and "__pycache__" not in p.parts}
   listed = {name: ["*.py", *setup["package-data"].get(name, ())] for name in setup["packages"]}
   assert there == {
-    p for name, globs in listed.items() for g in globs for p in (ROOT / name).glob(g)
+    p
+    for name, globs in listed.items()
+    for g in globs
+    for p in (ROOT / name.replace(".", "/")).glob(g)
   }

@@ -201,7 +201,7 @@ def test_what_is_evaluated_is_what_the_config_says(default, monkeypatch):
 
     return sampler
 
-  monkeypatch.setattr(registry.evaluate, "measure", measure)
+  monkeypatch.setattr(registry.classifier, "measure", measure)
   monkeypatch.setattr(registry.sample, "make_sampler", make_sampler)
   monkeypatch.setattr(ism.pairing, "class_leak", lambda *args: read.append(args) or 0.25)
   config = get_config(seed=5, eval__nfe=(1, 8, 128), eval__guidance=(0.5,), eval__samples=80)

@@ -146,7 +146,7 @@ def test_mnist_trains_on_an_npz_without_what_is_held_out(write):
   method, facts = ism.make_method(config, mesh_lib.make_mesh())
   assert facts["examples"] == 180 and facts["shape"] == [28, 28, 1]
   batch = next(method.stream(0, 0))
-  assert batch["image"].shape == (64, 28, 28, 1)
+  assert batch["image"].shape == (config.batch, 28, 28, 1)
   kept = sources.hold_out(sources.npz(config.data.path), 0.1)[1].images(np.arange(20))
   seen = {image.tobytes() for image in batch["image"]}
   assert not seen & {image.tobytes() for image in kept}
