@@ -47,10 +47,11 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     raise UserError(
       f"data.examples={source.examples} and data.tests={source.tests} must be at least 1."
     )
+  seed = source.get("seed", 0)  # older runs do not know it
   if source.source == "two_sum":
-    made = data.make_two_sum(wanted, source.seed, source.numbers, source.modulus)
+    made = data.make_two_sum(wanted, seed, source.numbers, source.modulus)
   else:
-    made = data.make_add_or_sub_in_base(wanted, source.seed)
+    made = data.make_add_or_sub_in_base(wanted, seed)
   return made[: source.examples], made[source.examples :]
 
 
