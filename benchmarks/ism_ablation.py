@@ -3,7 +3,7 @@
     python benchmarks/ism_ablation.py --out=runs/ism_ablation [--seeds=0,1,2] [--rungs=...]
 
 A fifth of the digits is kept from training, and samples are compared with both sides. All rungs
-have the rates that suit them best (benchmarks/rates.py): they turned out to be the same. Writes
+have the rates of the config, which suit the whole method and the control (docs/RESULTS.md). Writes
 table.md, results.json and ladder.png. Stopped, it goes on where it was: each run resumes from its
 checkpoint, and finished runs are only read. 3 seeds of all rungs take about an hour on 2 CPU cores.
 """
