@@ -109,21 +109,21 @@ def table(summaries: dict[str, dict], times: dict[str, float], n: int) -> str:
 
 
 def plot(summaries: dict[str, dict], path: Path) -> None:
-  """Fréchet distance to held-out images at w = 0 by rung, a line for each number of steps."""
+  """Fréchet distances at w = 0 by rung, a line for each number of steps."""
   figure, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=120)
   x = np.arange(len(summaries))
   for nfe in NFES:
-    for axis, metric in zip(axes, ("fd_held_out", "accuracy"), strict=True):
+    for axis, metric in zip(axes, ("fd_held_out", "fd"), strict=True):
       found = [s[f"{metric}/nfe{nfe}_w0"] for s in summaries.values()]
       mean, spread = np.array(found).T
       axis.errorbar(x, mean, spread, marker="o", capsize=2, label=f"{nfe} step{'s' * (nfe > 1)}")
   floor = np.mean([s["fd_held_out/data"][0] for s in summaries.values()])
   axes[0].axhline(floor, color="grey", linestyle="--", label="training images")
-  titles = ("Fréchet distance to held-out digits, w = 0", "class accuracy, w = 0")
+  titles = ("Fréchet distance to held-out digits, w = 0", "to the training digits, w = 0")
   for axis, title in zip(axes, titles, strict=True):
     axis.set_title(title)
     axis.set_xticks(x, list(summaries), rotation=30, ha="right")
-  axes[0].legend(fontsize=8)
+  axes[1].legend(fontsize=8, loc="upper left")
   figure.tight_layout()
   figure.savefig(path)
   plt.close(figure)
