@@ -8,9 +8,9 @@ The 2 x 2 is maximum likelihood (MLE) or chi2-mixture, without or with <backspac
 <backspace>" is the paper's baseline: the action exists and the data never show it. BC, behavioural
 cloning, is maximum likelihood on noised data. The last rows are the paper's figure: noise rates.
 "best of 3" is the control for what erasing costs: a model without <backspace> draws three answers
-and keeps the one that it finds likeliest. All variants have the rates that suit them best, and as
-many steps as MLE's likelihood of held-out questions rises for (benchmarks/rates.py). Writes
-table.md, results.json and ablation.png; stopped, it goes on where it was.
+and keeps the one that it finds likeliest. All variants have the rates of the config, and as many
+steps as MLE's likelihood of held-out questions rises for (benchmarks/rates.py). Writes table.md,
+results.json and ablation.png; stopped, it goes on where it was.
 """
 
 import argparse
