@@ -96,14 +96,14 @@ def fields(apply, params, label, classes: int, w: float):
 def main(workdir: Path, w: float, num: int, finest: int) -> None:
   checkpoints = Checkpoints(workdir)
   saved = checkpoints.require_meta()
-  config, facts = ConfigDict(saved["config"]), saved["facts"]
-  init, apply = method.make_network(config, facts)
+  config, metadata = ConfigDict(saved["config"]), saved["metadata"]
+  init, apply = method.make_network(config, metadata)
   params, _ = checkpoints.restore_ema(
     "sample", jax.eval_shape(init, jax.random.key(0)), mesh_lib.make_mesh()
   )
-  classes = len(facts["names"])
+  classes = len(metadata["names"])
   label = jnp.arange(num) % classes
-  x0 = path.draw_noise(jax.random.key(0), jnp.arange(num), tuple(facts["shape"]))
+  x0 = path.draw_noise(jax.random.key(0), jnp.arange(num), tuple(metadata["shape"]))
   source, _ = method.make_source(config)
   real = np.sqrt(np.mean(source.images(np.arange(len(source.labels))) ** 2))
 

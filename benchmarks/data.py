@@ -35,8 +35,8 @@ TRAINED = "ism_digits;seqmatch_arithmetic;seqmatch_text"
 def write_set(out: Path, records: int, shards: int = 8) -> None:
   """`records` random latents in `shards` files."""
   rng = np.random.default_rng(0)
-  facts = {"version": latents.VERSION, "vae": "", "shards": shards}
-  job = encode.Job(*encode.KIND, records, shards, facts)
+  metadata = {"version": latents.VERSION, "vae": "", "shards": shards}
+  job = encode.Job(*encode.KIND, records, shards, metadata)
   for shard in range(shards):
     writer, rows = encode.ShardWriter(out, job, shard), job.rows(shard)
     for start in range(rows.start, rows.stop, 256):

@@ -117,9 +117,9 @@ def epochs(method: str, result: Path) -> None:
     config, size, name = seqmatch_arithmetic.get_config("two_sum"), 320, "prompt"
     config.data.examples, config.data.tests = size, 8
   for processes in (1, 2, 4):
-    shares = np.split(np.arange(config.batch), processes)
+    split = np.split(np.arange(config.batch), processes)
     parts = []
-    for share in shares:  # the rows that this process would have, of as many
+    for share in split:  # the rows that this process would have, of as many
       mesh_lib.process_rows = lambda batch, mesh: share  # noqa: B023
       stream = module.make_method(config, mesh_lib.make_mesh())[0].stream(0, 0)
       parts.append([next(stream)[name] for _ in range(-(-2 * size // config.batch))])

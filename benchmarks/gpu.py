@@ -139,7 +139,10 @@ def profile(step: Step, steps: int = 3, most: int = 15) -> dict[str, float]:
 
 def transport(config, seconds: float, pool: int) -> dict[str, float]:
   """Seconds that pairing a pool takes alone, against those of the steps that use it up."""
-  size, shape = pool * config.batch, (config.data.side, config.data.side, config.data.channels)
+  size, shape = (
+    pool * config.batch,
+    (config.data.image_size, config.data.image_size, config.data.channels),
+  )
   images = np.random.default_rng(0).normal(size=(size, *shape)).astype(np.float32)
   noise, rows = np.arange(size, dtype=np.int32), {}
   label = noise % 1000
@@ -176,7 +179,7 @@ def attention(config) -> dict[str, float]:
   text is read, half of what is behind a token is not seen, as erased tokens are not.
   """
   model, rows = config.model, {}
-  length = config.data.get("context", 0) or (config.data.side // model.patch) ** 2
+  length = config.data.get("context", 0) or (config.data.image_size // model.patch) ** 2
   shape = (8, length, model.heads, model.width // model.heads)
   *arrays, weight = (jax.random.normal(jax.random.key(i), shape, "bfloat16") for i in range(4))
   mask = None

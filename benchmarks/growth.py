@@ -47,16 +47,20 @@ def train(config) -> Case:
   return Case(lambda: step.run(2), 2, gradient_flops(step.method, step.state, step.batch))
 
 
-def ism(batch: int = 64, depth: int = 4, side: int = 8) -> Case:
+def ism(batch: int = 64, depth: int = 4, image_size: int = 8) -> Case:
   config = ism_digits.get_config()
-  config.data.source, config.data.side, config.batch = "folder", side, batch
+  config.data.source, config.data.image_size, config.batch = "folder", image_size, batch
   config.model.depth, config.model.unroll = depth, False
   return train(ism_method.without_data(config)[0])
 
 
 def seqmatch(batch: int = 8, context: int = 128) -> Case:
   config = get_config("seqmatch_text", batch)
-  config.data.context, config.eval.erasures, config.model.unroll = context, context // 8, False
+  config.data.context, config.eval.max_backspaces, config.model.unroll = (
+    context,
+    context // 8,
+    False,
+  )
   config.buffer.update(refresh=10**9, rows=batch, rollouts=batch, draw=batch // 4)
   return train(config)
 
@@ -90,7 +94,7 @@ def generate(length: int, batch: int = 16) -> Case:
 GROWTH = {
   "iSM, batch": ((8, 32, 128, 512), lambda n: ism(batch=n)),
   "iSM, depth": ((2, 4, 8, 16), lambda n: ism(depth=n)),
-  "iSM, tokens": ((16, 64, 256, 1024), lambda n: ism(batch=8, side=2 * int(n**0.5))),
+  "iSM, tokens": ((16, 64, 256, 1024), lambda n: ism(batch=8, image_size=2 * int(n**0.5))),
   "SequenceMatch, batch": ((4, 8, 16, 32), lambda n: seqmatch(batch=n)),
   "SequenceMatch, context": ((128, 256, 512, 1024), lambda n: seqmatch(4, n)),
   "pairing, pool": ((512, 1024, 2048, 4096, 8192), lambda n: pair(n, "class")),

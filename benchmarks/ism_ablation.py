@@ -28,17 +28,17 @@ GUIDED = "0.5"  # the strength beside 0
 
 
 def _no_guidance(config):
-  config.loss.shares = (5, 0, 3)
-  config.guidance.w_max = 0.0
+  config.loss.split = (5, 0, 3)
+  config.loss.w_max = 0.0
   config.eval.guidance = (0.0,)
 
 
 def _no_interval(config):
-  config.guidance.start = 0.0
+  config.loss.interval_start = 0.0
 
 
 def _no_wavelet(config):
-  config.wavelet.levels = 0
+  config.loss.wavelet_levels = 0
 
 
 def _no_pairing(config):

@@ -22,15 +22,15 @@ from train_jax import mesh as mesh_lib
 
 def main(args) -> None:
   config = get_config(args.config)
-  _, facts = ism.make_method(config, mesh_lib.make_mesh())
-  init, apply = ism.make_network(config, facts)
+  _, metadata = ism.make_method(config, mesh_lib.make_mesh())
+  init, apply = ism.make_network(config, metadata)
   params = jax.jit(init)(jax.random.key(0))
-  x0 = jax.random.normal(jax.random.key(1), (args.batch, *facts["shape"]))
-  label = jnp.asarray(np.arange(args.batch) % len(facts["names"]))
+  x0 = jax.random.normal(jax.random.key(1), (args.batch, *metadata["shape"]))
+  label = jnp.asarray(np.arange(args.batch) % len(metadata["names"]))
   w = jnp.ones(args.batch)
   networks = {
     "guidance as input": apply,
-    "classifier-free": classifier_free(apply, len(facts["names"])),
+    "classifier-free": classifier_free(apply, len(metadata["names"])),
   }
   runs = {
     name: jax.jit(lambda p, n, fn=fn: integrate(fn, p, x0, label, w, n))

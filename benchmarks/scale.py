@@ -50,8 +50,8 @@ def get_config(model: str, rows: int):
   sizes = seqmatch_llama7b.get_config().model
   config.model.update({name: sizes[name] for name in ("width", "depth", "heads", "hidden")})
   config.model.update(dtype="bfloat16", remat="block", unroll=False)
-  config.data.lanes = 32  # questions in a row: about 1500 tokens
-  config.batch = rows * config.data.lanes
+  config.data.sequences_per_row = 32  # questions in a row: about 1500 tokens
+  config.batch = rows * config.data.sequences_per_row
   config.buffer.rollouts = config.buffer.draw = max(rows, 8)
   return config
 

@@ -79,8 +79,8 @@ class Step:
     if config.method == "seqmatch":  # all of its terms, from the second step on
       config.loss.warmup = config.loss.anneal = 0
     self.mesh = mesh_lib.make_mesh(1, devices=jax.devices()[:1])
-    self.method, facts = method_module(config).make_method(config, self.mesh)
-    self.network = method_module(config).make_network(config, facts)
+    self.method, metadata = method_module(config).make_method(config, self.mesh)
+    self.network = method_module(config).make_network(config, metadata)
     self.tx = make_optimizer(config)
     init = state_lib.create(self.method, self.tx, dict(config.ema), 0)
     self.shapes = jax.eval_shape(init)
@@ -90,11 +90,13 @@ class Step:
     self.batch = mesh_lib.to_global(next(self.stream), self.mesh)
     # As the loop makes it.
     optim = config.optim
-    step = make_train_step(self.method, self.tx, dict(config.ema), optim.clip, optim.accumulate)
-    step = mesh_lib.within(self.mesh, step)
+    step = make_train_step(
+      self.method, self.tx, dict(config.ema), optim.clip, optim.grad_accum_steps
+    )
+    step = mesh_lib.with_mesh(self.mesh, step)
     jitted = jax.jit(step, donate_argnums=mesh_lib.donated(0), out_shardings=(shardings, None))
     trees = self.shapes, *frozen_shapes(self.method)
-    state, *frozen = (mesh_lib.lay_out(tree, self.mesh) for tree in trees)
+    state, *frozen = (mesh_lib.abstract_state(tree, self.mesh) for tree in trees)
     self.lowered = jitted.lower(state, self.batch, *frozen)
 
   @cached_property
@@ -124,17 +126,17 @@ class Step:
     @partial(jax.jit, donate_argnums=mesh_lib.donated(0, 1))
     def step(params, opt_state, rest, batch, *frozen):
       now, key = replace(rest, params=params), jax.random.key(0)
-      extra, batch = self.method.augment(now, batch, key, *frozen)
+      aux_state, batch = self.method.augment(now, batch, key, *frozen)
       gradient = jax.grad(self.method.loss, has_aux=True)
       grads, _ = gradient(params, rest.ema, batch, jax.random.key(1), *frozen)
       updates, opt_state = self.tx.update(grads, opt_state, params)
-      return optax.apply_updates(params, updates), opt_state, extra
+      return optax.apply_updates(params, updates), opt_state, aux_state
 
     def run(n: int):
       nonlocal state, rest
       for _ in range(n):
-        *state, extra = step(*state, rest, self.batch, *self.frozen)
-        rest = replace(rest, step=rest.step + 1, extra=extra)
+        *state, aux_state = step(*state, rest, self.batch, *self.frozen)
+        rest = replace(rest, step=rest.step + 1, aux_state=aux_state)
       return state
 
     return run
@@ -194,7 +196,9 @@ def in_loop(step: Step, rounds: int, steps: int) -> float:
 
   total = steps * (rounds + 1) + 1  # the last one ends the last turn
   optim = step.config.optim
-  settings = loop.LoopConfig(total, steps, 0, total, 1, 0, optim.clip, optim.accumulate, 10, 0)
+  settings = loop.LoopConfig(
+    total, steps, 0, total, 1, 0, optim.clip, optim.grad_accum_steps, 10, 0
+  )
   method = step.method._replace(stream=stream, evaluate=lambda *_: ())
   with tempfile.TemporaryDirectory() as top:
     engine = step.tx, make_schedule(step.config), dict(step.config.ema), settings, step.mesh

@@ -1,6 +1,6 @@
 """The wavelet loss with its gradient against the MSE with its own, and against PyWavelets.
 
-    python benchmarks/wavelet.py [--batch=256] [--side=32] [--channels=4]
+    python benchmarks/wavelet.py [--batch=256] [--image_size=32] [--channels=4]
 
 `bytes` are what the compiled program reads and writes, by the compiler's count, in images of the
 batch: a loss that is one fused pass reads the batch and writes the gradient. "bands formed" is the
@@ -55,9 +55,9 @@ def repeat(job):
 
 
 def main(args) -> None:
-  shape = (args.batch, args.side, args.side, args.channels)
+  shape = (args.batch, args.image_size, args.image_size, args.channels)
   error = jax.random.normal(jax.random.key(0), shape)
-  levels = int(np.log2(args.side & -args.side))
+  levels = int(np.log2(args.image_size & -args.image_size))
   losses = {
     "MSE": mse,
     "Haar": haar(levels),
@@ -84,7 +84,7 @@ def main(args) -> None:
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--batch", type=int, default=256)
-  parser.add_argument("--side", type=int, default=32)
+  parser.add_argument("--image_size", type=int, default=32)
   parser.add_argument("--channels", type=int, default=4)
   parser.add_argument("--rounds", type=int, default=10)
   main(parser.parse_args())

@@ -11,7 +11,7 @@ Hardware: 2 CPU cores, about 3 minutes.
 
 import ml_collections
 
-from configs.common import apply_options, get_common
+from configs.common import ISM_BASELINES, apply_options, get_common, ism_debug
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.source = "digits"  # or folder: data.path/<class name>/<image>; npz, tfds
   config.data.path = ""
-  config.data.side = 8
+  config.data.image_size = 8
   config.data.channels = 1
   config.data.flip = False  # of each image its mirror image too; not where it means another thing
   config.data.held_out = 0.0  # share of each class that is not trained on, to compare samples with
@@ -44,26 +44,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.loss = ml_collections.ConfigDict()
-  config.loss.shares = (4, 1, 3)  # velocity, guidance and consistency rows of every 8
-  config.loss.weights = ()  # of these roles' means; (): as their rows, one mean over all of them
+  config.loss.split = ml_collections.ConfigDict()  # of every 8 examples
+  config.loss.split.velocity = 4
+  config.loss.split.guidance = 1
+  config.loss.split.consistency = 3
+  config.loss.weighting = "by_example"  # one mean; or by_term: a mean of each, added (the paper)
   config.loss.class_dropout = 0.1
-
-  config.guidance = ml_collections.ConfigDict()
-  config.guidance.w_max = 2.0  # 3.5 in the paper; strengths that are never used cost capacity
-  config.guidance.w_step = 0.25
-  config.guidance.zero = 0.5  # probability of w = 0 in consistency rows
-  config.guidance.start = 0.3  # acts at t >= start
-  config.guidance.baked = 0.0  # the original shortcut model's fixed strength
-
-  config.wavelet = ml_collections.ConfigDict()
-  config.wavelet.levels = 3
-  config.wavelet.decay = 0.5  # weight of level l is decay^(l - 1)
-  config.wavelet.norm = "l2"  # or charbonnier
+  config.loss.w_max = 2.0  # 3.5 in the paper; scales that are never used cost capacity
+  config.loss.w_step = 0.25
+  config.loss.zero_w_prob = 0.5  # of w = 0 in consistency examples
+  config.loss.interval_start = 0.3  # guidance acts at t >= interval_start
+  config.loss.bootstrap_guidance = 0.0  # the original shortcut model's fixed scale
+  config.loss.wavelet_levels = 3
+  config.loss.level_decay = 0.5  # weight of level l is level_decay^(l - 1)
+  config.loss.norm = "l2"  # or charbonnier
 
   config.pairing = ml_collections.ConfigDict()
   config.pairing.pool = 32  # batches in an optimal transport pool; 0: random pairs
-  config.pairing.condition = "class"  # or none (the paper), weight
-  config.pairing.weight = 1.0
+  config.pairing.condition = "class"  # or none (the paper)
   config.pairing.solver = "sinkhorn"  # or exact
 
   config.eval = ml_collections.ConfigDict()
@@ -80,39 +78,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   return config
 
 
-def flow(config):
-  """Flow matching: velocity rows only."""
-  config.loss.shares = (1, 0, 0)
-  config.guidance.w_max = 0.0
-  config.wavelet.levels = 0
-  config.pairing.pool = 0
-  config.eval.guidance = (0.0,)
-
-
-def shortcut(config):
-  """Shortcut models as released: guidance 1.5 at the finest step, one mean over rows, slow EMA."""
-  flow(config)
-  config.loss.shares = (7, 0, 1)
-  config.guidance.baked = 0.5  # s(c) + 0.5 (s(c) - s(null)): "1.5" where null is the origin
-  config.ema.target = 0.999
-
-
-def shortcut_fast_ema(config):
-  """The strongest control: shortcut models with iSM's fast target average."""
-  shortcut(config)
-  config.ema.target = 0.95
-
-
-def debug(config):
-  """Two steps of everything, in seconds."""
-  config.steps = 2
-  config.log_every = config.eval_every = config.save_every = 1
-  config.pairing.pool = min(config.pairing.pool, 2)
-  config.eval.nfe = (1, 2)
-  config.eval.samples = 200
-  config.model.width = 16
-  config.model.depth = 2
-
-
-BASELINES = {option.__name__: option for option in (flow, shortcut, shortcut_fast_ema)}
-OPTIONS = {**BASELINES, "debug": debug}
+OPTIONS = {**ISM_BASELINES, "debug": ism_debug}

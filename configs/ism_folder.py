@@ -9,25 +9,25 @@
 
 photos/CLASS NAME/IMAGE.jpg (or .png, .webp, ...): a sub-folder is a class. Images without classes:
 photos/IMAGE.jpg; numbers need --config.eval.metrics then, else there are only grids. The centre
-square of each image is resized to data.side, and all are held in memory: at 64 pixels a million
-take 12 GB.
+square of each image is resized to data.image_size, and all are held in memory: at 64 pixels a
+million take 12 GB.
 --config.data.source=tfds --config.data.path=NAME_OR_DIR[@SPLIT] reads a prepared TFDS set instead.
 Mirror images are examples too: --config.data.flip=False for digits, letters and the like.
 
-Hardware: one GPU of 16 GB (B: 40 GB). A row of S costs 4 forward passes, 48 GFLOP, so 200k steps of
-128 rows cost 1.2e18 FLOP: 4 hours on an A100 at a quarter of its bfloat16 peak, B 17. Computed, not
-measured. What quality to expect depends on the images; evaluation uses a classifier fitted to them.
+Hardware: one GPU of 16 GB (B: 40 GB). An example costs S 4 forward passes, 48 GFLOP, so 200k steps
+of 128 examples cost 1.2e18 FLOP: 4 hours on an A100 at a quarter of its bfloat16 peak, B 17 hours.
+This is computed, not measured. What quality to expect depends on the images.
 """
 
 import ml_collections
 
-from configs import ism_digits
-from configs.common import apply_options
-from configs.ism_imagenet256 import SIZES, gpu
+from configs.common import DIT_SIZES, ISM_BASELINES, apply_options, get_common, ism_debug
+from configs.common import gpu as gpu_options
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = ism_digits.get_config()
+  config = get_common()
+  config.method = "ism"
   config.steps = 200_000
   config.batch = 128
   config.eval_every = 20_000
@@ -37,43 +37,87 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.optim.warmup = 2000
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.9999})
 
-  config.data.source = "folder"
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "folder"  # data.path/<class name>/<image>; or npz, tfds
   config.data.path = ""
-  config.data.side = 64
+  config.data.image_size = 64
   config.data.channels = 3
-  config.data.flip = True
-  config.data.made_up = 0  # random images to train on where there is no path
+  config.data.flip = True  # of each image its mirror image too; not where it means another thing
+  config.data.held_out = 0.0  # share of each class that is not trained on, to compare samples with
+  config.data.max_faults = 100  # records that may be unreadable before the run stops
+  config.data.synthetic = 0  # random images to train on where there is no path
 
-  config.model.width, config.model.depth, config.model.heads = SIZES["S"]
+  config.model = ml_collections.ConfigDict()
   config.model.patch = 4  # 256 patches at 64 pixels
-  config.model.dtype = "bfloat16"
+  config.model.width, config.model.depth, config.model.heads = DIT_SIZES["S"]
+  config.model.time_scale = 1000.0  # t in [0, 1) times this is what the sinusoids see
+  config.model.qk_norm = False
+  config.model.dtype = "bfloat16"  # or float32
+  config.model.remat = "products"  # or none, which needs 24 GB; or block
   config.model.unroll = False
-  config.model.remat = "products"  # none needs 24 GB
-  config.wavelet.levels = 5
+  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.split = ml_collections.ConfigDict()  # of every 8 examples
+  config.loss.split.velocity = 4
+  config.loss.split.guidance = 1
+  config.loss.split.consistency = 3
+  config.loss.weighting = "by_example"  # one mean; or by_term: a mean of each, added (the paper)
+  config.loss.class_dropout = 0.1
+  config.loss.w_max = 2.0  # 3.5 in the paper; scales that are never used cost capacity
+  config.loss.w_step = 0.25
+  config.loss.zero_w_prob = 0.5  # of w = 0 in consistency examples
+  config.loss.interval_start = 0.3  # guidance acts at t >= interval_start
+  config.loss.bootstrap_guidance = 0.0  # the original shortcut model's fixed scale
+  config.loss.wavelet_levels = 5
+  config.loss.level_decay = 0.5  # weight of level l is level_decay^(l - 1)
+  config.loss.norm = "l2"  # or charbonnier
+
+  config.pairing = ml_collections.ConfigDict()
+  config.pairing.pool = 32  # batches in an optimal transport pool; 0: random pairs
+  config.pairing.condition = "class"  # or none (the paper)
+  config.pairing.solver = "sinkhorn"  # or exact
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.nfe = (1, 2, 4, 8, 128)
+  config.eval.guidance = (0.0, 0.5, 1.0)
+  config.eval.samples = 2000  # half of it at 128 steps
+  config.eval.metrics = ()  # of fid, sfid, fd_dinov2, is, pr; (): by a classifier of the data
+  config.eval.reference = ""  # of the metrics: an ADM .npz, or a folder of images
+  config.eval.inception = ""  # weights: .safetensors
+  config.eval.dinov2 = ""
+  config.eval.vae = ""  # of latents; without metrics, it draws a grid of them in training
+  config.eval.classes = "balanced"  # or random
   apply_options(config, arg, OPTIONS)
   return config
 
 
 def B(config):
   """The published base size, 131 M parameters; blocks recomputed to save memory."""
-  config.model.width, config.model.depth, config.model.heads = SIZES["B"]
+  config.model.width, config.model.depth, config.model.heads = DIT_SIZES["B"]
   config.model.remat = "block"
 
 
 def px32(config):
   """32 pixels, in 256 patches of 2."""
-  config.data.side = 32
+  config.data.image_size = 32
   config.model.patch = 2
 
 
 def debug(config):
   """Two steps of everything, in seconds: on made-up images, or on those of --config.data.path."""
-  ism_digits.debug(config)
+  ism_debug(config)
   config.batch = 16
   config.model.heads = 4
-  config.data.side = 16
-  config.wavelet.levels = 3
-  config.data.made_up = 64
+  config.data.image_size = 16
+  config.loss.wavelet_levels = 3
+  config.data.synthetic = 64
 
 
-OPTIONS = {option.__name__: option for option in (B, px32, gpu, debug)} | ism_digits.BASELINES
+def gpu(config):
+  """What was fastest on an H200 (docs/PERFORMANCE.md)."""
+  gpu_options(config)
+  config.model.unroll = True
+
+
+OPTIONS = {"B": B, "px32": px32, "gpu": gpu, "debug": debug, **ISM_BASELINES}

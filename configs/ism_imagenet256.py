@@ -12,16 +12,16 @@ docs/IMAGENET.md walks through all of it.
 
 Hardware: 8 GPUs of 80 GB or a TPU slice. XL/2 keeps 24 bytes a parameter (weights, gradients,
 moments, two averages), 16 GB on each device, and --config.mesh.fsdp=8 splits that over 8.
-Time: a row costs 4 forward passes, 0.95 TFLOP. One H200 takes 480 rows a second with the option
-`gpu` (measured, docs/PERFORMANCE.md), 5 days for 800k steps of 256 rows; 8 of them would take 15
-hours if nothing were lost between them.
+Time: an example costs 4 forward passes, 0.95 TFLOP. One H200 takes 480 examples a second with the
+option `gpu` (measured, docs/PERFORMANCE.md): 5 days for 800k steps of 256 examples. 8 of them would
+take 15 hours if nothing were lost between them.
 
 Expected FID-50k, the paper's numbers and not ours: 5.27, 2.44, 2.05, 1.93, 1.88 at 1, 2, 4, 8, 128
-steps; after 250k steps 6.56 and 2.16 at 1 and 4. The paper does not publish the split of the rows
+steps; after 250k steps 6.56 and 2.16 at 1 and 4. The paper publishes neither the split of the batch
 nor the warm-up: those are ours. So are three defaults (docs/RESULTS.md says why), and the option
-`paper` has the paper's values in their place. The loss is one mean over all rows (the paper: three
-equal weights); half of the consistency rows have w = 0 (the paper: 1 of 15); noise is paired within
-classes (the paper: without regard to them, so that it tells the class).
+`paper` has the paper's values in their place. The loss is one mean over all examples (the paper:
+three equal weights). Half of the consistency examples have w = 0 (the paper: 1 of 15). Noise is
+paired within classes (the paper: without regard to them, so that it tells the class).
 
 What keeps XL from diverging: the gradient is clipped to norm 1; a step whose loss or gradient is
 not finite is skipped, counted, and after ten in a row the run goes back once; lr warms up;
@@ -33,15 +33,13 @@ normalised, which the published SiT does not do).
 
 import ml_collections
 
-from configs import ism_digits
-from configs.common import apply_options
-
-# (width, depth, heads) of the published sizes (DiT, table 1); `/2` is the patch.
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+from configs.common import DIT_SIZES, ISM_BASELINES, apply_options, get_common, ism_debug
+from configs.common import gpu as gpu_options
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = ism_digits.get_config()
+  config = get_common()
+  config.method = "ism"
   config.steps = 800_000
   config.batch = 256
   config.log_every = 100
@@ -55,33 +53,66 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.optim.b2 = 0.999
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.9999})
 
-  config.data.source = "latents"
-  del config.data.flip, config.data.held_out  # mirror images are stored
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "latents"  # mirror images are stored with them
   config.data.path = ""  # what --mode=encode wrote
-  config.data.side = 32
+  config.data.image_size = 32
   config.data.channels = 4
   config.data.std = (0.5, 2.0)  # of a channel of scaled latents: another set is refused
-  config.data.made_up = 0  # random latents to train on where there is no path
+  config.data.max_faults = 100  # records that may be unreadable before the run stops
+  config.data.synthetic = 0  # random latents to train on where there is no path
 
-  config.model.dtype = "bfloat16"
-  config.model.remat = "block"
+  config.model = ml_collections.ConfigDict()
+  config.model.patch = 2
+  config.model.width, config.model.depth, config.model.heads = DIT_SIZES["XL"]
+  config.model.time_scale = 1000.0  # t in [0, 1) times this is what the sinusoids see
+  config.model.qk_norm = False
+  config.model.dtype = "bfloat16"  # or float32
+  config.model.remat = "block"  # or none, products: what the backward pass computes again
   config.model.unroll = False
-  config.guidance.w_max = 3.5
-  config.wavelet.levels = 5
+  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
+  config.loss = ml_collections.ConfigDict()
+  config.loss.split = ml_collections.ConfigDict()  # of every 8 examples
+  config.loss.split.velocity = 4
+  config.loss.split.guidance = 1
+  config.loss.split.consistency = 3
+  config.loss.weighting = "by_example"  # one mean; or by_term: a mean of each, added (the paper)
+  config.loss.class_dropout = 0.1
+  config.loss.w_max = 3.5
+  config.loss.w_step = 0.25
+  config.loss.zero_w_prob = 0.5  # of w = 0 in consistency examples
+  config.loss.interval_start = 0.3  # guidance acts at t >= interval_start
+  config.loss.bootstrap_guidance = 0.0  # the original shortcut model's fixed scale
+  config.loss.wavelet_levels = 5
+  config.loss.level_decay = 0.5  # weight of level l is level_decay^(l - 1)
+  config.loss.norm = "l2"  # or charbonnier
+
+  config.pairing = ml_collections.ConfigDict()
+  config.pairing.pool = 32  # batches in an optimal transport pool; 0: random pairs
+  config.pairing.condition = "class"  # or none (the paper)
+  config.pairing.solver = "sinkhorn"  # or exact
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.nfe = (1, 2, 4, 8, 128)
   config.eval.guidance = (0.0, 1.0)
   config.eval.samples = 50_000
-  size("XL/2")(config)
+  config.eval.metrics = ()  # of fid, sfid, fd_dinov2, is, pr; (): by a classifier of the data
+  config.eval.reference = ""  # of the metrics: an ADM .npz, or a folder of images
+  config.eval.inception = ""  # weights: .safetensors
+  config.eval.dinov2 = ""
+  config.eval.vae = ""  # of latents; without metrics, it draws a grid of them in training
+  config.eval.classes = "balanced"  # or random
   apply_options(config, arg, OPTIONS)
   return config
 
 
 def size(name: str):
-  """The option `name`: one of SIZES, with its patch."""
+  """The option `name`: one of DIT_SIZES, with its patch."""
 
   def apply(config):
     letter, _, patch = name.partition("/")
-    config.model.width, config.model.depth, config.model.heads = SIZES[letter]
+    config.model.width, config.model.depth, config.model.heads = DIT_SIZES[letter]
     config.model.patch = int(patch)
 
   return apply
@@ -89,29 +120,28 @@ def size(name: str):
 
 def debug(config):
   """Two steps of everything, in seconds: on made-up latents, or on those of --config.data.path."""
-  ism_digits.debug(config)
+  ism_debug(config)
   config.batch = 16
   config.model.heads = 4
-  config.data.made_up = 64
+  config.data.synthetic = 64
   config.data.std = (0.0, 100.0)  # of any autoencoder, an untrained one too
 
 
 def paper(config):
   """The paper's values where it states them and the defaults are others."""
-  config.loss.weights = (1.0, 1.0, 1.0)
-  config.guidance.zero = 1 / 15  # w is uniform on 0, 0.25, ..., 3.5
+  config.loss.weighting = "by_term"
+  config.loss.zero_w_prob = 1 / 15  # w is uniform on 0, 0.25, ..., 3.5
   config.pairing.condition = "none"
 
 
 def gpu(config):
-  """What was fastest on an H200 (docs/PERFORMANCE.md), where 256 rows of XL/2 take 102 GiB.
+  """What was fastest on an H200 (docs/PERFORMANCE.md), where 256 examples of XL/2 take 102 GiB.
 
   For 80 GB a device: --config.model.unroll=False --config.model.remat=products, 58 GiB.
   """
-  config.model.attention = "cudnn"
+  gpu_options(config)
   config.model.unroll = True
-  config.model.remat = "none"
 
 
 OPTIONS = {name: size(name) for name in ("S/2", "B/2", "L/2", "XL/2")}
-OPTIONS |= {option.__name__: option for option in (gpu, paper, debug)} | ism_digits.BASELINES
+OPTIONS |= {"gpu": gpu, "paper": paper, "debug": debug, **ISM_BASELINES}

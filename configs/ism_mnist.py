@@ -6,15 +6,14 @@
     ./launch.sh configs/ism_mnist.py:debug    # two steps of everything, images made up
 
 mnist.npz: images under image(s), x_train or arr_0, labels under label(s) or y_train, as Keras'
-mnist.npz has them. Any other set of small grey images goes as well: set data.side.
+mnist.npz has them. Any other set of small grey images goes as well: set data.image_size.
 
 Hardware: 2 CPU cores, about 15 minutes.
 """
 
 import ml_collections
 
-from configs import ism_digits
-from configs.common import apply_options, get_common
+from configs.common import ISM_BASELINES, apply_options, get_common, ism_debug
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -30,12 +29,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.source = "npz"  # or tfds, folder
   config.data.path = ""
-  config.data.side = 28
+  config.data.image_size = 28
   config.data.channels = 1
   config.data.flip = False
   config.data.held_out = 0.1  # share of each class that is not trained on, to compare samples with
   config.data.max_faults = 100  # records that may be unreadable before the run stops
-  config.data.made_up = 0  # random images to train on where there is no path
+  config.data.synthetic = 0  # random images to train on where there is no path
 
   config.model = ml_collections.ConfigDict()
   config.model.patch = 4  # 49 patches
@@ -50,26 +49,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.loss = ml_collections.ConfigDict()
-  config.loss.shares = (4, 1, 3)  # velocity, guidance and consistency rows of every 8
-  config.loss.weights = ()  # of these roles' means; (): as their rows, one mean over all of them
+  config.loss.split = ml_collections.ConfigDict()  # of every 8 examples
+  config.loss.split.velocity = 4
+  config.loss.split.guidance = 1
+  config.loss.split.consistency = 3
+  config.loss.weighting = "by_example"  # one mean; or by_term: a mean of each, added (the paper)
   config.loss.class_dropout = 0.1
-
-  config.guidance = ml_collections.ConfigDict()
-  config.guidance.w_max = 2.0
-  config.guidance.w_step = 0.25
-  config.guidance.zero = 0.5  # probability of w = 0 in consistency rows
-  config.guidance.start = 0.3  # acts at t >= start
-  config.guidance.baked = 0.0  # the original shortcut model's fixed strength
-
-  config.wavelet = ml_collections.ConfigDict()
-  config.wavelet.levels = 2  # 28 = 4 x 7
-  config.wavelet.decay = 0.5  # weight of level l is decay^(l - 1)
-  config.wavelet.norm = "l2"  # or charbonnier
+  config.loss.w_max = 2.0
+  config.loss.w_step = 0.25
+  config.loss.zero_w_prob = 0.5  # of w = 0 in consistency examples
+  config.loss.interval_start = 0.3  # guidance acts at t >= interval_start
+  config.loss.bootstrap_guidance = 0.0  # the original shortcut model's fixed scale
+  config.loss.wavelet_levels = 2  # 28 = 4 x 7
+  config.loss.level_decay = 0.5  # weight of level l is level_decay^(l - 1)
+  config.loss.norm = "l2"  # or charbonnier
 
   config.pairing = ml_collections.ConfigDict()
   config.pairing.pool = 32  # batches in an optimal transport pool; 0: random pairs
-  config.pairing.condition = "class"  # or none (the paper), weight
-  config.pairing.weight = 1.0
+  config.pairing.condition = "class"  # or none (the paper)
   config.pairing.solver = "sinkhorn"  # or exact
 
   config.eval = ml_collections.ConfigDict()
@@ -80,7 +77,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.eval.reference = ""  # of the metrics: an ADM .npz, or a folder of images
   config.eval.inception = ""  # weights: .safetensors
   config.eval.dinov2 = ""
-  config.eval.vae = ""
+  config.eval.vae = ""  # of latents; without metrics, it draws a grid of them in training
   config.eval.classes = "balanced"  # or random
   apply_options(config, arg, OPTIONS)
   return config
@@ -88,8 +85,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def debug(config):
   """Two steps of everything, in seconds: on made-up images, or on those of --config.data.path."""
-  ism_digits.debug(config)
-  config.data.made_up = 100
+  ism_debug(config)
+  config.data.synthetic = 100
 
 
-OPTIONS = {**ism_digits.BASELINES, "debug": debug}
+OPTIONS = {**ISM_BASELINES, "debug": debug}

@@ -13,7 +13,7 @@ Hardware: 2 CPU cores; 8 minutes, first numbers after a minute and a half; two_s
 
 import ml_collections
 
-from configs.common import apply_options, get_common
+from configs.common import SEQMATCH_BASELINES, apply_options, get_common, seqmatch_debug
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.data.numbers = 6  # two_sum: numbers in a question
   config.data.modulus = 16  # two_sum
   config.data.context = 128  # most tokens of a question with its answer
-  config.data.lanes = 2  # questions that share a row of a batch
+  config.data.sequences_per_row = 2  # questions that share a row of a batch
 
   config.model = ml_collections.ConfigDict()
   config.model.width = 128
@@ -65,13 +65,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.anneal = 800  # steps over which alpha grows from 0
 
   config.buffer = ml_collections.ConfigDict()
-  config.buffer.rows = 512  # the model's own trajectories
+  config.buffer.size = 512  # the model's own trajectories
   config.buffer.refresh = 20  # steps between rollouts
   config.buffer.rollouts = 64  # at a time
   config.buffer.draw = 16  # a step
 
   config.eval = ml_collections.ConfigDict()
-  config.eval.erasures = 8  # <backspace>s in one generation
+  config.eval.max_backspaces = 8  # <backspace>s in one generation
   apply_options(config, arg, OPTIONS)
   return config
 
@@ -84,39 +84,16 @@ def two_sum(config):
   config.steps = 2000
   config.loss.warmup = config.loss.anneal = 700
   config.data.source = "two_sum"
-  config.data.lanes = 1  # they are all as long
+  config.data.sequences_per_row = 1  # they are all as long
   config.noise.source = "prompt"
 
 
-def mle(config):
-  """Maximum likelihood without <backspace>: the same call with everything switched off."""
-  config.loss.divergence = "chi2"
-  config.loss.alpha = 0.0
-  config.loss.gamma = 1.0
-  config.loss.backspace = False
-  config.noise.rate = 0.0
-
-
-def bc(config):
-  """Behavioural cloning: maximum likelihood on noised data, with <backspace>."""
-  config.loss.divergence = "chi2"
-  config.loss.alpha = 0.0
-  config.loss.gamma = 1.0
-
-
 def debug(config):
-  """A few steps of everything, in seconds."""
-  config.steps = 4
-  config.log_every = config.save_every = 1
-  config.eval_every = 2
+  """A few steps of everything, in seconds, on generated questions."""
+  seqmatch_debug(config)
   config.batch = 16
   config.data.source = "two_sum" if config.data.source == "two_sum" else "add_or_sub_in_base"
   config.data.examples = config.data.tests = 40
-  config.model.width = 16
-  config.loss.warmup = config.loss.anneal = 1
-  config.buffer.rows = 16
-  config.buffer.refresh = 2
-  config.buffer.rollouts = config.buffer.draw = 8
 
 
-OPTIONS = {option.__name__: option for option in (two_sum, mle, bc, debug)}
+OPTIONS = {"two_sum": two_sum, "debug": debug, **SEQMATCH_BASELINES}

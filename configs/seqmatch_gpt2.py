@@ -21,18 +21,16 @@ each, as long as the steps between them: half an hour for 5000 steps.
 
 import ml_collections
 
-from configs import seqmatch_text
-from configs.common import apply_options
+from configs.common import SEQMATCH_BASELINES, apply_options, get_common, gpu, seqmatch_debug
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = seqmatch_text.get_config()
+  config = get_common()
+  config.method = "seqmatch"
   config.steps = 5000
   config.batch = 8
   config.eval_every = 1000
   config.optim.lr = 2e-4
-  config.optim.weight_decay = 0.0
-  config.ema.sample = 0.999
 
   config.pretrained = ""  # a folder as Hugging Face lays it out; "": drawn, config.model's sizes
   config.erase_bias = -5.0  # how far the logit of the new <backspace> is lowered
@@ -42,48 +40,75 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.lora.targets = ("all",)
   config.lora.base = "float32"  # frozen matrices: float32, bfloat16 or int8
 
-  config.data.context = 1024
-  config.data.prompt = 50
-  config.data.vocab = 50_260  # --mode=compile, which reads no tokenizer
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "text"
+  config.data.path = ""  # texts, or a directory that --mode=encode made; "": Python's own
+  config.data.test = ""  # the same, for testing; "": documents of data.path are held out
+  config.data.tests = 500  # documents that are held out
+  config.data.tokenizer = ""  # tokenizer.json; "": that of `pretrained`, or a token a character
+  config.data.context = 1024  # tokens of a row, <bos> and wrong ones included
+  config.data.prompt = 50  # tokens that a text begins with and that carry no loss
+  config.data.vocab = 50_260  # of --mode=compile, which reads no tokenizer
 
+  config.model = ml_collections.ConfigDict()
   config.model.family = "gpt2"
   config.model.width = 768
   config.model.depth = 12
   config.model.heads = 12
   config.model.hidden = 3072
-  config.model.context = 1024
-  config.model.tied = config.model.erase = True
-  config.model.remat = "block"
+  config.model.context = 1024  # learned positions
+  config.model.tied = True
+  config.model.erase = True  # the output layer has a bias for <backspace>
+  config.model.dtype = "float32"  # or bfloat16
+  config.model.remat = "block"  # or none, products: what the backward pass computes again
   config.model.unroll = False
+  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
-  config.noise.rate = 0.001
+  config.noise = ml_collections.ConfigDict()
+  config.noise.rate = 0.001  # eta: errors before each token, typed and erased
+  config.noise.max_errors = 8  # in one row
+  config.noise.source = "uniform"
+  config.noise.run = 0.0  # probability that another error follows before the erasing
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.divergence = "chi2_mixture"  # or chi2, kl, reverse_kl, js
   config.loss.alpha = 0.01
   config.loss.gamma = 0.998
-  config.loss.warmup = 500
-  config.loss.anneal = 1000
-  config.buffer.rollouts = 8
-  config.buffer.draw = 4
-  config.eval.erasures = 64
+  config.loss.backspace = True
+  config.loss.unlikelihood = 0.0  # weight of the baseline that makes repeated tokens unlikely
+  config.loss.warmup = 500  # steps of maximum likelihood, without noise
+  config.loss.anneal = 1000  # steps over which alpha grows from 0
+
+  config.buffer = ml_collections.ConfigDict()
+  config.buffer.size = 128  # the model's own texts
+  config.buffer.refresh = 50  # steps between rollouts
+  config.buffer.rollouts = 8  # at a time
+  config.buffer.draw = 4  # a step
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.max_backspaces = 64  # in one generation
+  config.eval.samples = 256  # generations
+  config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights
   apply_options(config, arg, OPTIONS)
   return config
 
 
 def debug(config):
   """A few steps of everything, in seconds, with random weights and no files."""
-  seqmatch_text.debug(config)
+  seqmatch_debug(config)
+  config.batch = 8
+  config.data.context = 64
+  config.data.prompt = 4
+  config.data.tests = 20
+  config.data.vocab = 100
+  config.model.depth = 2
   config.model.heads = 2
   config.model.hidden = 32
   config.model.context = config.data.context
   config.lora.rank = 2
-  config.data.vocab = 100
   config.noise.rate = 0.05
+  config.eval.max_backspaces = 4
+  config.eval.samples = 16
 
 
-def gpu(config):
-  """One NVIDIA GPU: bfloat16 with cuDNN's attention, and nothing is computed again."""
-  config.model.dtype = "bfloat16"
-  config.model.attention = "cudnn"
-  config.model.remat = "none"
-
-
-OPTIONS = {"mle": seqmatch_text.mle, "bc": seqmatch_text.bc, "gpu": gpu, "debug": debug}
+OPTIONS = {"gpu": gpu, "debug": debug, **SEQMATCH_BASELINES}

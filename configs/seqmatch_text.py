@@ -13,8 +13,7 @@ Hardware: 2 CPU cores; about 10 minutes.
 
 import ml_collections
 
-from configs.common import apply_options, get_common
-from configs.seqmatch_arithmetic import bc, mle
+from configs.common import SEQMATCH_BASELINES, apply_options, get_common, seqmatch_debug
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -62,13 +61,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.anneal = 250  # steps over which alpha grows from 0
 
   config.buffer = ml_collections.ConfigDict()
-  config.buffer.rows = 128  # the model's own texts
+  config.buffer.size = 128  # the model's own texts
   config.buffer.refresh = 50  # steps between rollouts
   config.buffer.rollouts = 16  # at a time
   config.buffer.draw = 4  # a step
 
   config.eval = ml_collections.ConfigDict()
-  config.eval.erasures = 32  # <backspace>s in one generation
+  config.eval.max_backspaces = 32  # <backspace>s in one generation
   config.eval.samples = 256  # generations
   config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights
   apply_options(config, arg, OPTIONS)
@@ -77,21 +76,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def debug(config):
   """A few steps of everything, in seconds."""
-  config.steps = 4
-  config.log_every = config.save_every = 1
-  config.eval_every = 2
+  seqmatch_debug(config)
   config.batch = 8
   config.data.context = 64
   config.data.prompt = 4
   config.data.tests = 20
-  config.model.width = 16
   config.model.depth = 2
-  config.loss.warmup = config.loss.anneal = 1
-  config.buffer.rows = 16
-  config.buffer.refresh = 2
-  config.buffer.rollouts = config.buffer.draw = 8
-  config.eval.erasures = 4
+  config.eval.max_backspaces = 4
   config.eval.samples = 16
 
 
-OPTIONS = {option.__name__: option for option in (mle, bc, debug)}
+OPTIONS = {"debug": debug, **SEQMATCH_BASELINES}

@@ -1,8 +1,17 @@
 """iSM: shortcut models that sample in one, a few or many steps (arXiv 2510.21250)."""
 
 
-def load_pretrained(path, vae=None):
-  """The exported model in the directory `path`, ready to sample: see ism_jax/model.py."""
-  from ism_jax import model
+def __getattr__(name: str):
+  # `import ism_jax` alone stays light: importing it must not start JAX.
+  if name == "Model":
+    from ism_jax.model import Model
 
-  return model.load_pretrained(path, vae)
+    return Model
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load_pretrained(path, vae=""):
+  """`Model.from_pretrained`: the exported model in the directory `path`, ready to sample."""
+  from ism_jax.model import Model
+
+  return Model.from_pretrained(path, vae)

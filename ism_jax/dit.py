@@ -31,14 +31,14 @@ from train_jax.layers import (
   sinusoidal_grid,
   stack_blocks,
 )
-from train_jax.mesh import by_rows
+from train_jax.mesh import shard_batch
 
 
 @dataclass(frozen=True)
 class DiTConfig:
   """Sizes of a DiT. `classes` excludes the null class, which is the label `classes`."""
 
-  side: int
+  image_size: int
   channels: int
   classes: int
   patch: int
@@ -57,9 +57,10 @@ class DiTConfig:
   def __post_init__(self):
     # Positions take a sine and a cosine for each of two axes.
     check_network(self, ("patch", "width", "depth", "heads", "mlp_ratio"), 4)
-    if self.side % self.patch:
+    if self.image_size % self.patch:
       raise UserError(
-        f"model.patch={self.patch} does not divide the image side {self.side}; choose a divisor."
+        f"model.patch={self.patch} does not divide data.image_size={self.image_size}; "
+        "choose a divisor."
       )
 
 
@@ -168,9 +169,9 @@ class DiT(nnx.Module):
     d = d if config.shortcuts else jnp.zeros_like(d)
     level = jnp.where(d > 0, jnp.log2(jnp.maximum(d, 1 / FINEST) * FINEST) + 1, 0.0)
     c = self.embed_time(t) + self.embed_step(level) + self.embed_guidance(w)
-    c = by_rows(nnx.silu(c + self.embed_class(label)))  # [b, k]
+    c = shard_batch(nnx.silu(c + self.embed_class(label)))  # [b, k]
 
-    grid, p = config.side // config.patch, config.patch
+    grid, p = config.image_size // config.patch, config.patch
     b = x.shape[0]
     x = x.reshape(b, grid, p, grid, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, grid**2, -1)
     position = sinusoidal_grid(grid, grid, config.width)
@@ -179,7 +180,7 @@ class DiT(nnx.Module):
     graphdef, stacked = nnx.split(self.blocks)
 
     def body(x, block):
-      return nnx.merge(graphdef, block)(by_rows(x), c), None
+      return nnx.merge(graphdef, block)(shard_batch(x), c), None
 
     x, _ = scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
 
@@ -187,7 +188,7 @@ class DiT(nnx.Module):
     x = modulate(self.norm(x), shift, scale)
     x = output(x, self.out.kernel[...].astype(x.dtype)) + self.out.bias[...]  # [b, l, p p c]
     x = x.reshape(b, grid, grid, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, config.side, config.side, -1)
+    return x.reshape(b, config.image_size, config.image_size, -1)
 
 
 def make_network(config: DiTConfig) -> tuple[Callable, Callable]:

@@ -1,12 +1,15 @@
-"""The paper's algorithm box: a batch -> the loss of its velocity, guidance and consistency rows.
+"""The paper's algorithm box: the loss of a batch's velocity, guidance and consistency examples.
 
-    L = weight_v L_velocity + weight_g L_guidance + weight_c L_consistency
+    L = mean of |s(x, t, d, c, w) - target|^2 over the examples of all terms
 
-(arXiv 2510.21250, algorithm 1). Flow matching and the original shortcut objective (arXiv
-2410.12557) are the same function with other shares, weights and `baked_guidance`.
+(arXiv 2510.21250, algorithm 1; |.| is the wavelet distance.) The batch is split among the terms of
+`TERMS`. Each says what the network sees and what it must answer, a constant (stop-gradient).
+Flow matching and the original shortcut objective (arXiv 2410.12557) are the same function with
+another `split` and `bootstrap_guidance`.
 
-What each term regresses on comes first: `Rows` are inputs of the network and the target of its
-output, a constant (stop-gradient). `apply(params, x, t, d, label, w)` is the network.
+A new term is a function here, an entry of `TERMS`, and its name in the config's `loss.split`.
+
+`apply(params, x, t, d, label, w)` is the network s; `null` is the label of no class.
 
 Dimensions: b batch, g group, h w image, c channel.
 """
@@ -14,88 +17,107 @@ Dimensions: b batch, g group, h w image, c channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ism_jax import path, wavelet
-from train_jax.errors import UserError
-
-ROLES = ("velocity", "guidance", "consistency")
+from train_jax.errors import UserError, check_fraction, check_one_of
 
 
 @dataclass(frozen=True)
 class LossConfig:
-  """Which terms there are and how the batch is spent on them.
+  """Which terms there are and how the batch is split among them.
 
   Attributes:
-    shares: rows of each role (velocity, guidance, consistency) in every group of sum(shares) rows.
-    weights: weight of each role's mean distance in the loss.
-    classes: number of classes; the label `classes` is null.
-    class_dropout: probability that a velocity row loses its class.
-    w_max, w_step: guidance strengths are w_step, 2 w_step, ..., w_max; w_max = 0 has w = 0 only.
-    zero_w: probability that a consistency row has w = 0.
+    split: examples of each term in every group of sum(split) neighbours, by name; a term that is
+      left out has 0.
+    weighting: 'by_example', one mean over all examples; or 'by_term', the sum of each term's mean
+      (the paper).
+    class_dropout: probability that a velocity example loses its class.
+    w_max, w_step: guidance scales are w_step, 2 w_step, ..., w_max; w_max = 0 has w = 0 only.
+    zero_w_prob: probability that a consistency example has w = 0.
     interval_start: guidance acts for t >= interval_start.
-    baked_guidance: the original shortcut model's fixed guidance; 0 for iSM.
-    levels, level_decay, norm: the wavelet distance, see `wavelet.level_weights`; norm is l2 or
-      charbonnier.
+    bootstrap_guidance: the original shortcut model's fixed guidance; 0 for iSM.
+    wavelet_levels, level_decay: the wavelet distance, see `wavelet.level_weights`.
+    norm: of a wavelet coefficient, 'l2' or 'charbonnier'.
   """
 
-  shares: tuple[int, int, int]
-  weights: tuple[float, float, float]
-  classes: int
+  split: Mapping[str, int]
+  weighting: str
   class_dropout: float
   w_max: float
   w_step: float
-  zero_w: float
+  zero_w_prob: float
   interval_start: float
-  baked_guidance: float
-  levels: int
+  bootstrap_guidance: float
+  wavelet_levels: int
   level_decay: float
   norm: str
 
   def __post_init__(self):
-    check_shares(self.shares)
-    if self.norm not in ("l2", "charbonnier"):
-      raise UserError(f"wavelet.norm={self.norm!r} is unknown; choose 'l2' or 'charbonnier'.")
-    if len(self.weights) != 3:
+    if unknown := [name for name in self.split if name not in TERMS]:
+      raise UserError(f"loss.split has no term {unknown[0]!r}; choose from {', '.join(TERMS)}.")
+    # In the order of TERMS: the one that a checkpoint's JSON has is another.
+    split = {name: self.split.get(name, 0) for name in TERMS}
+    object.__setattr__(self, "split", split)
+    if any(not isinstance(n, int) or n < 0 for n in split.values()) or not split["velocity"]:
       raise UserError(
-        f"loss.weights={self.weights} must be three numbers (velocity, guidance, consistency)."
+        f"loss.split={split} must be whole numbers of examples, and that of velocity at least 1."
       )
-    if bool(self.shares[1]) != bool(self.w_max):
+    check_one_of("loss.norm", self.norm, ("l2", "charbonnier"))
+    check_one_of("loss.weighting", self.weighting, ("by_example", "by_term"))
+    if bool(split["guidance"]) != bool(self.w_max):
       raise UserError(
-        f"loss.shares={self.shares} has {self.shares[1]} guidance rows but guidance.w_max="
-        f"{self.w_max:g}: a strength is learned in guidance rows, so set both or neither to 0."
+        f"loss.split.guidance={split['guidance']} but loss.w_max={self.w_max:g}: a guidance scale "
+        "is learned from guidance examples, so set both or neither to 0."
       )
-    if not 0 <= self.interval_start < 1 or not self.baked_guidance >= 0:
+    if not 0 <= self.interval_start < 1 or not self.bootstrap_guidance >= 0:
       raise UserError(
-        f"guidance.start={self.interval_start:g} must be at least 0 and below 1, where images are "
-        f"whole, and guidance.baked={self.baked_guidance:g} at least 0."
+        f"loss.interval_start={self.interval_start:g} must be at least 0 and below 1, where images "
+        f"are whole, and loss.bootstrap_guidance={self.bootstrap_guidance:g} at least 0."
+      )
+    for name in ("class_dropout", "zero_w_prob"):
+      check_fraction(f"loss.{name}", getattr(self, name))
+    if not self.class_dropout and (self.w_max or self.bootstrap_guidance):
+      raise UserError(
+        "loss.class_dropout=0 with guidance: it needs the network without a class, which is "
+        "learned from examples that lose theirs; choose loss.class_dropout=0.1, or no guidance."
       )
     multiple = self.w_step > 0 and 0 <= self.w_max < math.inf
     steps = round(self.w_max / self.w_step) if multiple else -1
     if steps < 0 or abs(steps * self.w_step - self.w_max) > 1e-6:
       raise UserError(
-        f"guidance.w_max={self.w_max:g} must be a multiple of guidance.w_step={self.w_step:g}, "
+        f"loss.w_max={self.w_max:g} must be a multiple of loss.w_step={self.w_step:g}, "
         "which must be above 0."
       )
 
+  @property
+  def group(self) -> int:
+    """Neighbours of the batch that are dealt out together: the sum of `split`."""
+    return sum(self.split.values())
 
-def check_shares(shares: tuple) -> None:
-  """Raises UserError unless they are three counts of rows, some of them of the first role."""
-  counts = len(shares) == 3 and all(isinstance(share, int) for share in shares)
-  if not counts or shares[0] < 1 or min(shares) < 0:
-    raise UserError(
-      f"loss.shares={shares} must be three counts (velocity, guidance, consistency), the first at "
-      "least 1."
-    )
+  @property
+  def is_flow_matching(self) -> bool:
+    """Whether the model learns velocities only, with and without a class.
+
+    It is guided at sampling time then, see `sample.classifier_free`.
+    """
+    return self.group == self.split["velocity"] and self.class_dropout > 0
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """What each term's mean distance is multiplied by in the loss."""
+    if self.weighting == "by_term":
+      return dict.fromkeys(self.split, 1.0)
+    return {name: n / self.group for name, n in self.split.items()}
 
 
-class Rows(NamedTuple):
-  """Inputs of the network (see `dit.DiT`) and the target of its output, row by row."""
+class Examples(NamedTuple):
+  """Inputs of the network (see `dit.DiT`) and the target of its output, one by one."""
 
   x: jax.Array  # [b, h, w, c]
   t: jax.Array  # [b]
@@ -105,18 +127,30 @@ class Rows(NamedTuple):
   target: jax.Array  # [b, h, w, c]
 
 
-def _rows(x, t, d, label, w, target) -> Rows:
-  return Rows(x, t, d, label, w, jax.lax.stop_gradient(target))
+class Networks(NamedTuple):
+  """What targets are made with."""
+
+  apply: Callable
+  params: Any  # the trained ones, which make the guidance targets
+  target_params: Any  # their fast average, which makes the consistency targets
+  null: int  # the label of no class
 
 
-def _scale(strength: jax.Array, field: jax.Array) -> jax.Array:
-  return strength[:, None, None, None] * field
+def _examples(x, t, d, label, w, target) -> Examples:
+  return Examples(x, t, d, label, w, jax.lax.stop_gradient(target))
 
 
-def velocity_rows(x0, x1, t, label) -> Rows:
+def _scale(factor: jax.Array, field: jax.Array) -> jax.Array:
+  return factor[:, None, None, None] * field
+
+
+# The targets.
+
+
+def velocity_examples(x0, x1, t, label) -> Examples:
   """d = 0, w = 0: the target is v = x1 - x0 (flow matching)."""
   zero = jnp.zeros_like(t)
-  return _rows(path.interpolate(x0, x1, t), t, zero, label, zero, path.velocity(x0, x1))
+  return _examples(path.interpolate(x0, x1, t), t, zero, label, zero, path.velocity(x0, x1))
 
 
 def guidance_direction(apply: Callable, params, x, t, label, null: int) -> jax.Array:
@@ -125,141 +159,152 @@ def guidance_direction(apply: Callable, params, x, t, label, null: int) -> jax.A
   return of_class - of_null
 
 
-def guidance_rows(apply, params, x0, x1, t, label, w, *, start: float, null: int) -> Rows:
+def guidance_examples(
+  apply, params, x0, x1, t, label, w, *, interval_start: float, null: int
+) -> Examples:
   """d = 0, w > 0: the target is v + w_eff (s(x, t, 0, c, 0) - s(x, t, 0, null, 0)).
 
-  Interval guidance: w_eff is 0 for t < start (high noise) and w elsewhere. The interval belongs to
-  the target and not to the network's input, since a one-step sample starts at t = 0 with its w.
+  Interval guidance: w_eff is 0 for t < interval_start (high noise) and w elsewhere. The interval
+  belongs to the target and not to the network's input, since a one-step sample starts at t = 0
+  with its w.
   """
   x = path.interpolate(x0, x1, t)
-  w_eff = jnp.where(t < start, 0.0, w)
+  w_eff = jnp.where(t < interval_start, 0.0, w)
   direction = guidance_direction(apply, params, x, t, label, null)
   target = path.velocity(x0, x1) + _scale(w_eff, direction)
-  return _rows(x, t, jnp.zeros_like(t), label, w, target)
+  return _examples(x, t, jnp.zeros_like(t), label, w, target)
 
 
-def consistency_rows(
-  apply, target_params, x0, x1, t, step, label, w, baked: float, null: int
-) -> Rows:
+def consistency_examples(
+  apply, target_params, x0, x1, t, step, label, w, bootstrap_guidance: float, null: int
+) -> Examples:
   """One step of size 2d = `step` [b] must land where two steps of d land, at the same w.
 
       target = (s(x_t, t, d, c, w) + s(x', t + d, d, c, w)) / 2,    x' = x_t + d s(x_t, t, d, c, w)
 
-  with the target network's parameters. No guidance is added here, so none compounds. `baked` > 0 is
-  the original shortcut model instead, as released: its two finest steps carry the guidance
-  `baked (s(c) - s(null))`, and the step above them inherits it.
+  with the target network's parameters. No guidance is added here, so none compounds.
+  `bootstrap_guidance` > 0 is the original shortcut model instead, as released: its two finest steps
+  carry the guidance `bootstrap_guidance (s(c) - s(null))`, and the step above them inherits it.
   """
   d = step / 2
   x = path.interpolate(x0, x1, t)
 
   def half_step(x, t):
-    direction = apply(target_params, x, t, path.seen_step(d), label, w)
-    if baked:
-      finest = jnp.where(path.seen_step(d) == 0, baked, 0.0)
+    direction = apply(target_params, x, t, path.min_step_is_zero(d), label, w)
+    if bootstrap_guidance:
+      finest = jnp.where(path.min_step_is_zero(d) == 0, bootstrap_guidance, 0.0)
       direction += _scale(finest, guidance_direction(apply, target_params, x, t, label, null))
     return direction
 
   first = half_step(x, t)
   second = half_step(x + _scale(d, first), t + d)
-  return _rows(x, t, step, label, w, (first + second) / 2)
+  return _examples(x, t, step, label, w, (first + second) / 2)
 
 
-def split_rows(shares: tuple[int, ...], *arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
-  """Deals rows to roles: of every sum(shares) neighbours, the first shares[0] to role 0, and so on.
+# The terms: (config, networks, x0, x1, label, two keys) -> Examples. They draw t, d and w.
 
-  Dealing inside small groups of neighbours keeps each device's rows on that device, if these are
-  whole groups. Else XLA moves rows and fills them up: at 4, 2 and 1 rows a device a group of 8
-  costs 1.19, 1.76 and 2.77 times its FLOPs (`method.py` warns).
+
+def _velocity(config: LossConfig, net: Networks, x0, x1, label, keys) -> Examples:
+  dropped = jax.random.bernoulli(keys[0], config.class_dropout, label.shape)
+  t = path.sample_times(keys[1], len(label))
+  return velocity_examples(x0, x1, t, jnp.where(dropped, net.null, label))
+
+
+def _guidance(config: LossConfig, net: Networks, x0, x1, label, keys) -> Examples:
+  t = path.sample_times(keys[0], len(label))
+  w = path.sample_guidance(keys[1], len(label), config.w_max, config.w_step, zero_prob=0.0)
+  interval = {"interval_start": config.interval_start, "null": net.null}
+  return guidance_examples(net.apply, net.params, x0, x1, t, label, w, **interval)
+
+
+def _consistency(config: LossConfig, net: Networks, x0, x1, label, keys) -> Examples:
+  t, step = path.sample_steps(keys[0], len(label))
+  w = jnp.zeros(len(label))
+  if config.w_max:
+    scales = (config.w_max, config.w_step, config.zero_w_prob)
+    w = path.sample_guidance(keys[1], len(label), *scales)
+  target = (config.bootstrap_guidance, net.null)
+  return consistency_examples(net.apply, net.target_params, x0, x1, t, step, label, w, *target)
+
+
+TERMS = {"velocity": _velocity, "guidance": _guidance, "consistency": _consistency}
+
+
+# The loss.
+
+
+def deal(split: Mapping[str, int], *arrays: jax.Array) -> dict[str, tuple[jax.Array, ...]]:
+  """Deals a batch to the terms: of every sum(split) neighbours the first go to the first term, ...
+
+  Dealing inside small groups of neighbours keeps each device's examples on that device, if these
+  are whole groups. Else XLA moves and pads them: at 4, 2 and 1 examples a device a group of 8 costs
+  1.19, 1.76 and 2.77 times its FLOPs (`method.py` warns).
   """
-  group, start, roles = sum(shares), 0, []
-  for share in shares:
-    taken = slice(start, start + share)
-    roles.append(
-      tuple(a.reshape(-1, group, *a.shape[1:])[:, taken].reshape(-1, *a.shape[1:]) for a in arrays)
-    )
-    start += share
-  return roles
+  group, start, dealt = sum(split.values()), 0, {}
+  for name, n in split.items():
+    grouped = (a.reshape(-1, group, *a.shape[1:])[:, start : start + n] for a in arrays)
+    dealt[name] = tuple(a.reshape(-1, *a.shape[2:]) for a in grouped)
+    start += n
+  return dealt
 
 
-def merge_rows(shares: tuple[int, ...], roles: list[jax.Array]) -> jax.Array:
-  """The inverse of `split_rows` for one array."""
-  grouped = [a.reshape(-1, n, *a.shape[1:]) for n, a in zip(shares, roles, strict=True)]
-  merged = jnp.concatenate(grouped, axis=1)
-  return merged.reshape(-1, *merged.shape[2:])
+def gather(split: Mapping[str, int], parts: Mapping[str, jax.Array]) -> jax.Array:
+  """The inverse of `deal` for one array."""
+  grouped = [parts[name].reshape(-1, n, *parts[name].shape[1:]) for name, n in split.items()]
+  whole = jnp.concatenate(grouped, axis=1)
+  return whole.reshape(-1, *whole.shape[2:])
 
 
 def distance(config: LossConfig, error: jax.Array) -> jax.Array:
   """Wavelet distance per element of error [b, h, w, c] -> [b]."""
-  weights = wavelet.level_weights(config.levels, config.level_decay)
-  per_row = wavelet.l2_distance if config.norm == "l2" else wavelet.charbonnier_distance
-  return per_row(error, weights)
+  weights = wavelet.level_weights(config.wavelet_levels, config.level_decay)
+  of_each = wavelet.l2_distance if config.norm == "l2" else wavelet.charbonnier_distance
+  return of_each(error, weights)
 
 
-def make_rows(
-  config: LossConfig, apply: Callable, params, target_params, x0, x1, label, key
-) -> dict[str, Rows]:
-  """The rows of each role that has a share; x0, x1 [b, h, w, c] and label [b] are dealt to them."""
-  dealt = dict(zip(ROLES, split_rows(config.shares, x0, x1, label), strict=True))
-  keys = jax.random.split(key, 6)
-  null, rows = config.classes, {}
-
-  x0, x1, label = dealt["velocity"]
-  n = len(label)
-  dropped = jax.random.bernoulli(keys[0], config.class_dropout, (n,))
-  t = path.sample_times(keys[1], n)
-  rows["velocity"] = velocity_rows(x0, x1, t, jnp.where(dropped, null, label))
-
-  if config.shares[1]:
-    x0, x1, label = dealt["guidance"]
-    n = len(label)
-    t = path.sample_times(keys[2], n)
-    w = path.sample_guidance(keys[3], n, config.w_max, config.w_step, zero=0.0)
-    start = config.interval_start
-    rows["guidance"] = guidance_rows(apply, params, x0, x1, t, label, w, start=start, null=null)
-
-  if config.shares[2]:
-    x0, x1, label = dealt["consistency"]
-    n = len(label)
-    t, step = path.sample_steps(keys[4], n)
-    w = jnp.zeros(n)
-    if config.w_max:
-      w = path.sample_guidance(keys[5], n, config.w_max, config.w_step, config.zero_w)
-    rows["consistency"] = consistency_rows(
-      apply, target_params, x0, x1, t, step, label, w, config.baked_guidance, null
-    )
-  return rows
+def make_examples(
+  config: LossConfig, networks: Networks, x0, x1, label, key
+) -> dict[str, Examples]:
+  """The examples of every term in the split, from noise and images [b, h, w, c], label [b]."""
+  keys = jax.random.split(key, (len(TERMS), 2))
+  dealt = deal(config.split, x0, x1, label)
+  return {
+    name: TERMS[name](config, networks, *dealt[name], keys[i])
+    for i, name in enumerate(TERMS)
+    if config.split[name]
+  }
 
 
 def loss(
-  config: LossConfig, apply: Callable, params, target_params, x0, x1, label, key
+  config: LossConfig, apply: Callable, params, target_params, x0, x1, label, null: int, key
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The objective of one batch.
 
-  All rows that need a gradient go through one call of the network.
+  All examples that need a gradient go through one call of the network.
 
   Args:
     apply: the network, see `dit.make_network`.
     params: differentiated; they also make the guidance targets.
     target_params: the fast EMA, which makes the consistency targets.
-    x0, x1: [b, h, w, c] noise and images, paired; b divisible by sum(shares).
+    x0, x1: [b, h, w, c] noise and images, paired; b divisible by `config.group`.
     label: [b] int32.
+    null: the label of no class, which is the number of classes.
     key: for t, d, w and the dropped classes.
 
   Returns:
-    The scalar loss, each role's mean distance, and `curvature`, E|s - v|^2 / E|v|^2 of the velocity
-    rows (in the loss's distance): 0 where noise and image determine each other along straight
+    The scalar loss, each term's mean distance, and `curvature`, E|s - v|^2 / E|v|^2 of the velocity
+    examples (in the loss's distance): 0 where noise and image determine each other along straight
     lines.
   """
-  rows = make_rows(config, apply, params, target_params, x0, x1, label, key)
-  shares = tuple(s for s in config.shares if s)
-  merged = Rows(*(merge_rows(shares, list(parts)) for parts in zip(*rows.values(), strict=True)))
-  output = apply(params, merged.x, merged.t, merged.d, merged.label, merged.w)
-  per_row = distance(config, output - merged.target)
+  networks = Networks(apply, params, target_params, null)
+  terms = make_examples(config, networks, x0, x1, label, key)
+  split = {name: config.split[name] for name in terms}
+  fields = zip(*terms.values(), strict=True)
+  whole = Examples(*(gather(split, dict(zip(terms, field, strict=True))) for field in fields))
+  output = apply(params, whole.x, whole.t, whole.d, whole.label, whole.w)
+  of_each = deal(split, distance(config, output - whole.target))
 
-  means = {
-    role: jnp.mean(part) for role, (part,) in zip(rows, split_rows(shares, per_row), strict=True)
-  }
-  weights = dict(zip(ROLES, config.weights, strict=True))
-  total = sum(weights[role] * mean for role, mean in means.items())
-  straight = jnp.mean(distance(config, rows["velocity"].target))
+  means = {name: jnp.mean(distances) for name, (distances,) in of_each.items()}
+  total = sum(config.weights[name] * mean for name, mean in means.items())
+  straight = jnp.mean(distance(config, terms["velocity"].target))
   return total, {**means, "curvature": means["velocity"] / straight}

@@ -32,7 +32,7 @@ from ott.solvers.linear import sinkhorn
 from scipy.optimize import linear_sum_assignment
 
 from ism_jax.path import draw_noise
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least, check_one_of
 
 PAIR_BYTES = 8  # of a pair in a problem while it is solved: XLA holds two float32 matrices
 
@@ -43,28 +43,19 @@ class PairingConfig:
 
   Attributes:
     pool: K, batches in a pool; 0 leaves the pairing random.
-    condition: 'class' pairs within each class; 'none' ignores classes (the paper); 'weight' ignores
-      them but makes a pair of unequal classes dearer.
-    weight: that price, in units of the pool's mean cost.
+    condition: 'class' pairs within each class; 'none' ignores classes (the paper).
     solver: 'sinkhorn', rounded; or 'exact', SciPy's assignment on the costs reduced by Sinkhorn's
     duals.
   """
 
   pool: int
   condition: str = "class"
-  weight: float = 1.0
   solver: str = "sinkhorn"
 
   def __post_init__(self):
-    choices = {"condition": ("class", "none", "weight"), "solver": ("sinkhorn", "exact")}
-    for field, allowed in choices.items():
-      value = getattr(self, field)
-      if value not in allowed:
-        raise UserError(
-          f"pairing.{field}={value!r} is unknown; choose one of {', '.join(allowed)}."
-        )
-    if self.pool < 0:
-      raise UserError(f"pairing.pool={self.pool} must be at least 0 (0 is random pairing).")
+    check_one_of("pairing.condition", self.condition, ("class", "none"))
+    check_one_of("pairing.solver", self.solver, ("sinkhorn", "exact"))
+    check_at_least("pairing.pool", self.pool, 0)
 
 
 def check_size(config: PairingConfig, batch: int, largest: float) -> None:
@@ -152,9 +143,6 @@ def _solve(config: PairingConfig, together: int, x, z, label, table):
   def group(rows):
     valid = rows >= 0
     cost = squared_distances(x[rows], z[rows])
-    if config.condition == "weight":
-      unequal = label[rows][:, None] != label[rows][None]
-      cost = cost + config.weight * jnp.mean(cost) * unequal
     f, g = duals(cost, valid)
     reduced = cost - f[:, None] - g[None]
     if config.solver == "exact":

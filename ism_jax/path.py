@@ -39,7 +39,7 @@ def velocity(x0: jax.Array, x1: jax.Array) -> jax.Array:
   return x1 - x0
 
 
-def seen_step(d: jax.Array) -> jax.Array:
+def min_step_is_zero(d: jax.Array) -> jax.Array:
   """The step size as the network is told it: 0 for the finest step, d otherwise."""
   return jnp.where(d <= 1 / FINEST, 0.0, d)
 
@@ -109,8 +109,10 @@ def sample_steps(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
   return t, 1 / starts
 
 
-def sample_guidance(key: jax.Array, n: int, w_max: float, w_step: float, zero: float) -> jax.Array:
-  """w [n]: 0 with probability `zero`, else uniform on {w_step, 2 w_step, ..., w_max}."""
+def sample_guidance(
+  key: jax.Array, n: int, w_max: float, w_step: float, zero_prob: float
+) -> jax.Array:
+  """w [n]: 0 with probability `zero_prob`, else uniform on {w_step, 2 w_step, ..., w_max}."""
   key_zero, key_value = jax.random.split(key)
   value = w_step * jax.random.randint(key_value, (n,), 1, round(w_max / w_step) + 1)
-  return jnp.where(jax.random.uniform(key_zero, (n,)) < zero, 0.0, value)
+  return jnp.where(jax.random.uniform(key_zero, (n,)) < zero_prob, 0.0, value)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ism_jax.path import both_fields, draw_noise, seen_step
+from ism_jax.path import both_fields, draw_noise, min_step_is_zero
 from train_jax import mesh as mesh_lib
 from train_jax.multihost.signals import pause
 
@@ -39,15 +39,10 @@ def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Arra
   d = 1.0 / nfe
 
   def step(i, x):
-    t, seen = (jnp.full(x.shape[:1], value, jnp.float32) for value in (i * d, seen_step(d)))
+    t, seen = (jnp.full(x.shape[:1], value, jnp.float32) for value in (i * d, min_step_is_zero(d)))
     return x + d * apply(params, x, t, seen, label, w)
 
   return jax.lax.fori_loop(0, nfe, step, x0)
-
-
-def is_flow(shares, class_dropout: float) -> bool:
-  """Whether a model has learned velocities only, with and without a class; of `loss.LossConfig`."""
-  return not any(shares[1:]) and class_dropout > 0
 
 
 def classifier_free(apply: Callable, null: int) -> Callable:
@@ -82,7 +77,7 @@ def make_sampler(
 
   def chunk(params, rng, index, label, w, nfe):
     n, (index, label, w) = len(index), mesh_lib.fill_rows((index, label, w))
-    x0 = mesh_lib.by_rows(draw_noise(rng, index, shape))
+    x0 = mesh_lib.shard_batch(draw_noise(rng, index, shape))
     return integrate(apply, params, x0, label, w, nfe)[:n]
 
   chunk = mesh_lib.jit(chunk, mesh)
@@ -138,7 +133,7 @@ def make_image_sampler(
     images = to_uint8(x)
     return numbers, jnp.broadcast_to(images, (*images.shape[:3], 3)), finite
 
-  run = jax.jit(mesh_lib.within(mesh, run), out_shardings=rows)
+  run = jax.jit(mesh_lib.with_mesh(mesh, run), out_shardings=rows)
   return lambda params, labels, w, nfe, first: run(
     params, weights, labels, np.float32(w), np.int32(nfe), np.int32(first)
   )

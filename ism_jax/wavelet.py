@@ -28,7 +28,7 @@ def check_levels(height: int, width: int, levels: int) -> None:
     while height % 2 ** (fit + 1) == 0 and width % 2 ** (fit + 1) == 0:
       fit += 1
     raise UserError(
-      f"wavelet.levels={levels} does not fit images of {height}x{width}: both sides must be "
+      f"loss.wavelet_levels={levels} does not fit images of {height}x{width}: both sides must be "
       f"divisible by 2^levels; choose a number from 0 to {fit}."
     )
 

@@ -171,8 +171,8 @@ def tree(prompt, prompt_length, actions, nodes: int) -> dict:
     raise ValueError(f"{int(used.max())} nodes do not fit into {nodes}")
 
   root = xp.broadcast_to(first - 1, count[..., :1].shape)
-  lanes = [x.reshape(-1, a) for x in (depth, push, count - 1)]
-  top = _tops(*lanes, root.reshape(-1)).reshape(acts.shape)
+  flat = [x.reshape(-1, a) for x in (depth, push, count - 1)]
+  top = _tops(*flat, root.reshape(-1)).reshape(acts.shape)
   read = xp.concatenate([root, top[..., :-1]], 2)
 
   # One node more than asked for takes the writes of actions that make none.
@@ -206,19 +206,21 @@ def tree(prompt, prompt_length, actions, nodes: int) -> dict:
   }
 
 
-def fold(size: np.ndarray, lanes: int) -> np.ndarray:
+def group_into_rows(size: np.ndarray, sequences_per_row: int) -> np.ndarray:
   """Deals trees to rows of about equal size: the largest beside the smallest.
 
   Args:
     size: [b], nodes of each tree.
-    lanes: g, trees in a row; divides b.
+    sequences_per_row: g, trees in a row; divides b.
 
   Returns:
     [b / g, g], the trees of each row.
   """
-  if lanes == 1:
+  if sequences_per_row == 1:
     return np.arange(len(size))[:, None]
-  order = np.argsort(-size, kind="stable").reshape(lanes, -1)  # one lane after the other,
+  order = np.argsort(-size, kind="stable").reshape(
+    sequences_per_row, -1
+  )  # one lane after the other,
   order[1::2] = order[1::2, ::-1]  # there and back
   return order.T
 
@@ -254,8 +256,8 @@ def _put_rows(trees: dict, row: np.ndarray, count: np.ndarray, nodes: int, actio
   return by_node | {name: put(x, count, earlier, empty) for name, x in by_action.items()}
 
 
-def pack(trees: dict, lanes: int, nodes: int) -> dict:
-  """Puts every `lanes` neighbours of a batch of trees into one row of `nodes` nodes (NumPy).
+def pack(trees: dict, sequences_per_row: int, nodes: int) -> dict:
+  """Packs every `sequences_per_row` neighbours of a batch of trees into one row (NumPy).
 
   They do not see each other: what the nodes of a tree see ends with the tree.
 
@@ -263,13 +265,15 @@ def pack(trees: dict, lanes: int, nodes: int) -> dict:
     trees: what `tree` returns, [b, ...].
 
   Returns:
-    The same with [b / lanes, nodes] and [b / lanes, lanes a].
+    The same with [b / sequences_per_row, nodes] and [b / sequences_per_row, sequences_per_row a].
 
   Raises:
     ValueError: a row's trees have more nodes.
   """
   b, a = trees["action"].shape
-  return _put_rows(trees, np.arange(b) // lanes, np.full(b, a), nodes, lanes * a)
+  return _put_rows(
+    trees, np.arange(b) // sequences_per_row, np.full(b, a), nodes, sequences_per_row * a
+  )
 
 
 def pack_rows(trees: dict, row: np.ndarray, nodes: int, actions: int) -> dict:

@@ -1,4 +1,4 @@
-"""Replay buffer of the model's own trajectories: plain arrays in the state's side-car.
+"""Replay buffer of the model's own trajectories: plain arrays in the state's `aux_state`.
 
 Saved, resumed and sharded with the state, so that a resumed run replays exactly.
 
@@ -7,23 +7,49 @@ Dimensions: r rows of the buffer, b batch, p prompt, a actions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
 from seqmatch_jax.tokens import PAD
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least
 
 Buffer = dict[str, jax.Array]
 
 
-def create(rows: int, prompt_length: int, max_actions: int) -> Buffer:
+@dataclass(frozen=True)
+class BufferConfig:
+  """How much is replayed, and how often it is made anew.
+
+  Attributes:
+    size: trajectories that are kept, r.
+    refresh: steps between rollouts.
+    rollouts: trajectories made at a time.
+    draw: trajectories that a step reads.
+  """
+
+  size: int
+  refresh: int
+  rollouts: int
+  draw: int
+
+  def __post_init__(self):
+    for name in ("size", "refresh", "rollouts", "draw"):
+      check_at_least(f"buffer.{name}", getattr(self, name), 1)
+    if self.size < self.rollouts:
+      raise UserError(
+        f"buffer.size={self.size} must be at least buffer.rollouts={self.rollouts}, which are kept "
+        "at once."
+      )
+
+
+def create(size: int, prompt_length: int, max_actions: int) -> Buffer:
   """An empty buffer: prompt [r, p], length [r], actions [r, a], `next` row and `filled` rows."""
-  if rows < 1:
-    raise UserError(f"buffer.rows={rows} must be at least 1.")
   return {
-    "prompt": jnp.full((rows, prompt_length), PAD, jnp.int32),
-    "length": jnp.zeros(rows, jnp.int32),
-    "actions": jnp.full((rows, max_actions), PAD, jnp.int32),
+    "prompt": jnp.full((size, prompt_length), PAD, jnp.int32),
+    "length": jnp.zeros(size, jnp.int32),
+    "actions": jnp.full((size, max_actions), PAD, jnp.int32),
     "next": jnp.zeros((), jnp.int32),
     "filled": jnp.zeros((), jnp.int32),
   }
@@ -33,7 +59,7 @@ def insert(buffer: Buffer, prompt: jax.Array, length: jax.Array, actions: jax.Ar
   """Writes prompt [b, p], length [b], actions [b, a] over the b oldest rows."""
   rows, b = len(buffer["length"]), len(length)
   if b > rows:
-    raise UserError(f"buffer.rows={rows} cannot take {b} trajectories at once; use at least {b}.")
+    raise UserError(f"buffer.size={rows} cannot take {b} trajectories at once; use at least {b}.")
   index = (buffer["next"] + jnp.arange(b)) % rows
   new = {"prompt": prompt, "length": length, "actions": actions}
   return {

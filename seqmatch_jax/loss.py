@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from seqmatch_jax import divergence
 from seqmatch_jax.actions import visible
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least, check_one_of
 
 ILLEGAL = -1e9  # exp of it is 0 beside any logit, and nothing becomes infinite or NaN
 
@@ -54,6 +54,8 @@ class LossConfig:
     gamma: discount per action, noise included.
     backspace: whether <backspace> is ever legal.
     unlikelihood: weight of the unlikelihood of repeated tokens; 0 leaves it out, 1 is Welleck's.
+    warmup: steps of maximum likelihood without noise that come first.
+    anneal: steps after them over which alpha grows from 0.
   """
 
   divergence: str
@@ -61,13 +63,13 @@ class LossConfig:
   gamma: float
   backspace: bool
   unlikelihood: float = 0.0
+  warmup: int = 0
+  anneal: int = 0
 
   def __post_init__(self):
-    if self.divergence not in divergence.DIVERGENCES:
-      raise UserError(
-        f"loss.divergence={self.divergence!r} is unknown; choose one of "
-        f"{', '.join(divergence.DIVERGENCES)}."
-      )
+    check_one_of("loss.divergence", self.divergence, divergence.DIVERGENCES)
+    for name in ("warmup", "anneal"):
+      check_at_least(f"loss.{name}", getattr(self, name), 0)
     if not 0 <= self.alpha < math.inf:
       raise UserError(
         f"loss.alpha={self.alpha} must be finite and at least 0; 0 is maximum likelihood."
@@ -106,7 +108,7 @@ def legal_logits(logits: jax.Array, erasable: jax.Array, backspace: bool) -> jax
   return jnp.where(legal, logits, ILLEGAL)
 
 
-def terms(config: LossConfig, logits: jax.Array, batch: dict, strength=1.0) -> Terms:
+def terms(config: LossConfig, logits: jax.Array, batch: dict, alpha_scale=1.0) -> Terms:
   """Log-probability, penalty and reward of each action of the batch; logits [b, s, v].
 
   One value per node and one logit per action: nothing of shape [b, a, v] is made.
@@ -123,7 +125,7 @@ def terms(config: LossConfig, logits: jax.Array, batch: dict, strength=1.0) -> T
   ends = batch["action"] == EOS
   share = jnp.where(ends, 1 - config.gamma, 1.0)
   reward = jnp.where(ends, chosen, chosen - config.gamma * after)
-  alpha = config.alpha * strength * share
+  alpha = config.alpha * alpha_scale * share
   return Terms(log_prob, divergence.penalty(config.divergence, reward, alpha), share * reward)
 
 
@@ -170,18 +172,24 @@ def trajectories(batch: dict) -> jax.Array:
   return jnp.maximum(jnp.sum((batch["time"] == 0) & (batch["action"] != PAD)), 1)
 
 
-def counts(batch: dict, model: dict | None = None) -> dict[str, jax.Array]:
-  """What `loss` divides by: of the whole batch, where the loss is taken of parts of its rows.
+def normalized(batch: dict, model: dict | None = None) -> tuple[dict, dict | None]:
+  """Both with weights scaled so that `loss` is a mean over rows, and so of equal parts of them.
 
-  Returns:
-    `actions`, how many carry loss, and `rows`; and with `model`, the model's own trajectories,
-    `share`: how many the data hold for each of them.
+  Each of the objective's terms is a mean over trajectories, divided by the mean number of data
+  actions that carry loss in one: together, by the number of those actions.
+
+  Args:
+    batch: the data, a batch of trees (see `actions.tree`) of any number of rows.
+    model: the model's own trajectories, another such batch.
   """
-  carries = batch["weight"]
-  found = {"actions": jnp.maximum(jnp.sum(carries), 1.0), "rows": jnp.float32(len(carries))}
-  if model is not None:
-    found["share"] = trajectories(batch) / trajectories(model)
-  return found
+  per_action = 1 / jnp.maximum(jnp.sum(batch["weight"]), 1.0)
+  rows = len(batch["weight"])
+  data = {**batch, "weight": batch["weight"] * (rows * per_action)}
+  if model is None:
+    return data, None
+  share = trajectories(batch) / trajectories(model)
+  rows = len(model["weight"])
+  return data, {**model, "weight": model["weight"] * (share * rows * per_action)}
 
 
 def _discounted(config: LossConfig, batch: dict) -> jax.Array:
@@ -195,21 +203,16 @@ def loss(
   batch: dict,
   model: dict | None = None,
   model_logits: jax.Array | None = None,
-  strength=1.0,
-  whole: dict | None = None,
+  alpha_scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """-J per data action, so that maximum likelihood is the mean negative log-likelihood per token.
 
-  J is a mean over trajectories; both of its terms are divided by the mean number of data actions
-  that carry loss in a trajectory.
-
   Args:
     logits: [b, s, v] of the data `batch`, any float type.
-    model, model_logits: the model's own trajectories, a batch of any shape, and their logits; used
-      by chi2_mixture only.
-    strength: multiplies alpha, from 0 to 1; may be traced.
-    whole: `counts` of the batch that these rows are a part of; None where they are all of it. The
-      mean over equal parts is then the loss of the whole.
+    batch, model: what `normalized` returns, or equal parts of their rows; the mean of the parts'
+      losses is then that of the whole. `model` is used by chi2_mixture only.
+    model_logits: those of `model`.
+    alpha_scale: multiplies alpha, from 0 to 1; may be traced.
 
   Returns:
     The loss and metrics over the data actions that carry loss: `nll`, the mean negative
@@ -219,28 +222,26 @@ def loss(
     nll + penalty + penalty_model.
   """
   carries, discounted = batch["weight"], _discounted(config, batch)
-  whole = whole or counts(batch, model)
-  actions = whole["actions"] * (len(carries) / whole["rows"])
 
-  def per_action(weights, x):
-    return jnp.sum(weights * x) / actions
+  def mean(weights, x):
+    return jnp.sum(weights * x) / len(weights)
 
-  log_prob, penalty, reward = terms(config, logits, batch, strength)
+  log_prob, penalty, reward = terms(config, logits, batch, alpha_scale)
   guess = jnp.argmax(legal_logits(logits, batch["erasable"], config.backspace), axis=-1)  # [b, s]
   right = jnp.take_along_axis(guess, batch["read"], axis=1) == batch["action"]
   metrics = {
-    "nll": -per_action(carries, log_prob),
-    "penalty": -per_action(discounted, penalty),
-    "reward": per_action(carries, reward),
+    "nll": -mean(carries, log_prob),
+    "penalty": -mean(discounted, penalty),
+    "reward": mean(carries, reward),
     "reward_max": jnp.max(jnp.where(carries > 0, jnp.abs(reward), 0.0)),
-    "accuracy": per_action(carries, right),
+    "accuracy": mean(carries, right),
   }
-  total = metrics["penalty"] - per_action(discounted, log_prob)
+  total = metrics["penalty"] - mean(discounted, log_prob)
   if config.on_policy and model is not None:
-    own = terms(config, model_logits, model, strength).penalty
-    metrics["penalty_model"] = -whole["share"] * per_action(_discounted(config, model), own)
+    own = terms(config, model_logits, model, alpha_scale).penalty
+    metrics["penalty_model"] = -mean(_discounted(config, model), own)
     total += metrics["penalty_model"]
   if config.unlikelihood:
-    metrics["unlikelihood"] = per_action(discounted, unlikelihood(config, logits, batch))
+    metrics["unlikelihood"] = mean(discounted, unlikelihood(config, logits, batch))
     total += config.unlikelihood * metrics["unlikelihood"]
   return total, metrics

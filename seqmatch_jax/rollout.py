@@ -2,10 +2,10 @@
 
 The cache is a stack. A <backspace> takes one off the length; the next step feeds the token that is
 then on top, at its position, over an equal entry, and nothing else is recomputed. So that greedy
-decoding does not retype what it has just erased, and that every trajectory ends:
+decoding does not allow_retype what it has just erased, and that every trajectory ends:
 
 - a token that was erased in a state is not typed again in that state;
-- after `max_erasures` of them a trajectory has no more <backspace>s;
+- after `max_backspaces` of them a trajectory has no more <backspace>s;
 - a full row can only stop or erase; where texts are `open_ended` it ends there.
 
 Dimensions: b batch, p prompt, l text, a actions, e erasures, v vocabulary.
@@ -13,6 +13,7 @@ Dimensions: b batch, p prompt, l text, a actions, e erasures, v vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,7 +37,7 @@ class RolloutConfig:
   Attributes:
     max_length: tokens in the text, prompt included.
     max_actions: tokens typed, <backspace>s and <eos> together.
-    max_erasures: <backspace>s in one trajectory.
+    max_backspaces: <backspace>s in one trajectory.
     open_ended: whether a trajectory breaks off, without <eos>, where its row is full. Longer texts
       are broken off so in training, and what to do there is not learned: a model that may only
       stop or erase mostly erases, and fills the row again.
@@ -44,11 +45,11 @@ class RolloutConfig:
 
   max_length: int
   max_actions: int
-  max_erasures: int
+  max_backspaces: int
   open_ended: bool = False
 
   def __post_init__(self):
-    for name, least in (("max_length", 1), ("max_actions", 1), ("max_erasures", 0)):
+    for name, least in (("max_length", 1), ("max_actions", 1), ("max_backspaces", 0)):
       if getattr(self, name) < least:
         raise UserError(f"rollout.{name}={getattr(self, name)} must be at least {least}.")
 
@@ -80,7 +81,7 @@ class State(NamedTuple):
   step: jax.Array
   rollout: Rollout
   cache: list[tuple[jax.Array, jax.Array]]
-  erasures: jax.Array  # [b] how many there were
+  backspaces: jax.Array  # [b] how many there were
   erased: jax.Array  # [b, e] the token
   at: jax.Array  # [b, e] the text's length without it; 0 once that text is gone for good
 
@@ -105,7 +106,7 @@ class Settings(NamedTuple):
     key, row: the randomness: step i of row r draws from fold_in(fold_in(key, r), i); row int32 [b].
     temperature: 0 is greedy.
     allow_backspace: whether the model may erase.
-    retype: whether a token may be typed again where it was erased.
+    allow_retype: whether a token may be typed again where it was erased.
     forced: int32 [b, a], see `make_rollout`.
     most: actions of a trajectory, at most.
     nucleus: None, or (top_k, top_p), see `nucleus`.
@@ -115,7 +116,7 @@ class Settings(NamedTuple):
   row: jax.Array
   temperature: jax.Array
   allow_backspace: jax.Array
-  retype: jax.Array
+  allow_retype: jax.Array
   forced: jax.Array
   most: jax.Array
   nucleus: tuple[jax.Array, jax.Array] | None
@@ -141,15 +142,15 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
   `advance(params, state, prompt_length, settings, until) -> State` goes on until every row is over,
   or to action number `until`.
   """
-  slots, memory = jnp.arange(config.max_length), jnp.arange(config.max_erasures)
+  slots, memory = jnp.arange(config.max_length), jnp.arange(config.max_backspaces)
 
   def act(state: State, logits, noise, prompt_length, settings: Settings) -> jax.Array:
     """The next action [b]: the one that is forced, or the best of those allowed."""
     length, vocab = state.rollout.length, jnp.arange(logits.shape[-1])
     rules = legal(length, prompt_length, config.max_length, len(vocab))
     here = (state.at == length[:, None])[..., None]
-    tried = (here & (state.erased[..., None] == vocab)).any(1) & ~settings.retype  # [b, v]
-    may_erase = settings.allow_backspace & (state.erasures < config.max_erasures)
+    tried = (here & (state.erased[..., None] == vocab)).any(1) & ~settings.allow_retype  # [b, v]
+    may_erase = settings.allow_backspace & (state.backspaces < config.max_backspaces)
     allowed = rules & ~tried & (may_erase[:, None] | (vocab != BACKSPACE))
     if settings.nucleus:
       score = logits / jnp.where(settings.temperature > 0, settings.temperature, 1)
@@ -172,12 +173,12 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
     )
     # A token begins a text that was not there before, and ends all that went on otherwise.
     at = jnp.where(push & (state.at >= length), 0, state.at)
-    new = pop & (memory == state.erasures[:, None])
+    new = pop & (memory == state.backspaces[:, None])
     return State(
       state.step + 1,
       rollout,
       cache,
-      state.erasures + pop[:, 0],
+      state.backspaces + pop[:, 0],
       jnp.where(new, top, state.erased),
       jnp.where(new, length, at),
     )
@@ -198,9 +199,9 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
         jnp.zeros(b, bool),
       ),
       cache=network.read(params, prompt, config.max_length),
-      erasures=jnp.zeros(b, jnp.int32),
-      erased=jnp.zeros((b, config.max_erasures), jnp.int32),
-      at=jnp.zeros((b, config.max_erasures), jnp.int32),
+      backspaces=jnp.zeros(b, jnp.int32),
+      erased=jnp.zeros((b, config.max_backspaces), jnp.int32),
+      at=jnp.zeros((b, config.max_backspaces), jnp.int32),
     )
 
   def advance(params, state: State, prompt_length, settings: Settings, until) -> State:
@@ -230,7 +231,7 @@ def make_settings(
   row,
   temperature=1.0,
   allow_backspace=True,
-  retype=False,
+  allow_retype=False,
   forced=None,
   top_k: int | None = None,
   top_p: float | None = None,
@@ -242,9 +243,44 @@ def make_settings(
   best = None
   if top_k is not None or top_p is not None:
     best = jnp.int32(top_k or np.iinfo(np.int32).max), jnp.float32(1 if top_p is None else top_p)
-  switches = jnp.float32(temperature), jnp.bool_(allow_backspace), jnp.bool_(retype)
+  switches = jnp.float32(temperature), jnp.bool_(allow_backspace), jnp.bool_(allow_retype)
   most = jnp.int32(min(max_actions or config.max_actions, config.max_actions))
   return Settings(key, jnp.asarray(row), *switches, jnp.asarray(forced), most, best)
+
+
+def sampling_options(
+  temperature: float,
+  allow_retype: bool,
+  backspace: bool,
+  top_k: int | None,
+  top_p: float | None,
+  max_actions: int | None,
+) -> dict:
+  """How samples are drawn: the last arguments of `make_rollout`'s function.
+
+  Args:
+    allow_retype: whether what is drawn may type again what it has erased.
+    backspace: whether the model has learned to erase, and may.
+
+  Raises:
+    UserError: a temperature below 0, top_k or max_actions below 1, or top_p outside [0, 1].
+  """
+  if not 0 <= temperature < math.inf:
+    raise UserError(f"temperature={temperature} must be finite and at least 0; 0 is greedy.")
+  if top_k is not None and top_k < 1:
+    raise UserError(f"top_k={top_k} must be at least 1; None leaves all tokens.")
+  if top_p is not None and not 0 <= top_p <= 1:
+    raise UserError(f"top_p={top_p} must lie in [0, 1]; None leaves all tokens.")
+  if max_actions is not None and max_actions < 1:
+    raise UserError(f"max_actions={max_actions} must be at least 1; None leaves the model's limit.")
+  return {
+    "temperature": temperature,
+    "allow_retype": allow_retype and temperature > 0,  # a greedy one would repeat itself
+    "allow_backspace": backspace,
+    "top_k": top_k,
+    "top_p": top_p,
+    "max_actions": max_actions,
+  }
 
 
 def make_rollout(
@@ -262,7 +298,7 @@ def make_rollout(
     row: int32 [b], a number for each row.
     temperature: 0 is greedy.
     allow_backspace: whether the model may erase.
-    retype: whether a token may be typed again where it was erased. The policy itself does; a
+    allow_retype: whether a token may be typed again where it was erased. The policy itself does; a
       generation that does so wastes its erasures, and a greedy one repeats itself.
     forced: int32 [b, a], actions that are played at these times instead of the model's choice;
       PAD where it is free. The rules hold (`legal`), what the model may not repeat does not.
@@ -315,7 +351,7 @@ def in_batches(
     chosen = row % m  # the last batch is filled: one shape, one compilation
     played = None if forced is None else forced[chosen]
     out = generate(params, prompt[chosen], length[chosen], key, row, forced=played, **settings)
-    made.append([mesh_lib.fetch(x) for x in out])
+    made.append([mesh_lib.to_host(x) for x in out])
     pause()
   return Rollout(*(np.concatenate(parts)[:m] for parts in zip(*made, strict=True)))
 
@@ -329,7 +365,7 @@ def make_stream(
   """
   begin, advance = make_steps(network, config)
   if mesh:  # not mesh_lib.jit: the state stays spread over the devices
-    begin, advance = mesh_lib.within(mesh, begin), mesh_lib.within(mesh, advance)
+    begin, advance = mesh_lib.with_mesh(mesh, begin), mesh_lib.with_mesh(mesh, advance)
   begin, advance = jax.jit(begin), jax.jit(advance, donate_argnums=1)
 
   def stream(params, prompt, length, key, row, *args, **kwargs) -> Iterator[np.ndarray]:

@@ -3,36 +3,39 @@
 A task is a module with constants for `--mode=sample` (see tasks/questions.py) and three functions:
 
     make_task(config, mesh) -> Task
-    make_evaluate(config, facts, network, generate, loss_config, mesh) -> (evaluate, number asked)
-    ask(config, facts, texts given or [], count) -> Asked, for --mode=sample
+    make_evaluate(config, metadata, model, seed, features) -> (Evaluation, number of examples)
+    ask(config, metadata, texts given or [], count) -> Asked, for --mode=sample
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from seqmatch_jax.actions import Noise
+
+# (model with the parameters of now, all of it?) -> (name, number) one by one
+Evaluation = Callable[[Any, bool], Iterator[tuple[str, Any]]]
 
 
 class Task(NamedTuple):
   """What there is to learn.
 
   Attributes:
-    facts: JSON that sampling needs: the vocabulary (see `tokens.from_facts`), and the limits of a
-      generation (see `rollout.RolloutConfig`).
+    metadata: JSON that sampling needs: the vocabulary (see `tokens.from_metadata`), and the limits
+      of a generation (see `rollout.RolloutConfig`).
     prompt: tokens of the longest prompt in a batch, <bos> included.
     stream: (noise, seed, position) -> iterator of this process's batches, see `actions.tree`; with
       prompts to roll out from: `prompt` int32 [b, prompt], `prompt_length` int32 [b].
-    evaluate: (network, generate, loss config) -> `Method.evaluate`, see train_jax/step.py.
+    evaluate: (a `Model`, see model.py, and what MAUVE compares, or None) -> Evaluation.
   """
 
-  facts: dict
+  metadata: dict
   prompt: int
   stream: Callable[[Noise, int, int], Iterator[dict[str, np.ndarray]]]
-  evaluate: Callable[..., Callable]
+  evaluate: Callable[[Any, Callable | None], Evaluation]
 
 
 class Asked(NamedTuple):

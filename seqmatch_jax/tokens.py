@@ -144,9 +144,9 @@ class TextVocab:
     return cls(vocab.path, vocab.sha256, bos, eos, back)
 
   @classmethod
-  def from_facts(cls, facts: dict) -> TextVocab:
-    """The vocabulary that `facts` described; UserError if its file is another one now, or gone."""
-    vocab = cls(**facts)
+  def from_metadata(cls, metadata: dict) -> TextVocab:
+    """The vocabulary that `metadata` describes; UserError if its file has changed or is gone."""
+    vocab = cls(**metadata)
     if not Path(vocab.path).is_file():
       raise UserError(
         f"the tokenizer {vocab.path} is not there; put it back, or give --pretrained=FOLDER if the "
@@ -159,8 +159,8 @@ class TextVocab:
       )
     return vocab
 
-  def facts(self) -> dict:
-    """JSON that `from_facts` makes it from again."""
+  def metadata(self) -> dict:
+    """JSON that `from_metadata` makes it from again."""
     return asdict(self)
 
   @cached_property
@@ -291,15 +291,15 @@ def encode_prompts(
   return padded(rows), np.array([len(row) for row in rows], np.int32)
 
 
-def to_facts(vocab: Vocab | TextVocab) -> dict:
-  """JSON that `from_facts` makes the vocabulary from again."""
+def to_metadata(vocab: Vocab | TextVocab) -> dict:
+  """JSON that `from_metadata` makes the vocabulary from again."""
   if isinstance(vocab, TextVocab):
-    return {"tokenizer": vocab.facts()}
+    return {"tokenizer": vocab.metadata()}
   return {"symbols": list(vocab.symbols)}
 
 
-def from_facts(facts: dict) -> Vocab | TextVocab:
-  """The vocabulary that `facts` describe; UserError if its tokenizer is another one now."""
-  if "tokenizer" in facts:
-    return TextVocab.from_facts(facts["tokenizer"])
-  return Vocab(tuple(facts["symbols"]))
+def from_metadata(metadata: dict) -> Vocab | TextVocab:
+  """The vocabulary that `metadata` describe; UserError if its tokenizer is another one now."""
+  if "tokenizer" in metadata:
+    return TextVocab.from_metadata(metadata["tokenizer"])
+  return Vocab(tuple(metadata["symbols"]))

@@ -37,7 +37,7 @@ from train_jax.layers import (
   scan_blocks,
   stack_blocks,
 )
-from train_jax.mesh import by_rows
+from train_jax.mesh import shard_batch
 
 FAMILIES = ("llama", "gpt2")
 
@@ -269,7 +269,7 @@ class Transformer(nnx.Module):
     attention = "xla" if keep else config.attention  # prompts are short
 
     def body(x, block):
-      x, kept = nnx.merge(graphdef, block)(by_rows(x), wave, mask[:, None], attention)
+      x, kept = nnx.merge(graphdef, block)(shard_batch(x), wave, mask[:, None], attention)
       return x, kept if keep else None
 
     x, kept = scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
@@ -283,7 +283,7 @@ class Transformer(nnx.Module):
     for i, layer in enumerate(cache):
       block = nnx.merge(graphdef, jax.tree.map(itemgetter(i), stacked))
       # One row of scores: reading the cache takes the time, whatever computes them.
-      x, cache[i] = block(by_rows(x), wave, mask, "xla", layer, start)
+      x, cache[i] = block(shard_batch(x), wave, mask, "xla", layer, start)
     return self.norm(x), cache
 
   def logits(self, x):
@@ -326,7 +326,7 @@ def make_network(config: TransformerConfig) -> TransformerFunctions:
 
     def slots(x):  # [b, p, m, f] -> [b, m, l, f]
       x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - p), (0, 0)))
-      return by_rows(x, rest=PartitionSpec.UNCONSTRAINED)
+      return shard_batch(x, rest=PartitionSpec.UNCONSTRAINED)
 
     return [tuple(map(slots, layer)) for layer in zip(*kept, strict=True)]
 

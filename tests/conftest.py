@@ -70,10 +70,10 @@ def linear_loss(params, ema, batch, key):
 def linear_augment(state, batch, key):
   """A side-car that counts batches and remembers the last draw and the parameters it saw."""
   seen = {
-    "count": state.extra["count"] + 1,
+    "count": state.aux_state["count"] + 1,
     "draw": jax.random.normal(key, (2,)),
     "kernel": state.params["layer"]["kernel"],
-    "rows": state.extra["rows"].at[state.step % 4].set(batch["x"][0]),
+    "rows": state.aux_state["rows"].at[state.step % 4].set(batch["x"][0]),
   }
   return seen, batch
 
@@ -160,7 +160,7 @@ def settings():
       "keep": 2,
       "keep_every": 0,
       "clip": 1.0,
-      "accumulate": 1,
+      "grad_accum_steps": 1,
       "max_skipped": 3,
       "seed": 0,
     }

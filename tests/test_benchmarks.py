@@ -66,8 +66,8 @@ def test_rows_of_a_sweep_and_rungs_of_the_ladder_are_configs(monkeypatch):
   seen = {str(ladder.rung_config(rung, 0, 0)) for rung in ladder.RUNGS}
   assert len(seen) == len(ladder.RUNGS)
   config = ladder.rung_config("whole method", 0, 0)
-  rates.timing.change(config, "loss.shares=(5,0,3) optim.lr=1e-2 data.path=a=b optim.name=adamw")
-  assert tuple(config.loss.shares) == (5, 0, 3) and config.optim.lr == 0.01
+  rates.timing.change(config, "loss.split=(5,0,3) optim.lr=1e-2 data.path=a=b optim.name=adamw")
+  assert tuple(config.loss.split) == (5, 0, 3) and config.optim.lr == 0.01
   assert (config.data.path, config.optim.name) == ("a=b", "adamw")
 
 

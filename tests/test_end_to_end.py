@@ -206,7 +206,10 @@ def test_ctrl_c_while_sampling_is_no_traceback(finished, tmp_path):
     ((CONFIG, "--step=3"), ("--step does nothing in --mode=train",)),
     ((CONFIG, "--seed=3"), ("--seed", "--mode=train", "--config.seed")),
     (("--mode=sample",), ("no checkpoint",)),
-    (("--mode=encode", "--texts=README.md", "--side=17"), ("--side", "--mode=encode --texts")),
+    (
+      ("--mode=encode", "--texts=README.md", "--image_size=17"),
+      ("--image_size", "--mode=encode --texts"),
+    ),
     (
       ("--mode=encode", "--images=docs", "--tokenizer=t"),
       ("--tokenizer", "--mode=encode --images"),

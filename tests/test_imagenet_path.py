@@ -66,17 +66,17 @@ def test_images_to_latents_to_a_model_to_samples_to_numbers(files, tmp_path):
   images, vae, inception = files
   latents, run = tmp_path / "latents", tmp_path / "run"
   encode = ("--mode=encode", f"--images={images}", f"--vae={vae}", f"--out={latents}")
-  out = call(*encode, f"--side={SIDE}", "--shards=3")
+  out = call(*encode, f"--image_size={SIDE}", "--shards=3")
   assert f"{CLASSES * EACH} images of {CLASSES} classes" in out
   manifest = json.loads((latents / "manifest.json").read_text())
   assert manifest["count"] == 200 and manifest["skipped"] == 0
   # Again: every shard is kept.
   before = {path: path.stat().st_mtime_ns for path in latents.glob("*.array_record")}
-  call(*encode, f"--side={SIDE}", "--shards=3")
+  call(*encode, f"--image_size={SIDE}", "--shards=3")
   assert before == {path: path.stat().st_mtime_ns for path in latents.glob("*.array_record")}
 
   config = "--config=configs/ism_imagenet256.py:S/2,debug"
-  small = (f"--config.data.side={SIDE // 8}", "--config.wavelet.levels=1")
+  small = (f"--config.data.image_size={SIDE // 8}", "--config.loss.wavelet_levels=1")
   call(config, *small, f"--config.data.path={latents}", f"--workdir={run}")
 
   out = call("--mode=sample", f"--workdir={run}", f"--vae={vae}", "--num=4", "--nfe=1,2")

@@ -51,8 +51,8 @@ def run(make_state, make_mesh, perturb):
     quiet = method.init
 
     def init(key):
-      params, extra = quiet(key)
-      return perturb(params), extra
+      params, aux_state = quiet(key)
+      return perturb(params), aux_state
 
     return make_state(method._replace(init=init), tx, make_mesh(1, 1), decays)
 
@@ -61,7 +61,7 @@ def run(make_state, make_mesh, perturb):
     method, decays = make(mesh)
     shardings = mesh_lib.state_sharding(initial(make), mesh)
     state, losses = jax.device_put(initial(make), shardings), []
-    step = mesh_lib.within(mesh, make_train_step(method, tx, decays, 1.0, parts))
+    step = mesh_lib.with_mesh(mesh, make_train_step(method, tx, decays, 1.0, parts))
     step = jax.jit(step, out_shardings=(shardings, None))
     stream = method.stream(0, 0)
     for batch in itertools.islice(stream, 20):
@@ -87,7 +87,7 @@ def test_sharded_samples_equal_unsharded(make_mesh, monkeypatch, perturb, shape)
 
   mesh = make_mesh(*shape)
   split = jax.device_put(params, mesh_lib.state_sharding(params, mesh))
-  found = jax.jit(mesh_lib.within(mesh, sample))(split, mesh_lib.to_global(rows, mesh))
+  found = jax.jit(mesh_lib.with_mesh(mesh, sample))(split, mesh_lib.to_global(rows, mesh))
   np.testing.assert_allclose(found, jax.jit(sample)(params, rows), atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_sharded_generation_equals_unsharded(make_mesh, monkeypatch, shape):
   monkeypatch.setattr(mesh_lib, "SMALL", 64)
   sizes = transformer.TransformerConfig(vocab=21, width=16, depth=1, heads=2, hidden=32)
   network = transformer.make_network(sizes)
-  generate = make_rollout(network, RolloutConfig(max_length=12, max_actions=6, max_erasures=2))
+  generate = make_rollout(network, RolloutConfig(max_length=12, max_actions=6, max_backspaces=2))
   draw, shapes = np.random.default_rng(5), jax.eval_shape(network.init, jax.random.key(0))
   params = jax.tree.map(lambda a: (0.4 * draw.normal(size=a.shape)).astype(np.float32), shapes)
   token = draw.integers(SPECIAL, sizes.vocab, (8, 9)).astype(np.int32)
@@ -115,7 +115,7 @@ def test_sharded_generation_equals_unsharded(make_mesh, monkeypatch, shape):
 
   mesh = make_mesh(*shape)
   split = jax.device_put(params, mesh_lib.state_sharding(params, mesh))
-  found = jax.jit(mesh_lib.within(mesh, run))(split, mesh_lib.to_global({"x": token}, mesh)["x"])
+  found = jax.jit(mesh_lib.with_mesh(mesh, run))(split, mesh_lib.to_global({"x": token}, mesh)["x"])
   for a, b in zip(found, jax.jit(run)(params, token), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -164,8 +164,8 @@ def test_sharded_steps_equal_unsharded(run, make_mesh, monkeypatch, make, shape,
   state, losses = run(make, make_mesh(*shape), parts)
   for tree in (state.params, state.opt_state, *state.ema.values()):
     kernels = [a for a in jax.tree.leaves(tree) if a.ndim > 1]
-    shares = [a.size / a.addressable_shards[0].data.size for a in kernels]
-    assert np.mean(np.equal(shares, shape[1] * shape[2])) >= 0.5
+    split = [a.size / a.addressable_shards[0].data.size for a in kernels]
+    assert np.mean(np.equal(split, shape[1] * shape[2])) >= 0.5
   np.testing.assert_allclose(losses, alone_losses, rtol=1e-5)
   moved = [float(jnp.abs(a).max()) for a in jax.tree.leaves(state.opt_state[0].mu)]
   assert max(moved) > 1e-3
@@ -173,4 +173,4 @@ def test_sharded_steps_equal_unsharded(run, make_mesh, monkeypatch, make, shape,
     pairs = zip(*(jax.tree.leaves(getattr(s, name)) for s in (state, alone)), strict=True)
     for found, wanted in pairs:
       np.testing.assert_allclose(jax.device_get(found), jax.device_get(wanted), atol=1e-5)
-  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.extra, alone.extra)))
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.aux_state, alone.aux_state)))

@@ -24,7 +24,7 @@ FREE = (
   "mesh.",
   "eval.",
   "data.max_faults",
-  "tokenizer.path",  # of the facts
+  "tokenizer.path",  # of the metadata
   "init_from",
   "model.remat",
   "model.unroll",
@@ -42,11 +42,30 @@ TOLD = (
   "optim.b2",
   "optim.weight_decay",
   "optim.clip",
-  "optim.accumulate",
+  "optim.grad_accum_steps",
 )
-# The same, from one path to another: whether the same is there is said by the facts about the data.
+# The same, from one path to another: whether the same data are there is said by the metadata.
 PATHS = ("data.path", "data.train", "data.test", "data.tokenizer", "pretrained")
-BOUND = ("eval.erasures",)  # not free after all: the size of a replay buffer depends on it
+# Keys of earlier versions, for who still types them.
+RENAMED = {
+  "optim.accumulate": "optim.grad_accum_steps",
+  "data.side": "data.image_size",
+  "data.made_up": "data.synthetic",
+  "data.lanes": "data.sequences_per_row",
+  "loss.shares": "loss.split.velocity, .guidance and .consistency",
+  "loss.weights": "loss.weighting=by_example or by_term",
+  "guidance.w_max": "loss.w_max",
+  "guidance.w_step": "loss.w_step",
+  "guidance.zero": "loss.zero_w_prob",
+  "guidance.start": "loss.interval_start",
+  "guidance.baked": "loss.bootstrap_guidance",
+  "wavelet.levels": "loss.wavelet_levels",
+  "wavelet.decay": "loss.level_decay",
+  "wavelet.norm": "loss.norm",
+  "buffer.rows": "buffer.size",
+  "eval.erasures": "eval.max_backspaces",
+}
+BOUND = ("eval.max_backspaces",)  # not free after all: the size of a replay buffer depends on it
 
 
 def flatten(config: dict) -> dict:
@@ -77,46 +96,54 @@ def _check_config_file(path: str | None) -> None:
     raise _no_config(path, "is no config, it has no get_config")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses absl flags, config overrides included; returns the arguments left over.
+def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
+  """Parses the flags that `values` defines, overrides of a config among them.
 
   Raises:
     UserError: for whatever is wrong with them, in one sentence.
+    flags.UnrecognizedFlagError: one is not among them.
   """
   if sum(arg.partition("=")[0] == "--config" for arg in argv) > 1:
     raise UserError("--config is given twice; give one config.")
   _check_config_file(_config_file(argv))
   try:
-    left = flags.FLAGS(argv)
-    if flags.FLAGS.config is not None:
-      flags.FLAGS.config.to_dict()  # a file that can't be loaded raises only once it is used
-      if "method" in config_flags.get_override_values(flags.FLAGS["config"]):
+    left = values(argv)
+    config = values.config if "config" in values else None
+    if config is not None:
+      config.to_dict()  # a file that can't be loaded raises only once it is used
+      if "method" in config_flags.get_override_values(values["config"]):
         raise UserError("--config.method belongs to the config; choose another --config instead.")
-    return left
+    if len(left) > 1:
+      raise UserError(f"unexpected argument {left[1]!r}; every option is written --name=value.")
+  except flags.UnrecognizedFlagError:
+    raise
   except flags.Error as err:
-    if _config_file(argv) is None and any(arg.startswith("--config.") for arg in argv):
-      raise UserError(
-        "--config.KEY=VALUE needs --config=configs/NAME.py beside it, in training; in other modes "
-        "leave it out, they have options of their own, such as --seed."
-      ) from err
     lines = [line for line in str(err).splitlines() if line.strip()]
-    said = lines[-1].removeprefix("ValueError: ")
-    if isinstance(err, flags.UnrecognizedFlagError):
-      said += "; --help lists the options, and a config's keys are written --config.KEY=VALUE."
-    raise UserError(said) from err
+    raise UserError(lines[-1].removeprefix("ValueError: ")) from err
   except OSError as err:
     raise _no_config(_config_file(argv), "cannot be read") from err
   except (AttributeError, KeyError) as err:
-    sys.argv = [argv[0], f"--config={_config_file(argv)}"]  # config_flags looks for overrides here
-    flags.FLAGS(sys.argv)
-    config = flags.FLAGS.config.to_dict()
+    config = _without_overrides(argv, values)
     given = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
     unknown = next((key for key in given if key not in flatten(config)), given[-1])
     raise UserError(explain_unknown_key(unknown, config)) from err
 
 
+def _without_overrides(argv: list[str], values: flags.FlagValues) -> dict:
+  """The config that --config names, as the file has it."""
+  before, sys.argv = sys.argv, [argv[0], f"--config={_config_file(argv)}"]  # config_flags reads it
+  try:
+    values.unparse_flags()
+    values(sys.argv)
+    return values.config.to_dict()
+  finally:
+    sys.argv = before
+
+
 def explain_unknown_key(key: str, config: dict) -> str:
   """One sentence for an override of a key that is not there, with the nearest one that is."""
+  if key in RENAMED:
+    return f"the config's key {key!r} is --config.{RENAMED[key]} now."
   known = list(flatten(config))
   near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
   by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -130,7 +157,7 @@ def explain_unknown_key(key: str, config: dict) -> str:
 def check_same(config: dict, saved: dict, workdir, what: str = "config") -> None:
   """Raises UserError, saying what differs, if `config` must not go on from a run of `saved`.
 
-  So it does for facts about the data; `what` is what they are called.
+  So it does for metadata about the data; `what` is what they are called.
 
   What differs in TOLD and PATHS is printed by process 0. Keys that `saved` does not have are of a
   newer version, and are told.
@@ -180,12 +207,3 @@ def check_backend(wanted: str) -> None:
       f"backend={wanted!r} was asked for but JAX found {found!r}; install its wheels "
       f"(ACCELERATOR=... ./launch.sh install) or pass --config.backend={found}."
     )
-
-
-def numbers(name: str, values: list[str] | None, kind: type) -> tuple:
-  """A comma-separated flag as numbers, () if it was not given; UserError for what is no number."""
-  try:
-    return tuple(kind(value) for value in values or ())
-  except ValueError as err:
-    what = "whole numbers" if kind is int else "numbers"
-    raise UserError(f"--{name}={','.join(values)} must be {what} separated by commas.") from err

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train_jax.errors import UserError
-from train_jax.mesh import by_heads, by_rows
+from train_jax.mesh import by_heads, shard_batch
 
 # What the backward pass of a block takes from the forward pass, and does not compute again.
 REMAT = {
@@ -84,7 +84,7 @@ def attend(
   if mask is not None:
     odd = length % 2  # the backward pass takes even lengths
     q, key, value = (jnp.pad(a, ((0, 0), (0, odd), (0, 0), (0, 0))) for a in (q, key, value))
-    mask = by_rows(jnp.pad(mask, ((0, 0), (0, 0), (0, odd), (0, odd))))
+    mask = shard_batch(jnp.pad(mask, ((0, 0), (0, 0), (0, odd), (0, odd))))
   q, key, value = by_heads(q, key, value)
   attended = jax.nn.dot_product_attention(q, key, value, mask=mask, implementation="cudnn")
   attended, *_ = by_heads(attended, key, value)  # and with it its gradient

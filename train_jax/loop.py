@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from train_jax import mesh as mesh_lib
 from train_jax import metrics as metrics_lib
 from train_jax import state as state_lib
 from train_jax.checkpointing.checkpoint import Checkpoints
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_above_zero, check_at_least
 from train_jax.multihost import distributed
 from train_jax.multihost.distributed import all_agree
 from train_jax.multihost.signals import Interrupted, Signals, pausing
@@ -54,20 +54,25 @@ class LoopConfig:
   keep: int
   keep_every: int
   clip: float
-  accumulate: int
+  grad_accum_steps: int
   max_skipped: int
   seed: int
 
+  @classmethod
+  def of(cls, config: Mapping) -> LoopConfig:
+    """Those of a run's config: its own keys, and two of its `optim`."""
+    return cls(
+      **{
+        f.name: config[f.name] if f.name in config else config["optim"][f.name] for f in fields(cls)
+      }
+    )
+
   def __post_init__(self):
     for name in ("steps", "log_every", "save_every", "keep", "max_skipped"):
-      if getattr(self, name) < 1:
-        raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-    if self.keep_every < 0:
-      raise UserError(f"keep_every={self.keep_every} must be at least 0; 0 keeps none for good.")
-    if self.eval_every < 0:
-      raise UserError(f"eval_every={self.eval_every} must be at least 0; 0 is only at the end.")
-    if not self.clip > 0:
-      raise UserError(f"optim.clip={self.clip} must be above 0; choose 1e9 to clip nothing.")
+      check_at_least(name, getattr(self, name), 1)
+    for name in ("keep_every", "eval_every"):  # 0: none for good, only at the end
+      check_at_least(name, getattr(self, name), 0)
+    check_above_zero("optim.clip", self.clip)
     if not 0 <= self.seed < 2**32:
       raise UserError(f"seed={self.seed} must be between 0 and {2**32 - 1}.")
 
@@ -100,14 +105,14 @@ def train(
   mesh: jax.sharding.Mesh,
   workdir: Path,
   record: dict,
-  given: Callable[[], dict[str, Any]] = dict,
+  init_params: Callable[[], dict[str, Any]] = dict,
 ) -> bool:
   """Runs or resumes a run to its end; goes back to its last checkpoint once if it diverges.
 
   Args:
     rate: learning rate of `tx` by step, to be logged.
     decays: of the named EMAs; "sample" is the one that is evaluated.
-    record: JSON saved with every checkpoint (the config and facts about the data).
+    record: JSON saved with every checkpoint (the config and metadata about the data).
     given: called where a run begins at step 0, for the parameters that it begins with instead of
       drawn ones, by dotted name (see warm_start.py). They are not held on to.
 
@@ -124,7 +129,9 @@ def train(
     if not 0 <= decay < 1:
       raise UserError(f"ema.{name}={decay} must be at least 0 and below 1.")
   with Signals() as signals:
-    run = partial(_Run, method, tx, rate, decays, config, mesh, workdir, record, given, signals)
+    run = partial(
+      _Run, method, tx, rate, decays, config, mesh, workdir, record, init_params, signals
+    )
     try:
       return run(rollbacks=0).train()
     except DivergedError as err:
@@ -155,7 +162,7 @@ class _Run:
   mesh: jax.sharding.Mesh
   workdir: Path
   record: dict
-  given: Callable[[], dict[str, Any]]
+  init_params: Callable[[], dict[str, Any]]
   signals: Signals
   rollbacks: int
 
@@ -171,12 +178,15 @@ class _Run:
 
   def _begin(self, init: Callable) -> tuple[TrainState, int]:
     """State and position of the newest good step, or of step 0."""
-    abstract = mesh_lib.lay_out(jax.eval_shape(init), self.mesh)
+    abstract = mesh_lib.abstract_state(jax.eval_shape(init), self.mesh)
     found = self.checkpoints.restore(abstract)
     if not found:
-      wanted, given = state_lib.flatten(abstract.params), self.given()
+      wanted, init_params = state_lib.flatten(abstract.params), self.init_params()
       return init(
-        {n: mesh_lib.place(a, wanted[n].sharding, wanted[n].dtype) for n, a in given.items()}
+        {
+          n: mesh_lib.to_device(a, wanted[n].sharding, wanted[n].dtype)
+          for n, a in init_params.items()
+        }
       ), 0
     state, meta = found
     if (step := int(state.step)) > self.config.steps:  # its evaluation would be called this run's
@@ -214,9 +224,11 @@ class _Run:
   def _steps(self, stream: Iterator) -> bool:
     """Steps, with their saves and evaluations; returns whether they were ended by a signal."""
     config = self.config
-    step_fn = make_train_step(self.method, self.tx, self.decays, config.clip, config.accumulate)
+    step_fn = make_train_step(
+      self.method, self.tx, self.decays, config.clip, config.grad_accum_steps
+    )
     step_fn = jax.jit(
-      mesh_lib.within(self.mesh, step_fn),
+      mesh_lib.with_mesh(self.mesh, step_fn),
       donate_argnums=mesh_lib.donated(0),
       out_shardings=(self.shardings, None),
     )
@@ -264,8 +276,12 @@ class _Run:
       )
 
   def _save(self) -> None:
-    facts = {"step": int(self.state.step), "position": self.position, "rollbacks": self.rollbacks}
-    self.checkpoints.save(self.state, {**self.record, **facts})
+    metadata = {
+      "step": int(self.state.step),
+      "position": self.position,
+      "rollbacks": self.rollbacks,
+    }
+    self.checkpoints.save(self.state, {**self.record, **metadata})
 
   def _told(self) -> bool:
     """Whether any process was told to stop, at once; all of them must call it."""

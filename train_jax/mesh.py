@@ -77,7 +77,7 @@ def make_mesh(fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Me
   return Mesh(arrange(devices or jax.devices(), fsdp, tensor), AXES, axis_types=kinds)
 
 
-def fitting(axis: str, fsdp: int, tensor: int = 1, devices: list | None = None) -> Mesh:
+def mesh_for_inference(axis: str, fsdp: int, tensor: int = 1, devices: list | None = None) -> Mesh:
   """Where a trained network is used, on fewer devices than in training, or on more.
 
   As many share the parameters as in training, or as can, all along `axis` (fsdp or tensor, which
@@ -115,7 +115,7 @@ def state_sharding(abstract, mesh: Mesh):
   return jax.tree.map(lambda a: NamedSharding(mesh, param_spec(a.shape, fsdp, tensor)), abstract)
 
 
-def lay_out(abstract, mesh: Mesh):
+def abstract_state(abstract, mesh: Mesh):
   """Shapes of a state or of parameters, with the shardings that they have on `mesh`."""
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
@@ -124,7 +124,7 @@ def lay_out(abstract, mesh: Mesh):
   )
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
   """The whole of an array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
@@ -134,8 +134,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, ROWS)
 
 
-def within(mesh: Mesh, fn: Callable) -> Callable:
-  """`fn`, traced so that `by_rows` inside it knows the mesh."""
+def with_mesh(mesh: Mesh, fn: Callable) -> Callable:
+  """`fn`, traced so that `shard_batch` inside it knows the mesh."""
 
   @functools.wraps(fn)
   def run(*args):
@@ -146,14 +146,14 @@ def within(mesh: Mesh, fn: Callable) -> Callable:
 
 
 def jit(fn: Callable, mesh: Mesh | None) -> Callable:
-  """`fn`, compiled `within` the mesh, where there is one; every device gets all that it returns."""
+  """`fn` compiled, with a mesh if there is one; every device then gets all that it returns."""
   if mesh is None:
     return jax.jit(fn)
-  return jax.jit(within(mesh, fn), out_shardings=everywhere(mesh))
+  return jax.jit(with_mesh(mesh, fn), out_shardings=replicated(mesh))
 
 
-def by_rows(x: jax.Array, rest=None) -> jax.Array:
-  """x [b, ...], held to be split by rows as the batch is; as it comes outside `within`.
+def shard_batch(x: jax.Array, rest=None) -> jax.Array:
+  """x [b, ...], held to be split by rows as the batch is; as it comes outside `with_mesh`.
 
   Between layers it keeps the compiler from splitting activations as the next layer's parameters
   are, and so from moving activations where it should gather parameters.
@@ -168,7 +168,7 @@ def by_rows(x: jax.Array, rest=None) -> jax.Array:
 
 
 def by_heads(*arrays: jax.Array) -> list[jax.Array]:
-  """Arrays [b, l, n, f], all held to be split alike, inside `within`: by rows, and n by `tensor`.
+  """Arrays [b, l, n, f], all held to be split alike, inside `with_mesh`: b, and n by `tensor`.
 
   A kernel that XLA does not see into works on its share of rows and heads, if all have the same.
   """
@@ -182,7 +182,7 @@ def by_heads(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def by_rule(tree):
-  """Parameters, or what has their shapes, held to be laid out as in a state, inside `within`."""
+  """Parameters, or what has their shapes, held to be laid out as in a state, inside `with_mesh`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
@@ -190,14 +190,14 @@ def by_rule(tree):
 
 
 def fill_rows(tree):
-  """Arrays [n, ...], their last row repeated until `by_rows` can split them, inside `within`."""
+  """Arrays [n, ...], their last row repeated until `shard_batch` can split them."""
   mesh = jax.sharding.get_abstract_mesh()
   parts = 1 if mesh.empty else batch_parts(mesh)
 
   def fill(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, -len(x) % parts), *((0, 0),) * (x.ndim - 1)), mode="edge")
 
-  return jax.tree.map(lambda x: by_rows(fill(x)), tree)
+  return jax.tree.map(lambda x: shard_batch(fill(x)), tree)
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -211,15 +211,15 @@ def parts_in_words(mesh: Mesh) -> str:
   return f"{n} devices" if n == mesh.size else f"{n} groups of {mesh.shape['tensor']} devices"
 
 
-def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
-  """Raises UserError unless each of `accumulate` parts of the global batch divides over devices."""
-  if accumulate < 1:
-    raise UserError(f"optim.accumulate={accumulate} must be at least 1.")
-  n = batch_parts(mesh) * accumulate
+def check_batch(batch: int, mesh: Mesh, grad_accum_steps: int = 1) -> None:
+  """Raises UserError unless each of `grad_accum_steps` parts of a batch divides over devices."""
+  if grad_accum_steps < 1:
+    raise UserError(f"optim.grad_accum_steps={grad_accum_steps} must be at least 1.")
+  n = batch_parts(mesh) * grad_accum_steps
   if batch < 1:
     raise UserError(f"batch={batch} must be at least 1.")
   if batch % n:
-    times = f" times optim.accumulate={accumulate}" if accumulate > 1 else ""
+    times = f" times optim.grad_accum_steps={grad_accum_steps}" if grad_accum_steps > 1 else ""
     raise UserError(
       f"batch={batch} is not divisible by the {parts_in_words(mesh)}{times}; "
       f"choose a multiple of {n}, such as {max(n, batch // n * n)}."
@@ -241,14 +241,14 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
-def fetch(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
   """The whole of a global array, on every process; all of them must call it."""
   if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def place(array, sharding: NamedSharding, dtype) -> jax.Array:
+def to_device(array, sharding: NamedSharding, dtype) -> jax.Array:
   """An array as a global one of another layout and dtype; all processes must call it.
 
   Args:
@@ -291,4 +291,4 @@ def donated(*arguments: int) -> tuple[int, ...]:
 
 def replicate(tree, mesh: Mesh):
   """The same arrays on every device of the mesh."""
-  return jax.device_put(tree, everywhere(mesh))
+  return jax.device_put(tree, replicated(mesh))

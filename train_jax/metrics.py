@@ -205,24 +205,28 @@ def table(results: dict[str, float]) -> str:
   )
 
 
-def report(facts: dict[str, int], found: Iterator[tuple[str, Any]], out: Path) -> None:
-  """Prints an evaluation's numbers, and writes them with `facts` about it to out/evaluation.json.
+def report(
+  metadata: dict[str, int], found: Iterator[tuple[str, Any]], out: Path
+) -> dict[str, float]:
+  """Prints an evaluation's numbers, and writes them with `metadata` to out/evaluation.json.
 
   The file is written anew after each number: what was measured survives a run that is cut off.
   Pictures are `out/evaluation_NAME.png`. All processes must call it; the first one writes.
   """
-  chief, path, results = jax.process_index() == 0, out / "evaluation.json", {}
+  is_primary, path, results = jax.process_index() == 0, out / "evaluation.json", {}
   out.mkdir(parents=True, exist_ok=True)
-  for name, value in watched(found, active=chief):
-    if not chief:
+  for name, value in watched(found, active=is_primary):
+    if not np.ndim(value):
+      results[name] = value
+    if not is_primary:
       continue
     if np.ndim(value):
       Image.fromarray(value).save(out / f"evaluation_{name}.png")
       print(f"{name + ':':<8} {out / f'evaluation_{name}.png'}")
       continue
-    results[name] = value
     with files.whole_file(path) as file:
-      file.write(files.plain_json({**facts, **results}, indent=1).encode())
-  if chief:
-    said = ", ".join(f"{name} {value}" for name, value in facts.items())
+      file.write(files.plain_json({**metadata, **results}, indent=1).encode())
+  if is_primary:
+    said = ", ".join(f"{name} {value}" for name, value in metadata.items())
     print(f"{said}; docs/METRICS.md says what is what\n{table(results)}\nnumbers: {path}")
+  return results

@@ -10,7 +10,13 @@ import optax
 from optax import contrib
 
 from train_jax import lora
-from train_jax.errors import UserError
+from train_jax.errors import (
+  UserError,
+  check_above_zero,
+  check_at_least,
+  check_fraction,
+  check_one_of,
+)
 from train_jax.state import dotted
 
 OPTIMIZERS = ("adamw", "muon")
@@ -35,6 +41,8 @@ class OptimConfig:
       whichever optimiser moves the matrix: Muon's rate is larger, and would decay as much more.
     mu_dtype: what first moments and Muon's momentum are kept in, float32 or bfloat16. Second
       moments stay in float32: with b2 near 1 a step changes them by less than bfloat16 resolves.
+    clip: global gradient norm; the step clips, before the optimiser.
+    grad_accum_steps: parts of a batch whose gradients the step takes one after the other.
   """
 
   name: str
@@ -46,23 +54,19 @@ class OptimConfig:
   b2: float
   weight_decay: float
   mu_dtype: str
+  clip: float
+  grad_accum_steps: int
 
   def __post_init__(self):
-    if self.name not in OPTIMIZERS:
-      raise UserError(f"optim.name={self.name!r} is unknown; choose from {', '.join(OPTIMIZERS)}.")
-    for name in ("lr", "muon_lr"):
-      if not getattr(self, name) > 0:
-        raise UserError(f"optim.{name}={getattr(self, name)} must be above 0.")
+    check_one_of("optim.name", self.name, OPTIMIZERS)
+    check_one_of("optim.mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
+    for name in ("lr", "muon_lr", "clip"):
+      check_above_zero(f"optim.{name}", getattr(self, name))
     for name in ("warmup", "final", "weight_decay"):
-      if not getattr(self, name) >= 0:
-        raise UserError(f"optim.{name}={getattr(self, name)} must be at least 0.")
+      check_at_least(f"optim.{name}", getattr(self, name), 0)
     for name in ("b1", "b2"):
-      if not 0 <= getattr(self, name) < 1:
-        raise UserError(f"optim.{name}={getattr(self, name)} must be at least 0 and below 1.")
-    if self.mu_dtype not in ("float32", "bfloat16"):
-      raise UserError(
-        f"optim.mu_dtype={self.mu_dtype!r} is unknown; choose 'float32' or 'bfloat16'."
-      )
+      check_fraction(f"optim.{name}", getattr(self, name), inclusive=False)
+    check_at_least("optim.grad_accum_steps", self.grad_accum_steps, 1)
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -42,7 +42,7 @@ class TrainState:
   params: PyTree
   opt_state: PyTree
   ema: dict[str, PyTree]
-  extra: PyTree
+  aux_state: PyTree
   rng: jax.Array
 
 
@@ -55,14 +55,14 @@ def create(method, tx, decays: dict[str, float], seed: int) -> Callable[..., Tra
   optimiser's moments and the EMAs as the parameters are, from the first byte.
   """
 
-  def init(given: Mapping[str, jax.Array] | None = None) -> TrainState:
+  def init(init_params: Mapping[str, jax.Array] | None = None) -> TrainState:
     key = jax.random.key(seed)
     # A weakly typed array (`jnp.full(3, 0.1)`) would come back strong: the step compiled twice.
-    params, extra = jax.tree.map(
+    params, aux_state = jax.tree.map(
       lambda a: jax.lax.convert_element_type(a, a.dtype), method.init(jax.random.fold_in(key, 0))
     )
     params = jax.tree_util.tree_map_with_path(
-      lambda path, drawn: (given or {}).get(dotted(path), drawn), params
+      lambda path, drawn: (init_params or {}).get(dotted(path), drawn), params
     )
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -70,7 +70,7 @@ def create(method, tx, decays: dict[str, float], seed: int) -> Callable[..., Tra
       params=params,
       opt_state=tx.init(params),
       ema={name: jax.tree.map(jnp.copy, params) for name in decays},
-      extra=extra,
+      aux_state=aux_state,
       rng=jax.random.key_data(jax.random.fold_in(key, 1)),
     )
 

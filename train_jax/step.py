@@ -59,7 +59,7 @@ class Method(NamedTuple):
   """Everything that the loop needs to know about a method: functions over pytrees, no objects.
 
   Attributes:
-    init: key -> (params, extra); `extra` is the method's side-car in the state, or `()`.
+    init: key -> (params, extra); `aux_state` is the method's side-car in the state, or `()`.
     loss: (params, ema, batch, key) -> (scalar, metrics); differentiated in `params`. That of a
       batch is the mean of those of equal parts of its rows (see `mean_of_parts`).
     augment: (state, batch, key) -> (extra, batch); runs inside the step, before the loss, where the
@@ -82,7 +82,7 @@ class Method(NamedTuple):
 def no_augment(state: TrainState, batch: Batch, key: jax.Array) -> tuple[PyTree, Batch]:
   """`Method.augment` of a method that learns from its data as they come."""
   del key
-  return state.extra, batch
+  return state.aux_state, batch
 
 
 def mean_of_parts(grad_fn: Callable, parts: int, params: PyTree, batch: Batch, key: jax.Array):
@@ -107,7 +107,7 @@ def mean_of_parts(grad_fn: Callable, parts: int, params: PyTree, batch: Batch, k
     return a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
 
   def add(total: PyTree, part: tuple) -> tuple:
-    rows, key = jax.tree.map(lambda a: mesh_lib.by_rows(a) if a.ndim else a, part)
+    rows, key = jax.tree.map(lambda a: mesh_lib.shard_batch(a) if a.ndim else a, part)
     values, grads = grad_fn(rows, key)
     return mesh_lib.by_rule(jax.tree.map(jnp.add, total, grads)), values
 
@@ -141,7 +141,7 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     key_augment, key_loss = jax.random.split(key)
 
-    extra, batch = method.augment(state, batch, key_augment, *frozen)
+    aux_state, batch = method.augment(state, batch, key_augment, *frozen)
 
     def grad_fn(batch: Batch, key: jax.Array):
       loss = jax.value_and_grad(method.loss, has_aux=True)
@@ -158,9 +158,9 @@ def make_train_step(
     ema = ema_lib.update(state.ema, params, decays, state.step)
 
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    keep = (state.params, state.opt_state, state.ema, state.extra)
-    params, opt_state, ema, extra = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema, extra), keep
+    keep = (state.params, state.opt_state, state.ema, state.aux_state)
+    params, opt_state, ema, aux_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema, aux_state), keep
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
     new_state = dataclasses.replace(
@@ -170,7 +170,7 @@ def make_train_step(
       params=params,
       opt_state=opt_state,
       ema=ema,
-      extra=extra,
+      aux_state=aux_state,
     )
     return new_state, {"loss": loss, **metrics, "grad_norm": grad_norm, "skipped": skipped}
 

@@ -30,12 +30,55 @@ class Trained(NamedTuple):
     origin: where it was found, in words.
     tensors: by dotted name; of a run, global arrays on the mesh that it was read on. Of an exported
       model they are read from its file when they are indexed.
-    run: {"config": ..., "facts": ...} of its run; {} where a file does not say.
+    run: {"config": ..., "metadata": ...} of its run; {} where a file does not say.
   """
 
   origin: str
   tensors: dict[str, np.ndarray | jax.Array | Lazy]
   run: dict[str, Any]
+
+
+class WarmStart(NamedTuple):
+  """What `init_from` may be for a method.
+
+  Attributes:
+    must_match: dotted keys into config and metadata that must be equal there, such as
+      "config.model.heads": no shape of a tensor shows them.
+    reinitialized: names, or beginnings of names, that are drawn afresh if they are missing there or
+      of another size.
+    convert: Weights of a published file -> tensors by our names; None where none can be read.
+    pretrained: () -> the parameters to begin with where `init_from` is empty, by dotted name.
+  """
+
+  must_match: tuple[str, ...]
+  reinitialized: tuple[str, ...] = ()
+  convert: Callable[[Weights], dict[str, Any]] | None = None
+  pretrained: Callable[[], dict[str, Any]] = dict
+
+
+def make_init_params(
+  rules: WarmStart, make_network: Callable, config: dict, metadata: dict, mesh: Mesh
+) -> dict[str, Any]:
+  """The parameters that a fresh run begins with instead of drawn ones, by dotted name.
+
+  They are those of `init_from`; if it is empty, the method's pretrained ones, if any.
+
+  Args:
+    make_network: (config, metadata), nested dicts -> a network's functions, `init` first.
+    mesh: over which a run's parameters are spread while they are read.
+  """
+  if not config["init_from"]:
+    return rules.pretrained()
+
+  def abstract(config: dict, metadata: dict):
+    return jax.eval_shape(make_network(config, metadata)[0], jax.random.key(0))
+
+  trained = read(config["init_from"], config["method"], abstract, mesh, rules.convert)
+  check_alike(trained, {"config": config, "metadata": metadata}, rules.must_match)
+  found, line = choose(trained, abstract(config, metadata), rules.reinitialized)
+  if jax.process_index() == 0:
+    print(line, flush=True)
+  return found
 
 
 def read(
@@ -44,7 +87,7 @@ def read(
   """The trained network at `path`: an exported model, a working directory, or a file.
 
   Args:
-    make_network: (config dict, facts) -> abstract parameters of that run's network.
+    make_network: (config dict, metadata) -> abstract parameters of that run's network.
     mesh: over which a run's parameters are spread while they are read.
     convert: Weights -> tensors by our names, for a method that knows published weights.
 
@@ -71,20 +114,22 @@ def read(
       f"init_from={path!r} is a run of method {found!r} and this one is {method!r}; give a run of "
       "the same method."
     )
-  params, step = checkpoints.restore_ema("sample", make_network(run["config"], run["facts"]), mesh)
+  params, step = checkpoints.restore_ema(
+    "sample", make_network(run["config"], run["metadata"]), mesh
+  )
   checkpoints.close()
   return Trained(f"{path} (step {step})", flatten(params), run)
 
 
-def check_alike(trained: Trained, run: dict[str, Any], same: Sequence[str]) -> None:
+def check_alike(trained: Trained, run: dict[str, Any], must_match: Sequence[str]) -> None:
   """Raises UserError unless the two runs agree in what the shapes of tensors do not show.
 
   Args:
-    run: {"config": ..., "facts": ...} of the run that begins.
-    same: dotted keys into both, such as "config.model.heads".
+    run: {"config": ..., "metadata": ...} of the run that begins.
+    must_match: dotted keys into both, such as "config.model.heads".
   """
   there, here = flatten_config(trained.run), flatten_config(run)
-  for key in same:
+  for key in must_match:
     then, now = there.get(key), here.get(key)
     if there and then != now:
       raise UserError(
@@ -93,13 +138,13 @@ def check_alike(trained: Trained, run: dict[str, Any], same: Sequence[str]) -> N
       )
 
 
-def choose(trained: Trained, wanted, fresh: Sequence[str]) -> tuple[dict[str, Any], str]:
+def choose(trained: Trained, wanted, reinitialized: Sequence[str]) -> tuple[dict[str, Any], str]:
   """(the tensors to begin with by dotted name, a line that says what was taken and what was not).
 
   Args:
     wanted: abstract parameters of the network that begins.
-    fresh: names, or beginnings of names, that are drawn afresh if they are missing or of another
-      size in `trained`; all others must be there.
+    reinitialized: names, or beginnings of names, that are drawn afresh if they are missing or of
+      another size in `trained`; all others must be there.
 
   Raises:
     UserError: a tensor is missing, has another shape, or has no place.
@@ -113,7 +158,7 @@ def choose(trained: Trained, wanted, fresh: Sequence[str]) -> tuple[dict[str, An
       taken[name] = found[name]
       continue
     told = "is not there" if shape is None else f"has the shape {shape} there"
-    if not any(f"{name}.".startswith(f"{part}.") for part in fresh):
+    if not any(f"{name}.".startswith(f"{part}.") for part in reinitialized):
       raise UserError(
         f"init_from={trained.origin}: {name!r} {told}, and this network needs {leaf.shape}; "
         + advice

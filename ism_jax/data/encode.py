@@ -86,7 +86,7 @@ class ShardWriter:
     self.writer.close()
     first, second = np.sum(self.sums, axis=0).tolist() if self.sums else ([], [])
     part = {"labels": self.labels, "skipped": skipped, "sum": first, "square": second}
-    write_json(self.json, {"job": self.job.facts, **part})
+    write_json(self.json, {"job": self.job.metadata, **part})
     commit(self.partial, self.records)
 
 
@@ -107,7 +107,7 @@ def encode_shard(
   writer = ShardWriter(out, job, shard)
   skipped, waiting = [], None  # waiting: written while the devices are at work on the next one
   with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-    for read in read_batches(images, job.rows(shard), batch, job.facts["side"], pool):
+    for read in read_batches(images, job.rows(shard), batch, job.metadata["image_size"], pool):
       unread = [images.name(i) for i, pixels, _ in read if pixels is None]
       for name in unread:
         logging.warning("skipped: cannot read the image %s", name)
@@ -139,7 +139,7 @@ def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int
   mean, square = (np.sum([p[key] for p in parts if p[key]], 0) / count for key in ("sum", "square"))
   classes = 1 + max(max(part["labels"], default=0) for part in parts)
   manifest = {
-    **job.facts,
+    **job.metadata,
     "count": count,
     "skipped": sum(len(part["skipped"]) for part in parts),
     "names": names or [str(i) for i in range(classes)],
@@ -152,15 +152,15 @@ def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int
   return manifest
 
 
-def make_job(images: EncodedImages, vae: str, side: int, shards: int) -> Job:
-  """The job of `--images --vae --side --shards`; 0 shards chooses their number.
+def make_job(images: EncodedImages, vae: str, image_size: int, shards: int) -> Job:
+  """The job of `--images --vae --image_size --shards`; 0 shards chooses their number.
 
   Raises:
     UserError: a number that is out of range, or no autoencoder.
   """
-  if side < 8 or side % 8:
-    raise UserError(f"--side={side} must be a positive multiple of 8, such as 256.")
-  flags = {"side": side, "vae": sha256(vae)}
+  if image_size < 8 or image_size % 8:
+    raise UserError(f"--image_size={image_size} must be a positive multiple of 8, such as 256.")
+  flags = {"image_size": image_size, "vae": sha256(vae)}
   return shards_lib.make_job(KIND, VERSION, images, shards, flags)
 
 
@@ -186,18 +186,21 @@ def encode_images(images: EncodedImages, job: Job, load: Callable, out: Path) ->
 
   if not make_missing(job, out, prepare):
     return None
-  shape = (job.facts["side"] // 8, job.facts["side"] // 8, 4)
+  shape = (job.metadata["image_size"] // 8, job.metadata["image_size"] // 8, 4)
   return write_manifest(out, job, images.names, shape)
 
 
-def encode_mode(flags) -> None:
-  """`--mode=encode --images=SOURCE --vae=FILE --out=DIR [--side=256 --shards=N]`."""
-  for name in ("vae", "out"):
-    if not getattr(flags, name):
-      raise UserError(f"--{name} is missing; --mode=encode needs --images, --vae and --out.")
-  images, out = find(flags.images), Path(flags.out)
-  job = make_job(images, flags.vae, flags.side, flags.shards)
-  manifest = encode_images(images, job, lambda: autoencoder.load(flags.vae), out)
+def encode(source: str, vae: str, image_size: int, shards: int, out: Path) -> None:
+  """Encodes the images of `source` into `out`, and says what was made; see `encode_images`.
+
+  Args:
+    source: a folder, tars, ArrayRecord files or tfds:NAME.
+    vae: file of the autoencoder's weights.
+    shards: files to make; 0 chooses their number.
+  """
+  images = find(source)
+  job = make_job(images, vae, image_size, shards)
+  manifest = encode_images(images, job, lambda: autoencoder.load(vae), out)
   if manifest:
     print(
       f"latents:   {manifest['count']} images of {len(manifest['names'])} classes in {out}, "

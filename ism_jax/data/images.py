@@ -181,24 +181,24 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
   return image.convert(mode)
 
 
-def center_crop(image: Image.Image, side: int) -> np.ndarray:
-  """The centre square of an RGB image at `side` pixels, as guided-diffusion's `center_crop_arr`.
+def center_crop(image: Image.Image, image_size: int) -> np.ndarray:
+  """The centre square of an RGB image, as guided-diffusion's `center_crop_arr`.
 
   Halved by box averages while both sides stay above twice the size; then bicubic; then cut.
 
   Returns:
     uint8 [side, side, 3].
   """
-  while min(image.size) >= 2 * side:
+  while min(image.size) >= 2 * image_size:
     image = image.resize(tuple(x // 2 for x in image.size), Image.Resampling.BOX)
-  scale = side / min(image.size)
+  scale = image_size / min(image.size)
   size = tuple(round(x * scale) for x in image.size)
   pixels = np.array(image.resize(size, Image.Resampling.BICUBIC))
-  top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-  return pixels[top : top + side, left : left + side]
+  top, left = (pixels.shape[0] - image_size) // 2, (pixels.shape[1] - image_size) // 2
+  return pixels[top : top + image_size, left : left + image_size]
 
 
-def area_square(image: Image.Image, side: int, channels: int) -> np.ndarray:
+def area_square(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
   """The centre square of an image, as the camera was held; a pixel is the mean of its area.
 
   Returns:
@@ -208,26 +208,26 @@ def area_square(image: Image.Image, side: int, channels: int) -> np.ndarray:
   edge = min(image.size)
   left, top = (image.width - edge) // 2, (image.height - edge) // 2
   box = (left, top, left + edge, top + edge)
-  image = image.resize((side, side), Image.Resampling.BOX, box=box, reducing_gap=None)
-  return np.asarray(image, np.uint8).reshape(side, side, channels)
+  image = image.resize((image_size, image_size), Image.Resampling.BOX, box=box, reducing_gap=None)
+  return np.asarray(image, np.uint8).reshape(image_size, image_size, channels)
 
 
-def square(image: Image.Image, side: int, channels: int | None = None) -> np.ndarray:
+def square(image: Image.Image, image_size: int, channels: int | None = None) -> np.ndarray:
   """The centre square, uint8 [side, side, c]: `area_square`, or as in ADM without `channels`."""
   if channels:
-    return area_square(image, side, channels)
-  return center_crop(convert(image, "RGB"), side)
+    return area_square(image, image_size, channels)
+  return center_crop(convert(image, "RGB"), image_size)
 
 
 def read_image(
-  images: EncodedImages, i: int, side: int, channels: int | None = None
+  images: EncodedImages, i: int, image_size: int, channels: int | None = None
 ) -> tuple[np.ndarray | None, int]:
   """(the centre square of image i, see `square`; its class); None where it cannot be read."""
   label = -1
   try:
     content, label = images.read(i)
     with Image.open(io.BytesIO(content)) as image:
-      return square(image, side, channels), label
+      return square(image, image_size, channels), label
   except UserError:
     raise
   except UNREADABLE:
@@ -235,13 +235,13 @@ def read_image(
 
 
 def read_batches(
-  images: EncodedImages, rows: range, batch: int, side: int, pool: ThreadPoolExecutor
+  images: EncodedImages, rows: range, batch: int, image_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[int, np.ndarray | None, int]]]:
   """(number, pixels, class) of the images `rows`, `batch` at a time, one batch read ahead."""
 
   def start(first: int) -> list:
     numbers = rows[first : first + batch]
-    return [(i, pool.submit(read_image, images, i, side)) for i in numbers]
+    return [(i, pool.submit(read_image, images, i, image_size)) for i in numbers]
 
   ahead = start(0)
   for first in range(0, len(rows), batch):

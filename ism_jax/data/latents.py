@@ -98,10 +98,10 @@ def draw(state, batch: dict, key: jax.Array) -> tuple:
   """`Method.augment`: `mean` and `std` of a batch become `image`, a draw of the scaled latents."""
   batch = dict(batch)
   mean, std = (batch.pop(name).astype(jnp.float32) for name in ("mean", "std"))
-  return state.extra, {**batch, "image": autoencoder.sample(mean, std, key)}
+  return state.aux_state, {**batch, "image": autoencoder.sample(mean, std, key)}
 
 
-def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
+def synthetic(n: int, shape: tuple[int, int, int], classes: int = 10) -> Latents:
   """n random records: the shapes and scales of real ones, and nothing to learn but the class."""
   rng = np.random.default_rng(0)
   label = (np.arange(n) % classes).astype(np.int32)
@@ -166,7 +166,7 @@ def make_reader(
   dtype, bad = record_dtype(shape), set()
 
   def read_one(image: int) -> np.ndarray:
-    number = int(np.searchsorted(starts, image, side="right")) - 1
+    number = int(np.searchsorted(starts, image, image_size="right")) - 1
     # One by one: a list of positions costs the library twice the processor time.
     record = readers[number].read([int(image - starts[number])])[0]
     if len(record) != dtype.itemsize:

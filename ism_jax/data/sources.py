@@ -174,7 +174,7 @@ def hold_out(source: Source, share: float) -> tuple[Source, Source]:
   )
 
 
-def made_up(n: int, shape: tuple[int, int, int], classes: int = 10) -> Source:
+def synthetic(n: int, shape: tuple[int, int, int], classes: int = 10) -> Source:
   """n images of noise in `shape`, with nothing to learn but the grey of each class."""
   rng = np.random.default_rng(0)
   labels = (np.arange(n) % classes).astype(np.int32)
@@ -188,17 +188,19 @@ def _decode_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def _in_memory(
-  images: images_lib.EncodedImages, path: str, side: int, channels: int, max_faults: int
+  images: images_lib.EncodedImages, path: str, image_size: int, channels: int, max_faults: int
 ) -> Source:
   """The centre square of each image; files that can't be read are named, skipped and counted."""
   if channels not in (1, 3):
     raise UserError(f"data.channels={channels} must be 1 (grey) or 3 (RGB).")
   names = images.names
   # One array from the start: put together in the end, they would take the memory twice.
-  pixels = np.empty((images.size, side, side, channels), np.uint8)
+  pixels = np.empty((images.size, image_size, image_size, channels), np.uint8)
   labels, bad = [], []
   with ThreadPoolExecutor() as pool:
-    read = pool.map(lambda i: images_lib.read_image(images, i, side, channels), range(images.size))
+    read = pool.map(
+      lambda i: images_lib.read_image(images, i, image_size, channels), range(images.size)
+    )
     read = tqdm(read, total=images.size, desc="reading images", unit="img", disable=None)
     for i, (image, label) in enumerate(read):
       if image is None:
@@ -225,8 +227,8 @@ def _in_memory(
   return Source(pixels, labels, names, _decode_bytes)
 
 
-def folder(root: str, side: int, channels: int, max_faults: int = LIMIT) -> Source:
-  """The images of `images.folder`: the centre square of each, resized to `side`.
+def folder(root: str, image_size: int, channels: int, max_faults: int = LIMIT) -> Source:
+  """The images of `images.folder`: the centre square of each, resized to `image_size`.
 
   Files that can't be read are named, skipped and counted.
 
@@ -234,16 +236,16 @@ def folder(root: str, side: int, channels: int, max_faults: int = LIMIT) -> Sour
     UserError: no such folder, a class without a readable image, or more than `max_faults` that
       cannot be read.
   """
-  return _in_memory(images_lib.folder(root, "data.path"), root, side, channels, max_faults)
+  return _in_memory(images_lib.folder(root, "data.path"), root, image_size, channels, max_faults)
 
 
-def tfds(name: str, side: int, channels: int, max_faults: int = LIMIT) -> Source:
+def tfds(name: str, image_size: int, channels: int, max_faults: int = LIMIT) -> Source:
   """A prepared TFDS data set of small images, NAME or directory, `@SPLIT` after it; see `folder`.
 
   Raises:
     UserError: it is not prepared, or has no labelled images.
   """
-  return _in_memory(images_lib.tfds(name, "data.path"), name, side, channels, max_faults)
+  return _in_memory(images_lib.tfds(name, "data.path"), name, image_size, channels, max_faults)
 
 
 def batches(source: Source, batch: int, seed: int) -> Callable[[int], np.ndarray]:

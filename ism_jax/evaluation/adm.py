@@ -110,23 +110,25 @@ def folder_files(folder: Path) -> list[Path]:
   return files
 
 
-def folder_images(files: list[Path], side: int, channels: int | None = None) -> ImageBatches:
-  """Image files at `side` pixels, see `read_square`; grey ones become three equal channels."""
+def folder_images(files: list[Path], image_size: int, channels: int | None = None) -> ImageBatches:
+  """Image files at `image_size` pixels, see `read_square`; grey ones get three equal channels."""
 
   def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor() as pool:
       for start in range(0, len(files), b):
         mine = [files[start + i] for i in rows if start + i < len(files)]
-        squares = list(pool.map(lambda path: read_square(path, side, channels), mine))
-        pixels = np.array(squares, np.uint8).reshape(len(mine), side, side, channels or 3)
+        squares = list(pool.map(lambda path: read_square(path, image_size, channels), mine))
+        pixels = np.array(squares, np.uint8).reshape(
+          len(mine), image_size, image_size, channels or 3
+        )
         yield np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
   return ImageBatches(
-    len(files), (side, side, 3), batches, f"area{channels}" if channels else "adm"
+    len(files), (image_size, image_size, 3), batches, f"area{channels}" if channels else "adm"
   )
 
 
-def read_square(path: Path, side: int, channels: int | None = None) -> np.ndarray:
+def read_square(path: Path, image_size: int, channels: int | None = None) -> np.ndarray:
   """An image file as uint8 [side, side, c], c = `channels`, or 3.
 
   Args:
@@ -138,7 +140,7 @@ def read_square(path: Path, side: int, channels: int | None = None) -> np.ndarra
   """
   try:
     with Image.open(path) as file:
-      return square(file, side, channels)
+      return square(file, image_size, channels)
   except UNREADABLE as err:
     raise UserError(f"the image {str(path)!r} cannot be read; repair or remove it.") from err
 

@@ -8,7 +8,7 @@ Dimensions: n samples, h w image, c channel, f features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from ism_jax.evaluation import fid, pictures
 from ism_jax.evaluation.features import FeatureExtractor
 from ism_jax.evaluation.spec import balanced_labels
+from ism_jax.model import Model
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,8 @@ def compare(
 
 
 def measure(
-  sample: Callable,
-  params,
+  model: Model,
   reference: ClassifierReference,
-  classes: int,
   settings: Sequence[tuple[int, float, int]],
   seed: int,
 ) -> Iterator[tuple[str, float | np.ndarray]]:
@@ -82,8 +81,8 @@ def measure(
   if reference.held_out is not None:
     yield "fd_held_out/data", _distance(reference.held_out, reference.moments)
   for nfe, w, n in settings:
-    labels = balanced_labels(n, classes)
-    images = np.clip(sample(params, seed, labels, w, nfe), -1, 1)
+    labels = balanced_labels(n, len(model.names))
+    images = np.clip(model.sampler(model.params, seed, labels, w, nfe), -1, 1)
     if w == lowest:
       unguided[pictures.row_name(nfe, w)] = images
     for name, value in compare(reference, images, labels).items():

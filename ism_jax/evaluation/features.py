@@ -46,12 +46,12 @@ class FeatureExtractor(Protocol):
 class ClassifierFeatures:
   """Features and classes by two classifiers fitted to the real images; made by `fit_classifier`.
 
-  It sees `side` x `side` pixels and is blind to detail finer than that.
+  It sees `image_size` x `image_size` pixels and is blind to detail finer than that.
   """
 
   mlp: MLPClassifier  # the features: its last hidden layer
   svc: SVC  # the classes
-  side: int
+  image_size: int
 
   def features(self, images: ArrayLike) -> np.ndarray:
     """Features [n, 64] float64 of images [n, h, w, c]; UserError as in `labels`."""
@@ -71,14 +71,14 @@ class ClassifierFeatures:
 
   def _vectors(self, images: ArrayLike) -> np.ndarray:
     images = _check_images(images)
-    channels = self.mlp.n_features_in_ // self.side**2
+    channels = self.mlp.n_features_in_ // self.image_size**2
     _, h, w, c = images.shape
-    if c != channels or min(h, w) < self.side:
+    if c != channels or min(h, w) < self.image_size:
       raise UserError(
         f"Images of {h}x{w}x{c} do not fit this classifier, which takes {channels} channels and "
-        f"sides of at least {self.side}; evaluate at the size of the images it was fitted to."
+        f"sides of at least {self.image_size}; evaluate at the size of the images it was fitted to."
       )
-    return _shrink(images, self.side)
+    return _shrink(images, self.image_size)
 
 
 def fit_classifier(images: ArrayLike, labels: ArrayLike) -> ClassifierFeatures:
@@ -96,18 +96,18 @@ def fit_classifier(images: ArrayLike, labels: ArrayLike) -> ClassifierFeatures:
   """
   images = _check_images(images)
   labels = _check_labels(labels, len(images))
-  side = min(MAX_SIDE, *images.shape[1:3])
-  x = _shrink(images, side)  # [n, s s c]
+  image_size = min(MAX_SIDE, *images.shape[1:3])
+  x = _shrink(images, image_size)  # [n, s s c]
   gamma = 0.02 * 64 / x.shape[1]  # 0.02 for the 64 pixels of a digit; the kernel sums over pixels
   mlp = MLPClassifier((128, 64), random_state=0, max_iter=300, alpha=1e-3)
   with threadpool_limits(1):  # on shared cores, threads make such small products 10 times slower
     mlp.fit(x, labels)
-  return ClassifierFeatures(mlp, SVC(gamma=gamma, C=10).fit(x, labels), side)
+  return ClassifierFeatures(mlp, SVC(gamma=gamma, C=10).fit(x, labels), image_size)
 
 
-def _shrink(images: np.ndarray, side: int) -> np.ndarray:
+def _shrink(images: np.ndarray, image_size: int) -> np.ndarray:
   """Images [n, h, w, c] averaged over a grid of side x side equal areas -> float64 [n, s s c]."""
-  rows, columns = (_area_weights(size, side) for size in images.shape[1:3])
+  rows, columns = (_area_weights(size, image_size) for size in images.shape[1:3])
   blocks = []
   for i in range(0, len(images), 1024):  # so that only the small images are all float64 at once
     x = images[i : i + 1024].astype(np.float64)
@@ -117,12 +117,12 @@ def _shrink(images: np.ndarray, side: int) -> np.ndarray:
   return np.concatenate(blocks)
 
 
-def _area_weights(size: int, side: int) -> np.ndarray:
-  """[side, size]: the share of each of `size` pixels in each of `side` equal intervals."""
-  edges = np.linspace(0, size, side + 1)
+def _area_weights(size: int, image_size: int) -> np.ndarray:
+  """[side, size]: the share of each of `size` pixels in each of `image_size` equal intervals."""
+  edges = np.linspace(0, size, image_size + 1)
   pixel = np.arange(size)
   overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-  return np.maximum(overlap, 0) * side / size
+  return np.maximum(overlap, 0) * image_size / size
 
 
 def _check_images(images: ArrayLike) -> np.ndarray:

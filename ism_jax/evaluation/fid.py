@@ -235,7 +235,7 @@ def parts(n: int, splits: int) -> np.ndarray:
       "give fewer splits or more samples."
     )
   starts = np.arange(splits) * n // splits
-  return np.searchsorted(starts, np.arange(n), side="right") - 1
+  return np.searchsorted(starts, np.arange(n), image_size="right") - 1
 
 
 def no_scores(splits: int, c: int) -> Scores:

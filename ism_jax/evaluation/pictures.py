@@ -5,7 +5,8 @@ Dimensions: n samples, h w image, c channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from ism_jax.model import Model
 from ism_jax.sample import BATCH, to_uint8
 from train_jax.metrics import progress_bar
 
@@ -102,13 +104,7 @@ def labelled_grid(
 
 
 def write_samples(
-  sample: Callable,
-  params,
-  names: Sequence[str],
-  settings: Sequence[tuple[int, float]],
-  labels: np.ndarray,
-  seed: int,
-  out: Path,
+  model: Model, settings: Sequence[tuple[int, float]], labels: np.ndarray, seed: int, out: Path
 ) -> None:
   """Writes `out/samples.npz` and the labelled `out/grid.png`; prints images/s.
 
@@ -122,18 +118,19 @@ def write_samples(
     labels: int32, the class of each image of one setting.
   """
   out.mkdir(parents=True, exist_ok=True)
-  chief = jax.process_index() == 0
+  is_primary = jax.process_index() == 0
+  sample = functools.partial(model.sampler, model.params, seed)
   # One batch with one step pays for the compilation, so that the speeds below are the sampler's
   # own.
-  sample(params, seed, labels[:BATCH], 0.0, 1)
+  sample(labels[:BATCH], 0.0, 1)
   groups = []
   for nfe, w in settings:
-    bar = progress_bar(len(labels), 0, chief, unit="img", desc=f"nfe={nfe} w={w:g}")
-    groups.append(to_uint8(sample(params, seed, labels, w, nfe, progress=bar.update)))
+    bar = progress_bar(len(labels), 0, is_primary, unit="img", desc=f"nfe={nfe} w={w:g}")
+    groups.append(to_uint8(sample(labels, w, nfe, progress=bar.update)))
     bar.close()
-    if chief:
+    if is_primary:
       print(f"nfe={nfe:<4} w={w:<5g} {len(labels) / bar.format_dict['elapsed']:10.1f} images/s")
-  if not chief:
+  if not is_primary:
     return
   np.savez_compressed(
     out / "samples.npz",
@@ -146,6 +143,6 @@ def write_samples(
   # Columns: as many of each class as fit, class by class.
   shown = np.argsort(labels[:COLUMNS], kind="stable")
   drawn = np.stack([group[shown] for group in groups])
-  picture = labelled_grid(drawn, settings, names, labels[shown], f"seed {seed}")
+  picture = labelled_grid(drawn, settings, model.names, labels[shown], f"seed {seed}")
   Image.fromarray(picture).save(out / "grid.png")
   print(f"grid:    {out / 'grid.png'}\nsamples: {out / 'samples.npz'}")

@@ -1,46 +1,109 @@
-"""Which evaluation a config asks for: small images, latents, or the large-scale protocol."""
+"""Which evaluation a run has: of small images, of latents, or by pretrained networks.
+
+Dimensions: n samples.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ism_jax import path, sample
-from ism_jax.data import latents, sources
+from ism_jax.data import from_config, latents, sources
 from ism_jax.evaluation import classifier, pictures, runner
 from ism_jax.evaluation.features import fit_classifier
-from ism_jax.evaluation.spec import Protocol, balanced_labels, check_number
-from ism_jax.networks import autoencoder
+from ism_jax.evaluation.spec import EvaluationSpec, balanced_labels
+from ism_jax.model import Model
+from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
+from train_jax.metrics import report
+
+# (model, the full protocol?) -> (name, number or picture) one by one
+Evaluation = Callable[[Model, bool], Iterator[tuple[str, Any]]]
+
+
+def make_spec(config, **choices) -> EvaluationSpec:
+  """The evaluation of `config.eval`; `choices` are fields that win over it."""
+  return EvaluationSpec(**{"seed": config.seed, **config.eval, **choices})
 
 
 def make_evaluate(
-  config, source, facts: dict, apply, mesh, leak=None, held_out: sources.Source | None = None
-) -> Callable:
-  """`Method.evaluate` of a run: pictures and numbers, a quick part of them in training.
+  spec: EvaluationSpec,
+  model: Model,
+  source: sources.Source | latents.Latents,
+  held_out: sources.Source | None = None,
+  leak: Callable[[], Iterator] | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Evaluation:
+  """The evaluation of a run while it trains: pictures and numbers, a quick part of them.
 
   Args:
-    source: images or latents, see data/sources.py.
-    facts: those saved with a checkpoint.
-    apply: the network s(params, x, t, d, c, w), as samplers call it.
-    leak: () -> the class leak of the pairing, named, once at the end; None for not at all.
+    model: of the run; its parameters are not read.
+    source: what is trained on.
     held_out: images kept from training, to which samples are compared as well.
+    leak: () -> the class leak of the pairing, named, once at the end; None for not at all.
+    mesh: where pretrained networks are used.
   """
-  if config.eval.get("metrics"):
-    return _make_large(config, facts, apply, mesh, leak)
-  sampler = sample.make_sampler(apply, source.shape, mesh)
+  leak = leak or (lambda: iter(()))
+  if spec.metrics:
+    return _make_large(spec, make_runner(spec, model, mesh), leak)
   if isinstance(source, latents.Latents):
-    if not config.eval.vae:
-      return lambda params, step, final: iter(())
-    return _make_grid(config, source, autoencoder.decoding(sampler, config.eval.vae, source.vae))
+    return _make_grid(spec) if model.vae else lambda model, final: iter(())
   if why := not_measurable(source):
     if jax.process_index() == 0:
       print(f"evaluation: a grid of samples, without numbers: {why}", flush=True)
-    return _make_grid(config, source, sampler)
-  return _make_small(config, source, sampler, leak, held_out)
+    return _make_grid(spec)
+  return _make_small(spec, source, held_out, leak)
+
+
+def evaluate(
+  model: Model, out: str | Path | None, seed: int, save_samples: bool, choices: dict
+) -> dict[str, float]:
+  """`Model.evaluate`: the full protocol for a trained network."""
+  config, metadata = (model.record["run"][name] for name in ("config", "metadata"))
+  config = ConfigDict(config)
+  if choices.get("metrics") and "samples" not in choices:
+    choices = {**choices, "samples": 50_000}
+  if model.vae:
+    choices = {**choices, "vae": model.vae}
+  spec = make_spec(config, seed=seed, **choices)
+  path.check_settings(spec.nfe, spec.guidance, model.w_max)
+  mesh = model.mesh or mesh_lib.make_mesh(devices=jax.local_devices()[:1])
+  if spec.metrics:
+    large = make_runner(spec, model, mesh)
+    if out is None:
+      return dict(large.measure(model.params, spec.settings, spec.samples))
+    return runner.report(large, model.params, model.step, Path(out), save_samples)
+  for name in ("reference", "inception", "dinov2", "vae"):
+    if choices.get(name):
+      raise UserError(
+        f"--{name}={choices[name]} is for --metrics; add --metrics=fid, or leave it out."
+      )
+  if model.makes_latents:
+    raise UserError(
+      "--mode=evaluate has no numbers for latents without --metrics; see docs/IMAGENET.md."
+    )
+  source, held_out = from_config.make_source(config)
+  now = from_config.make_metadata(source)
+  if changed := [name for name, value in now.items() if value != metadata.get(name, value)]:
+    raise UserError(
+      f"data.path={config.data.path!r} has other {', '.join(changed)} than the run had; put the "
+      "images of that time back."
+    )
+  if why := not_measurable(source):
+    raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
+  found = make_evaluate(spec, model, source, held_out)(model, True)
+  if out is None:
+    return {name: value for name, value in found if not np.ndim(value)}
+  about = {"step": model.step, "seed": seed, "samples": spec.samples}
+  return report(about, found, Path(out))
 
 
 def not_measurable(source: sources.Source) -> str:
@@ -54,63 +117,64 @@ def not_measurable(source: sources.Source) -> str:
   )
 
 
-def _make_small(config, source: sources.Source, sampler, leak, held_out):
-  """A grid, and the metrics of classifier.py by a classifier of what is trained on."""
-  reference = functools.cache(lambda: make_reference(source, held_out))
-  classes, n = len(source.names), config.eval.samples
+def make_runner(spec: EvaluationSpec, model: Model, mesh: jax.sharding.Mesh) -> runner.Runner:
+  """The evaluation by pretrained networks made ready for a model."""
+  digest = model.record["run"]["metadata"].get("vae", "")
+  return runner.prepare(spec, model.apply, model.shape, len(model.names), mesh, digest)
 
-  def run(params, step: int, final: bool):
-    del step
-    settings = _settings(config, final)
+
+def _make_small(spec: EvaluationSpec, source: sources.Source, held_out, leak) -> Evaluation:
+  """A grid, and the metrics of classifier.py by a classifier of what is trained on."""
+  reference, n = functools.cache(lambda: make_reference(source, held_out)), spec.samples
+
+  def run(model: Model, final: bool):
+    settings = _settings(spec, final)
     number = n if final else n // 4
     sized = [(nfe, w, n // 2 if final and nfe == path.FINEST else number) for nfe, w in settings]
-    yield from classifier.measure(sampler, params, reference(), classes, sized, config.seed)
-    if final and leak:
+    yield from classifier.measure(model, reference(), sized, spec.seed)
+    if final:
       yield from leak()
-    yield "grid", _sample_grid(sampler, params, source.names, settings, config.seed)
+    yield "grid", _sample_grid(model, settings, spec.seed)
 
   return run
 
 
-def _make_grid(config, source, sampler):
+def _make_grid(spec: EvaluationSpec) -> Evaluation:
   """A grid and no numbers, where the classifier of `make_reference` does not fit the images."""
 
-  def run(params, step: int, final: bool):
-    del step
-    settings = _settings(config, final)
-    yield "grid", _sample_grid(sampler, params, source.names, settings, config.seed)
+  def run(model: Model, final: bool):
+    yield "grid", _sample_grid(model, _settings(spec, final), spec.seed)
 
   return run
 
 
-def _make_large(config, facts: dict, apply, mesh, leak):
-  """A grid, and the metrics of runner.py that config.eval.metrics asks for.
+def _make_large(spec: EvaluationSpec, large: runner.Runner, leak) -> Evaluation:
+  """A grid, and the metrics of runner.py.
 
   In training a quarter of the samples is drawn, and the columns say so.
   """
-  protocol, n, names = make_protocol(config), config.eval.samples, facts["names"]
-  check_number(protocol.metrics, n // 4)
-  large = make_benchmark(protocol, facts, apply, mesh)
 
-  def run(params, step: int, final: bool):
-    settings, number = _settings(config, final), n if final else n // 4
+  def run(model: Model, final: bool):
+    settings, number = _settings(spec, final), spec.samples if final else spec.samples // 4
     if jax.process_index() == 0:
-      print(runner.header({"step": step, "samples": number, **large.facts()}), flush=True)
-    yield from large.measure(params, settings, number)
-    if final and leak:
+      about = {"step": model.step, "samples": number, **large.metadata()}
+      print(runner.header(about), flush=True)
+    yield from large.measure(model.params, settings, number)
+    if final:
       yield from leak()
-    labels = _grid_labels(len(names))
-    drawn = large.pictures(params, settings, labels)
-    yield "grid", pictures.labelled_grid(drawn, settings, names, labels)
+    labels = _grid_labels(len(model.names))
+    drawn = large.pictures(model.params, settings, labels)
+    yield "grid", pictures.labelled_grid(drawn, settings, model.names, labels)
 
   return run
 
 
-def _settings(config, final: bool) -> list[tuple[int, float]]:
-  """(steps, strength) pairs, w = 0 always among them; in training those of a few steps."""
-  most = path.FINEST if final else max(4, min(config.eval.nfe))
-  nfes = sorted({nfe for nfe in config.eval.nfe if nfe <= most})
-  return [(nfe, w) for nfe in nfes for w in sorted({0.0, *config.eval.guidance})]
+def _settings(spec: EvaluationSpec, final: bool) -> list[tuple[int, float]]:
+  """(steps, scale) pairs, w = 0 always among them; in training those of a few steps."""
+  most = path.FINEST if final else max(4, min(spec.nfe))
+  guidance = tuple({0.0, *spec.guidance})
+  few = dataclasses.replace(spec, nfe=[n for n in spec.nfe if n <= most], guidance=guidance)
+  return few.settings
 
 
 def _grid_labels(classes: int) -> np.ndarray:
@@ -118,30 +182,10 @@ def _grid_labels(classes: int) -> np.ndarray:
   return balanced_labels(min(pictures.COLUMNS, max(classes, 8)), classes)
 
 
-def _sample_grid(sampler, params, names, settings, seed: int) -> np.ndarray:
-  labels = _grid_labels(len(names))
-  drawn = [sample.to_uint8(sampler(params, seed, labels, w, nfe)) for nfe, w in settings]
-  return pictures.labelled_grid(np.stack(drawn), settings, names, labels)
-
-
-def make_protocol(config, flags=None) -> Protocol | None:
-  """The large-scale protocol of config.eval, a flag winning over it; None if it has no metrics."""
-  names = ("metrics", "reference", "inception", "dinov2", "vae", "classes")
-  given = {name: getattr(flags, name, None) for name in names}
-  chosen = {name: given[name] or config.eval.get(name) for name in names}  # older runs lack them
-  if not chosen["metrics"]:
-    for name in (*names, "num", "save_samples"):
-      if value := getattr(flags, name, None):
-        raise UserError(f"--{name}={value} is for --metrics; add --metrics=fid, or leave it out.")
-    return None
-  chosen["metrics"] = tuple(dict.fromkeys(chosen["metrics"]))
-  return Protocol(seed=config.seed, **{k: v for k, v in chosen.items() if v})
-
-
-def make_benchmark(protocol: Protocol, facts: dict, apply, mesh) -> runner.Benchmark:
-  """The protocol made ready for the network of a run."""
-  shape, classes = tuple(facts["shape"]), len(facts["names"])
-  return runner.prepare(protocol, apply, shape, classes, mesh, facts.get("vae", ""))
+def _sample_grid(model: Model, settings: Sequence[tuple[int, float]], seed: int) -> np.ndarray:
+  labels, draw = _grid_labels(len(model.names)), model.sampler
+  drawn = [sample.to_uint8(draw(model.params, seed, labels, w, nfe)) for nfe, w in settings]
+  return pictures.labelled_grid(np.stack(drawn), settings, model.names, labels)
 
 
 def make_reference(

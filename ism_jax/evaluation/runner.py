@@ -1,8 +1,8 @@
 """The large-scale protocol: 50 000 samples against a reference, in numbers that can be compared.
 
 What is measured is the business of `spec.py`. Such numbers move with the decoder, the rounding,
-the classes that were asked for, the number of samples and the networks' files; so `Benchmark.facts`
-states all of them.
+the classes that were asked for, the number of samples and the networks' files; so
+`Runner.metadata` states all of them.
 
 Dimensions: n samples, b batch, h w image, c channel.
 """
@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ism_jax import sample
 from ism_jax.evaluation import adm, fid, stream
 from ism_jax.evaluation import reference as reference_lib
-from ism_jax.evaluation.spec import FRECHET, METRICS, SPLITS, Protocol, check_number, column
+from ism_jax.evaluation.spec import FRECHET, METRICS, SPLITS, EvaluationSpec, check_number, column
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.files import write_json
@@ -38,8 +38,8 @@ RESIZE = {  # what `inception.py` and `dinov2.py` do to the images they are give
 
 
 @dataclass(frozen=True)
-class Benchmark:
-  """A protocol made ready: files looked at, networks loaded, nothing computed. See `prepare`.
+class Runner:
+  """An evaluation made ready: files looked at, networks loaded, nothing computed. See `prepare`.
 
   Attributes:
     shape: (h, w, c) of the samples as images, c = 3.
@@ -47,7 +47,7 @@ class Benchmark:
     networks: those that the metrics need.
   """
 
-  protocol: Protocol
+  spec: EvaluationSpec
   shape: tuple[int, int, int]
   classes: int
   mesh: jax.sharding.Mesh
@@ -62,35 +62,35 @@ class Benchmark:
     """The reference's side, read or computed at the first use."""
     if self.reference is None:
       return reference_lib.Real({}, None)
-    kinds = self.protocol.kinds
+    kinds = self.spec.kinds
     return reference_lib.read(self.reference, kinds, self.networks, self.mesh, self.per_device)
 
-  def facts(self) -> dict[str, str]:
+  def metadata(self) -> dict[str, str]:
     """What has to be known beside the numbers, but for n, NFE and w, which name them."""
-    protocol, side = self.protocol, f"{self.shape[0]}x{self.shape[1]}"
-    way = f"i mod {self.classes}" if protocol.classes == "balanced" else "uniform, by the seed"
-    facts = {
-      "vae": named(protocol.vae, self.vae_digest) if protocol.vae else "none: pixels",
+    spec, image_size = self.spec, f"{self.shape[0]}x{self.shape[1]}"
+    way = f"i mod {self.classes}" if spec.classes == "balanced" else "uniform, by the seed"
+    metadata = {
+      "vae": named(spec.vae, self.vae_digest) if spec.vae else "none: pixels",
       "rounding": "clipped to [-1, 1], rounded to the nearest of 256 levels",
-      "resize": f"samples none ({side})",
-      "classes": f"{protocol.classes} ({way})",
-      "seed": str(protocol.seed),
+      "resize": f"samples none ({image_size})",
+      "classes": f"{spec.classes} ({way})",
+      "seed": str(spec.seed),
       "reference": "none",
     }
     for network in self.networks:
-      facts["resize"] += f"; {network.name} {RESIZE[network.name]}"
-      facts[network.name] = named(network.file, network.digest)
+      metadata["resize"] += f"; {network.name} {RESIZE[network.name]}"
+      metadata[network.name] = named(network.file, network.digest)
     if self.reference:
-      facts["reference"] = named(self.reference.path, self.reference.digest)
+      metadata["reference"] = named(self.reference.path, self.reference.digest)
       if self.reference.images and (cut := self.reference.images.cut):
-        facts["reference"] += f", cut by {cut}"
+        metadata["reference"] += f", cut by {cut}"
       against: dict[str, list[str]] = {}
-      for metric in protocol.metrics:
+      for metric in spec.metrics:
         if metric != "is":
           against.setdefault(self._compared(metric), []).append(metric)
       for what, metrics in against.items():
-        facts["reference"] += f"; {', '.join(metrics)} against {what}"
-    return facts
+        metadata["reference"] += f"; {', '.join(metrics)} against {what}"
+    return metadata
 
   def _compared(self, metric: str) -> str:
     kind, images = METRICS[metric][1], self.reference.images
@@ -110,7 +110,7 @@ class Benchmark:
     Raises:
       UserError: a sample is not finite.
     """
-    check_number(self.protocol.metrics, n)
+    check_number(self.spec.metrics, n)
     real = self.real
     for nfe, w in settings:
       found = self._statistics(params, nfe, w, n, out)
@@ -119,17 +119,17 @@ class Benchmark:
 
   def _statistics(self, params, nfe: int, w: float, n: int, out: Path | None):
     """Draws n samples and takes what the metrics need of them."""
-    metrics = self.protocol.metrics
+    metrics = self.spec.metrics
     wanted = stream.Wanted(
       moments=[METRICS[metric][1] for metric in FRECHET if metric in metrics],
       kept=np.arange(min(n, KEPT) if "pr" in metrics else 0),
       splits=SPLITS if "is" in metrics else 0,
     )
     sizes = {kind: f for network in self.networks for kind, f in network.sizes.items()}
-    chief, labels = jax.process_index() == 0, self.protocol.labels(n, self.classes)
-    bar = progress_bar(n, 0, chief, unit="img", desc=f"nfe={nfe} w={w:g}")
+    is_primary, labels = jax.process_index() == 0, self.spec.labels(n, self.classes)
+    bar = progress_bar(n, 0, is_primary, unit="img", desc=f"nfe={nfe} w={w:g}")
     writer = nullcontext(None)
-    if out is not None and chief:
+    if out is not None and is_primary:
       path = out / f"samples_nfe{nfe}_w{w:g}.npz"
       writer = adm.npz_writer(path, (n, *self.shape), {"labels": labels})
     with writer as write:
@@ -160,7 +160,7 @@ class Benchmark:
   def _compare(self, real, found: stream.Statistics, n: int) -> dict[str, float]:
     """The metrics by the names of their columns."""
     values = {}
-    for metric in self.protocol.metrics:
+    for metric in self.spec.metrics:
       kind = METRICS[metric][1]
       if metric in FRECHET:
         fake = found.moments[kind]
@@ -183,34 +183,34 @@ class Benchmark:
     return np.stack(whole)[:, : len(labels)]
 
 
-def report(
-  benchmark: Benchmark, params, step: int, settings, n: int, out: Path, save: bool = False
-) -> None:
-  """`Benchmark.measure`, printed with its facts and written to `out/benchmark.json`.
+def report(runner: Runner, params, step: int, out: Path, save: bool = False) -> dict[str, float]:
+  """`Runner.measure` of its spec's settings, printed with its metadata and written to `out`.
 
-  The file is written anew after each number: what was measured survives a run that is cut off.
+  `out/benchmark.json` is written anew after each number: what was measured survives a run that is
+  cut off.
 
   Args:
     save: also leave the samples in `out`, as ADM .npz.
   """
-  chief = jax.process_index() == 0
+  is_primary, n = jax.process_index() == 0, runner.spec.samples
   out.mkdir(parents=True, exist_ok=True)
-  facts = {"step": step, "samples": n, **benchmark.facts()}
-  if chief:
-    print(header(facts), flush=True)
-  record = {**facts, "results": {}}
-  for name, value in benchmark.measure(params, settings, n, out if save else None):
+  metadata = {"step": step, "samples": n, **runner.metadata()}
+  if is_primary:
+    print(header(metadata), flush=True)
+  record = {**metadata, "results": {}}
+  for name, value in runner.measure(params, runner.spec.settings, n, out if save else None):
     record["results"][name] = value
-    if chief:
+    if is_primary:
       write_json(out / "benchmark.json", record, indent=1)
-  if chief:
+  if is_primary:
     print(table(record["results"]))
     print(f"numbers: {out / 'benchmark.json'}")
+  return record["results"]
 
 
-def header(facts: dict) -> str:
+def header(metadata: dict) -> str:
   """Facts as text, one a line."""
-  return "\n".join(f"{name + ':':<12}{value}" for name, value in facts.items())
+  return "\n".join(f"{name + ':':<12}{value}" for name, value in metadata.items())
 
 
 def named(file: str | Path, digest: str) -> str:
@@ -219,19 +219,19 @@ def named(file: str | Path, digest: str) -> str:
 
 
 def prepare(
-  protocol: Protocol,
+  spec: EvaluationSpec,
   apply: Callable,
   shape: tuple[int, int, int],
   classes: int,
   mesh: jax.sharding.Mesh,
   encoder: str = "",
   per_device: int = stream.PER_DEVICE,
-) -> Benchmark:
+) -> Runner:
   """Looks at every file and loads the networks; computes nothing.
 
   Args:
     apply: the network s(params, x, t, d, c, w).
-    shape: (h, w, c) of what it makes: pixels where c is 1 or 3, else latents for `protocol.vae`.
+    shape: (h, w, c) of what it makes: pixels where c is 1 or 3, else latents for `spec.vae`.
     encoder: SHA-256 of the autoencoder whose latents were trained on; "" takes any.
     per_device: samples of a batch on each device.
 
@@ -240,29 +240,27 @@ def prepare(
   """
   latent = shape[2] not in (1, 3)
   size = "x".join(map(str, shape))
-  if latent and not protocol.vae:
+  if latent and not spec.vae:
     raise UserError(f"this model makes latents of {size} and no decoder was given: --vae=FILE.")
-  if protocol.vae and not latent:
-    raise UserError(f"vae={protocol.vae!r} is for latents, and this model makes images of {size}.")
-  digest = sha256(protocol.vae)[: stream.DIGITS] if latent else ""
+  if spec.vae and not latent:
+    raise UserError(f"vae={spec.vae!r} is for latents, and this model makes images of {size}.")
+  digest = sha256(spec.vae)[: stream.DIGITS] if latent else ""
   if encoder and not encoder.startswith(digest):
     raise UserError(
-      f"vae={protocol.vae!r} (SHA-256 {digest}) is not the autoencoder of this model's latents "
+      f"vae={spec.vae!r} (SHA-256 {digest}) is not the autoencoder of this model's latents "
       f"({encoder[:12]}); give that one."
     )
-  decoder = _load_decoder(protocol.vae, mesh) if latent else None
-  draw = sample.make_image_sampler(apply, shape, mesh, protocol.seed, decoder)
-  names = dict.fromkeys(METRICS[metric][0] for metric in protocol.metrics)
-  networks = [stream.load_network(name, getattr(protocol, name), mesh) for name in names]
+  decoder = _load_decoder(spec.vae, mesh) if latent else None
+  draw = sample.make_image_sampler(apply, shape, mesh, spec.seed, decoder)
+  names = dict.fromkeys(METRICS[metric][0] for metric in spec.metrics)
+  networks = [stream.load_network(name, getattr(spec, name), mesh) for name in names]
   sizes = {kind: f for network in networks for kind, f in network.sizes.items()}
   image, opened = _image_shape(shape, decoder), None
-  if protocol.kinds:
+  if spec.kinds:
     opened = reference_lib.open_reference(
-      protocol.reference, protocol.kinds, sizes, image, None if latent else shape[2]
+      spec.reference, spec.kinds, sizes, image, None if latent else shape[2]
     )
-  return Benchmark(
-    protocol, image, classes, mesh, draw, tuple(networks), opened, digest, per_device
-  )
+  return Runner(spec, image, classes, mesh, draw, tuple(networks), opened, digest, per_device)
 
 
 def _image_shape(shape: tuple[int, int, int], decoder) -> tuple[int, int, int]:

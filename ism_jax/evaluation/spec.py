@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least, check_one_of
 
 # metric -> the network that it needs, and what of its features
 METRICS = {
@@ -43,18 +43,23 @@ def random_labels(n: int, classes: int, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Protocol:
-  """What to measure against what.
+class EvaluationSpec:
+  """What to measure, on which samples, against what: `config.eval`, and a seed.
 
   Attributes:
-    metrics: of METRICS.
+    nfe, guidance: numbers of steps and guidance scales; each pair of them is a setting.
+    samples: of each setting; in training a quarter.
+    metrics: of METRICS; () for those of classifier.py, by a classifier fitted to the data.
     reference: an ADM .npz or a folder of images.
     inception, dinov2, vae: files of weights; "" where none is needed.
     classes: balanced (sample i is of class i mod classes) or random (uniform, by the seed).
     seed: of noise and classes.
   """
 
-  metrics: tuple[str, ...]
+  nfe: tuple[int, ...]
+  guidance: tuple[float, ...]
+  samples: int
+  metrics: tuple[str, ...] = ()
   reference: str = ""
   inception: str = ""
   dinov2: str = ""
@@ -63,26 +68,36 @@ class Protocol:
   seed: int = 0
 
   def __post_init__(self):
+    for name in ("nfe", "guidance"):
+      object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+    object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
+    check_one_of("eval.classes", self.classes, ("balanced", "random"))
     for metric in self.metrics:
-      if metric not in METRICS:
-        raise UserError(f"the metric {metric!r} is unknown; choose from {', '.join(METRICS)}.")
+      check_one_of("eval.metrics", metric, METRICS)
       network = METRICS[metric][0]
       if not getattr(self, network):
         raise UserError(
           f"the metric {metric!r} needs the weights of a network: --{network}=FILE, in "
           f"training --config.eval.{network}=FILE."
         )
-    if not self.reference and self.metrics != ("is",):
+    if self.metrics and not self.reference and self.metrics != ("is",):
       raise UserError(
         "no reference was given to compare with: --reference=FILE, an .npz or folder, in training "
         "--config.eval.reference=FILE."
       )
-    if self.classes not in ("balanced", "random"):
-      raise UserError(f"classes={self.classes!r} is unknown; choose 'balanced' or 'random'.")
     for name in ("inception", "dinov2", "vae"):
       file = getattr(self, name)
       if file and not Path(file).expanduser().is_file():
         raise UserError(f"{name}={file!r} is not a file; give its weights as .safetensors.")
+    if self.metrics:
+      check_number(self.metrics, self.samples // 4)
+    else:  # a quarter of it in training, and recall needs 4
+      check_at_least("eval.samples", self.samples, 16)
+
+  @property
+  def settings(self) -> list[tuple[int, float]]:
+    """(nfe, w) pairs."""
+    return [(nfe, w) for nfe in self.nfe for w in self.guidance]
 
   @property
   def kinds(self) -> list[str]:

@@ -142,7 +142,7 @@ def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
     )
   if "tokenizer" in manifest["vocab"]:
     manifest["vocab"]["tokenizer"]["path"] = str(top / "tokenizer.json")
-  vocab, shards = tokens.from_facts(manifest["vocab"]), manifest["shards"]
+  vocab, shards = tokens.from_metadata(manifest["vocab"]), manifest["shards"]
   parts, lengths = [], []
   for i in range(shards):
     files = [top / shard_name(file, i, shards) for file in ("tokens.npy", "lengths.npy")]

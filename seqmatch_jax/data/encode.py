@@ -67,11 +67,11 @@ def find_symbols(texts: Corpus, job: Job, out: Path) -> Vocab:
   """One token for each character there is in the texts; found once, and kept in `out`."""
   path = out / "symbols.json"
   known = read_json(path) if path.exists() else {}
-  if known.get("texts") != job.facts["texts"]:  # a job that was broken off read others, perhaps
+  if known.get("texts") != job.metadata["texts"]:  # a job that was broken off read others, perhaps
     bar, found = progress_bar(texts.size, 0, unit="text", desc="looking for characters"), {*()}
     _over(texts, range(texts.size), found.update, bar.update)
     bar.close()
-    known = {"texts": job.facts["texts"], "symbols": sorted(found)}
+    known = {"texts": job.metadata["texts"], "symbols": sorted(found)}
     write_json(path, known)
   return Vocab(tuple(known["symbols"]))
 
@@ -92,7 +92,7 @@ def encode_shard(
     with whole_file(path) as file:
       np.save(file, array)
   part = {
-    "job": job.facts,
+    "job": job.metadata,
     "documents": len(used),
     "tokens": len(ids),
     "characters": sum(size for _, size in used),
@@ -119,24 +119,28 @@ def encode_texts(
   counts = {name: sum(part[name] for part in found) for name in names}
   if not counts["tokens"]:
     raise UserError(f"none of the {job.size} texts can be used; give text in UTF-8.")
-  facts = tokens.to_facts(vocab)
+  metadata = tokens.to_metadata(vocab)
   if isinstance(vocab, TextVocab):  # the set goes with its tokenizer, wherever it is moved to
     with whole_file(out / "tokenizer.json") as file:
       file.write(Path(vocab.path).read_bytes())
-    facts["tokenizer"]["path"] = "tokenizer.json"
-  manifest = {**job.facts, **counts, "vocab": facts}
+    metadata["tokenizer"]["path"] = "tokenizer.json"
+  manifest = {**job.metadata, **counts, "vocab": metadata}
   write_json(out / "manifest.json", manifest)
   return manifest
 
 
-def encode_mode(flags) -> None:
-  """`--mode=encode --texts=SOURCE --out=DIR [--tokenizer=FILE --shards=N]`."""
-  if not flags.out:
-    raise UserError("--out is missing; --mode=encode needs --texts and --out.")
-  texts, out = corpus.find(flags.texts, "--texts"), Path(flags.out)
-  vocab = TextVocab.from_file(flags.tokenizer) if flags.tokenizer else None
-  facts = {"tokenizer": vocab.sha256 if vocab else ""}  # "": a token a character
-  job = make_job(KIND, VERSION, texts, flags.shards, facts)
+def encode(source: str, tokenizer: str, shards: int, out: Path) -> None:
+  """Encodes the texts of `source` into `out`, and says what was made; see `encode_texts`.
+
+  Args:
+    source: .txt, .jsonl or .array_record files, or tfds:NAME.
+    tokenizer: tokenizer.json, or its folder; "": a token a character.
+    shards: files to make; 0 chooses their number.
+  """
+  texts = corpus.find(source, "--texts")
+  vocab = TextVocab.from_file(tokenizer) if tokenizer else None
+  metadata = {"tokenizer": vocab.sha256 if vocab else ""}
+  job = make_job(KIND, VERSION, texts, shards, metadata)
   manifest = encode_texts(texts, lambda: vocab or find_symbols(texts, job, out), job, out)
   if manifest:
     print(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from seqmatch_jax.actions import Noise, corrupt, fold, pack, tree
+from seqmatch_jax.actions import Noise, corrupt, group_into_rows, pack, tree
 from seqmatch_jax.tokens import BACKSPACE, EOS, SPECIAL, Vocab, encode_prompts, padded
 from train_jax.errors import UserError
 from train_jax.storage.faults import LIMIT, Faults
@@ -206,14 +206,14 @@ def encode(examples: Sequence[Example], vocab: Vocab, context: int) -> Encoded:
   return Encoded(prompt, prompt_length, padded([[*x, EOS] for x in answers]), alphabet, candidates)
 
 
-def row_nodes(data: Encoded, noise: Noise, batch: int, lanes: int) -> int:
-  """s of a batch with `lanes` examples in a row: what the fullest of 100 random batches takes."""
-  if lanes == 1:
+def row_nodes(data: Encoded, noise: Noise, batch: int, sequences_per_row: int) -> int:
+  """Nodes of a row: what the fullest of 100 random batches takes."""
+  if sequences_per_row == 1:
     return data.nodes(noise)
   size = data.prompt_length + np.sum(data.answer >= SPECIAL, axis=1)
   draws = np.random.default_rng(0).choice(size, (100, batch))
-  fullest = max(int(draw[fold(draw, lanes)].sum(1).max()) for draw in draws)
-  return fullest + lanes * noise.max_errors
+  fullest = max(int(draw[group_into_rows(draw, sequences_per_row)].sum(1).max()) for draw in draws)
+  return fullest + sequences_per_row * noise.max_errors
 
 
 def stream(
@@ -223,7 +223,7 @@ def stream(
   rows: slice | np.ndarray,
   seed: int,
   position: int,
-  lanes: int = 1,
+  sequences_per_row: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
   """This process's rows of batch `position`, `position + 1`, ...
 
@@ -231,32 +231,34 @@ def stream(
 
   Args:
     batch: examples in a global batch.
-    rows: this process's rows of it; there are batch / lanes in all.
-    lanes: examples in a row.
+    rows: this process's rows of it; there are batch / sequences_per_row in all.
+    sequences_per_row: examples in a row.
 
   Yields:
-    What `actions.tree` returns, with weight 0 at the wrong tokens, `lanes` trees packed into a row;
+    What `actions.tree` returns, `sequences_per_row` trees in a row, with weight 0 at wrong tokens,
     and the examples' prompts, `prompt` [b, p] with `prompt_length` [b]. A batch of unusually long
     rows is wider than the others (and compiled anew) rather than cut off.
   """
   nodes, wrong = data.nodes(noise), data.wrong(noise)
-  usual = row_nodes(data, noise, batch, lanes)
+  usual = row_nodes(data, noise, batch, sequences_per_row)
 
   def make(index: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     # Noise is drawn and rows are made for the global batch: they must not depend on the number of
     # processes.
     actions, weight = corrupt(rng, data.answer[index], wrong[index], noise)
     size = data.prompt_length[index] + np.sum(actions > BACKSPACE, axis=1)
-    table = fold(size, lanes)
+    table = group_into_rows(size, sequences_per_row)
     width = usual if (fullest := size[table].sum(1).max()) <= usual else -(-fullest // 32) * 32
     mine = table[rows].reshape(-1)
     prompts = data.prompt[index], data.prompt_length[index]
     made = tree(*(x[mine] for x in prompts), actions[mine], nodes) | {"weight": weight[mine]}
     # In the order in which they were drawn, not in that of the table, which goes by size: the first
     # of them are what is rolled out.
-    drawn = np.arange(batch).reshape(-1, lanes)[rows].reshape(-1)
+    drawn = np.arange(batch).reshape(-1, sequences_per_row)[rows].reshape(-1)
     names = ("prompt", "prompt_length")
-    return pack(made, lanes, width) | {k: x[drawn] for k, x in zip(names, prompts, strict=True)}
+    return pack(made, sequences_per_row, width) | {
+      k: x[drawn] for k, x in zip(names, prompts, strict=True)
+    }
 
   order = grain.MapDataset.range(len(data.answer)).seed(seed).shuffle().repeat().batch(batch)
   batches = order.random_map(make)

@@ -16,14 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from seqmatch_jax import model, tokens, transformer
+from seqmatch_jax import tokens, transformer
 from seqmatch_jax.huggingface import pretrained
 from seqmatch_jax.tokens import BOS, PAD, TextVocab, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import mesh as mesh_lib
-from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.multihost.signals import pause
 
@@ -33,47 +31,21 @@ CONTEXT = 1024  # tokens of a text that are read, at most
 Features = Callable[[Sequence[str]], np.ndarray]
 
 
-def load(path: str, vocab: Vocab | TextVocab) -> Features:
-  """The network at `path`, as texts -> float32 [m, k].
-
-  Args:
-    path: the workdir of a run on text, or a folder of GPT-2's or Llama's weights as Hugging Face
-      lays it out.
-    vocab: of what texts will be made of.
-
-  Raises:
-    UserError: there is none, or it does not know all characters of `vocab`.
-  """
-  checkpoints = Checkpoints(Path(path).expanduser())
-  if not checkpoints.steps():
-    return _pretrained(path)
-  run = checkpoints.require_meta()
-  config, facts = ConfigDict(run["config"]), run["facts"]
-  if config.method != "seqmatch":
+def check_vocabulary(path: str, known: Vocab | TextVocab, vocab: Vocab | TextVocab) -> None:
+  """Raises UserError unless the run at `path`, of tokens `known`, can read all of `vocab`."""
+  if not isinstance(known, Vocab):
+    return
+  # A tokenizer may write any character.
+  unknown = {*vocab.symbols} - {*known.symbols} if isinstance(vocab, Vocab) else {"\ufffd"}
+  if unknown:
     raise UserError(
-      f"eval.features={path!r} is a run of method {config.method!r}; give one on text, or a folder "
-      "of GPT-2's weights."
+      f"eval.features={path!r} is a run that does not know all that may be written here, such as "
+      f"{min(unknown)!r}; give one on these texts, or a folder of GPT-2's weights."
     )
-  network, mine = model.make_network(config, facts), tokens.from_facts(facts)
-  if isinstance(mine, Vocab):
-    # A tokenizer may write any character.
-    unknown = {*vocab.symbols} - {*mine.symbols} if isinstance(vocab, Vocab) else {"\ufffd"}
-    if unknown:
-      raise UserError(
-        f"eval.features={path!r} is a run that does not know all that may be written here, such as "
-        f"{min(unknown)!r}; give one on these texts, or a folder of GPT-2's weights."
-      )
-  abstract = jax.eval_shape(network.init, jax.random.key(0))
-  mesh = model.mesh_of(config)
-  params, _ = model.load_whole(
-    config, facts, lambda mesh: checkpoints.restore_ema("sample", abstract, mesh), mesh
-  )
-  checkpoints.close()
-  return make_features(network.features, params, mine, last=False, mesh=mesh)
 
 
-def _pretrained(folder: str) -> Features:
-  """Of a Hugging Face folder."""
+def of_folder(folder: str) -> Features:
+  """Those of a Hugging Face folder; UserError where it is none."""
   if not (Path(folder).expanduser() / "config.json").is_file():
     raise UserError(
       f"eval.features={folder!r} holds no network; give the workdir of a run on text, or a folder "
@@ -85,7 +57,7 @@ def _pretrained(folder: str) -> Features:
   shapes = jax.eval_shape(network.init, jax.random.key(0))
   mesh = mesh_lib.make_mesh()
   shardings = mesh_lib.state_sharding(shapes, mesh)
-  params = pretrained.place(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
+  params = pretrained.to_device(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
   most = min(CONTEXT, sizes.context or CONTEXT)
   return make_features(network.features, params, vocab, last=True, most=most, mesh=mesh)
 

@@ -20,7 +20,7 @@ from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import mesh as mesh_lib
 from train_jax.multihost.signals import pause
 
-# (temperature, retype) of a generation, see `rollout.make_rollout`. At a temperature above 0 the
+# (temperature, allow_retype) of a generation, see `rollout.make_rollout`. Above 0 the
 # policy is the model's as it is; not to type again what was erased is a search of its own.
 GENERATIONS = {
   "greedy": (0.0, False),
@@ -178,7 +178,7 @@ def make_score(apply: Callable, batch: int, mesh: Mesh | None = None) -> Callabl
     made, found = tree(data.prompt, data.prompt_length, actions, nodes), []
     for start in range(0, len(actions), batch):
       index = np.arange(start, start + batch) % len(actions)  # the last batch is filled
-      found.append(mesh_lib.fetch(of_rows(params, {name: x[index] for name, x in made.items()})))
+      found.append(mesh_lib.to_host(of_rows(params, {name: x[index] for name, x in made.items()})))
       pause()
     return np.concatenate(found)[: len(actions)]
 
@@ -213,15 +213,15 @@ def measure(
   `finished` only, retyping makes no difference, and there is `best_of` 3 draws at T = 1.
 
   Args:
-    generate: (temperature, retype, backspace, forced or None, seed) -> actions int32 [e, a].
+    generate: (temperature, allow_retype, backspace, forced or None, seed) -> actions int32 [e, a].
     score: actions -> their log-likelihood [e]; see `make_score`.
     noise: of the training; the tokens that are forced are of its kind.
   """
   rng = np.random.default_rng(seed)
   wrong = data.wrong(noise)
   for name, how in GENERATIONS.items():
-    temperature, retype = how
-    search = temperature > 0 and not retype  # without <backspace> it is as with retyping
+    temperature, allow_retype = how
+    search = temperature > 0 and not allow_retype  # without <backspace> it is as with retyping
     if search and not backspace:
       continue
     actions = generate(*how, backspace, None, seed)

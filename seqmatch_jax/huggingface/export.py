@@ -47,9 +47,9 @@ def write(
     record: see loaded.py; an entry of config.json, called as its `method`, which others ignore.
   """
   tops = {name: layer for name, layer in params.items() if name != "blocks"}
-  params = {**params, **jax.tree.map(mesh_lib.fetch, tops)}
+  params = {**params, **jax.tree.map(mesh_lib.to_host, tops)}
   blocks = (
-    jax.tree.map(lambda a: mesh_lib.fetch(a[i]), params["blocks"])  # noqa: B023
+    jax.tree.map(lambda a: mesh_lib.to_host(a[i]), params["blocks"])  # noqa: B023
     for i in range(sizes.depth)
   )
   if jax.process_index() == 0:

@@ -245,7 +245,7 @@ def read(
   return {**tensors, **_erase(weights, output, vocab, bias)}
 
 
-def place(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
+def to_device(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
   """Those of `tensors` that `shapes` (nested dicts of abstract arrays) asks for, as it says.
 
   Where a kernel is to be int8, its scale is made with it.
@@ -256,7 +256,7 @@ def place(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
       scale = f"{name.removesuffix('kernel')}scale"
       tensors[name], tensors[scale] = lazy.quantised(tensors[name])
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf, sharding: mesh.place(tensors[dotted(path)], sharding, leaf.dtype),
+    lambda path, leaf, sharding: mesh.to_device(tensors[dotted(path)], sharding, leaf.dtype),
     shapes,
     shardings,
   )

@@ -11,10 +11,9 @@ from absl import logging
 from seqmatch_jax import rollout, tokens
 from seqmatch_jax.data import corpus, documents, packing
 from seqmatch_jax.data.documents import Documents
-from seqmatch_jax.evaluation import features as text_features
 from seqmatch_jax.evaluation import questions as evaluate
 from seqmatch_jax.evaluation import text as evaluate_text
-from seqmatch_jax.task import Asked, Task
+from seqmatch_jax.task import Asked, Evaluation, Task
 from seqmatch_jax.tokens import TextVocab, Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
@@ -123,17 +122,17 @@ def make_task(config, mesh) -> Task:
     why = " for MAUVE, which eval.features asks for" if least > 1 else ""
     raise UserError(f"eval.samples={config.eval.samples} must be at least {least}{why}.")
   train, test, vocab = open_documents(config.data)
-  packed, erasures = _pack(config, train, vocab), config.eval.erasures
+  packed, max_backspaces = _pack(config, train, vocab), config.eval.max_backspaces
   _describe(packed, config.batch)
   most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
-  facts = {
-    **tokens.to_facts(vocab),
+  metadata = {
+    **tokens.to_metadata(vocab),
     "documents": len(train.length),
     "lengths_sha256": _digest(train),
     "tests_lengths_sha256": _digest(test),
     "max_length": most,
-    "max_actions": most + 2 * erasures,
-    "max_erasures": erasures,
+    "max_actions": most + 2 * max_backspaces,
+    "max_backspaces": max_backspaces,
   }
   mesh_lib.check_batch(config.batch, mesh)
   rows = mesh_lib.process_rows(config.batch, mesh)
@@ -141,37 +140,36 @@ def make_task(config, mesh) -> Task:
   def stream(noise, seed, position):
     return packing.stream(packed, noise, config.batch, rows, seed, position)
 
-  def measure(network, generate, loss_config):
-    held = _pack(config, test, vocab)
-    return _evaluate(config, held, vocab, network, generate, loss_config, mesh)
+  def evaluation(model, features) -> Evaluation:
+    return _evaluate(config, _pack(config, test, vocab), vocab, model, config.seed, features)
 
-  return Task(facts, 1 + config.data.prompt, stream, measure)
+  return Task(metadata, 1 + config.data.prompt, stream, evaluation)
 
 
-def _evaluate(config, held: packing.Packed, vocab, network, generate, loss_config, mesh):
-  """`Method.evaluate`: all that is held out at the end, a quarter of it on the way."""
-  total = evaluate.make_total(network.apply, loss_config, mesh)
-  features = text_features.load(config.eval.features, vocab) if config.eval.features else None
-  settings = {"T=1": (loss_config.backspace, None), "p=0.95": (loss_config.backspace, 0.95)}
-  if loss_config.backspace:
+def _evaluate(config, held: packing.Packed, vocab, model, seed: int, features) -> Evaluation:
+  """All that is held out at the end, a quarter of it on the way."""
+  total = evaluate.make_total(model.network.apply, model.loss_config, model.mesh)
+  erases = model.loss_config.backspace
+  settings = {"T=1": (erases, None), "p=0.95": (erases, 0.95)}
+  if erases:
     settings["T=1, forbidden"] = (False, None)
 
-  def run(params, step: int, final: bool):
-    del step
+  def run(model, final: bool):
     rows = held.rows if final else max(held.rows // 4, 1)
     count = config.eval.samples if final else max(config.eval.samples // 4, 1)
-    yield from evaluate_text.likelihood(total, params, held, vocab, rows, config.batch)
+    yield from evaluate_text.likelihood(total, model.params, held, vocab, rows, config.batch)
     piece = continued(held, count)
     real = evaluate_text.real_texts(held, np.unique(piece))
     yield from evaluate_text.variety(real, "real")
     known = evaluate_text.embed(real, vocab, features) if features else None
     prompt, length = held.prompts(piece)
-    key = jax.random.key(config.seed)
+    key = jax.random.key(seed)
     for name, (backspace, top_p) in settings.items():
       # The policy itself: it may type again what it has just erased. Where a good token was erased
       # only worse ones would be left otherwise, which are erased in their turn.
-      how = {"temperature": 1.0, "allow_backspace": backspace, "retype": True, "top_p": top_p}
-      made = rollout.in_batches(generate, params, prompt, length, config.batch, key, **how)
+      how = {"temperature": 1.0, "allow_backspace": backspace, "allow_retype": True, "top_p": top_p}
+      prompts = (prompt, length, config.batch, key)
+      made = rollout.in_batches(model.rollout, model.params, *prompts, **how)
       yield from evaluate_text.measure(made, name)
       texts = evaluate_text.PromptedTexts(made.tokens, length, made.length)
       yield from evaluate_text.variety(texts, name)
@@ -191,34 +189,33 @@ def continued(held: packing.Packed, count: int) -> np.ndarray:
   return order[np.arange(count) % len(order)]
 
 
-def _held_out(config, facts: dict) -> tuple[packing.Packed, Vocab | TextVocab]:
+def _held_out(config, metadata: dict) -> tuple[packing.Packed, Vocab | TextVocab]:
   """What a trained run has held out, and its vocabulary; UserError where the data are others."""
-  train, test, vocab = open_documents(config.data, tokens.from_facts(facts))
+  train, test, vocab = open_documents(config.data, tokens.from_metadata(metadata))
   now = {"lengths_sha256": _digest(train), "tests_lengths_sha256": _digest(test)}
-  if len(train.length) != facts["documents"] or any(
-    digest != facts.get(name, digest) for name, digest in now.items()
+  if len(train.length) != metadata["documents"] or any(
+    digest != metadata[name] for name, digest in now.items()
   ):
     raise UserError(
       f"data.path={config.data.path!r} has {len(train.length)} documents to train on now, and the "
-      f"run had {facts['documents']}, or they or those held out are others or in another order; "
+      f"run had {metadata['documents']}, or they or those held out are others or in another order; "
       "put the texts (or the Python, whose texts '' are) of that time back."
     )
   return _pack(config, test, vocab), vocab
 
 
-def make_evaluate(config, facts: dict, network, generate, loss_config, mesh):
-  """(`Method.evaluate`, number of generations)."""
-  held, vocab = _held_out(config, facts)
-  run = _evaluate(config, held, vocab, network, generate, loss_config, mesh)
-  return run, config.eval.samples
+def make_evaluate(config, metadata: dict, model, seed: int, features) -> tuple[Evaluation, int]:
+  """(The evaluation of a trained run, number of generations)."""
+  held, vocab = _held_out(config, metadata)
+  return _evaluate(config, held, vocab, model, seed, features), config.eval.samples
 
 
-def ask(config, facts: dict, given: list[str], count: int) -> Asked:
+def ask(config, metadata: dict, given: list[str], count: int) -> Asked:
   """The prompts that are `given`, or else those of `count` held-out pieces, see `continued`."""
   if given:
-    vocab = tokens.from_facts(facts)
-    return Asked(given, *tokens.encode_prompts(given, vocab, facts["max_length"]))
-  held, vocab = _held_out(config, facts)
+    vocab = tokens.from_metadata(metadata)
+    return Asked(given, *tokens.encode_prompts(given, vocab, metadata["max_length"]))
+  held, vocab = _held_out(config, metadata)
   piece = continued(held, count)
   prompt, length = held.prompts(piece)
   texts = [vocab.decode(row.tolist()) for row in prompt]

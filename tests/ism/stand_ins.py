@@ -12,7 +12,7 @@ import numpy as np
 
 from ism_jax import networks
 from ism_jax.evaluation import fid, runner
-from ism_jax.evaluation.spec import Protocol
+from ism_jax.evaluation.spec import EvaluationSpec
 from ism_jax.sample import make_sampler, to_uint8
 from train_jax import mesh as mesh_lib
 
@@ -69,7 +69,7 @@ def network(params, x, t, d, c, w):
 
 
 def make(files, metrics=ALL, shape=SHAPE, mesh=None, encoder="", per_device=4, **changes):
-  protocol = Protocol(metrics, **{**files.flags, **changes})
+  protocol = EvaluationSpec(metrics, **{**files.flags, **changes})
   return runner.prepare(
     protocol, network, shape, 10, mesh or mesh_lib.make_mesh(), encoder, per_device
   )

@@ -77,8 +77,8 @@ def test_the_defaults_are_the_papers():
   config = ism_imagenet256.get_config()
   assert config == ism_imagenet256.get_config("XL/2")
   assert (config.batch, config.steps, config.optim.lr) == (256, 800_000, 1e-4)
-  assert (config.guidance.w_max, config.guidance.start) == (3.5, 0.3)
-  assert (config.wavelet.levels, config.pairing.pool) == (5, 32)
+  assert (config.loss.w_max, config.loss.interval_start) == (3.5, 0.3)
+  assert (config.loss.wavelet_levels, config.pairing.pool) == (5, 32)
   assert dict(config.ema) == {"target": 0.95, "sample": 0.9999}
   assert (config.model.dtype, config.model.remat) == ("bfloat16", "block")
   fast = ism_imagenet256.get_config("gpu").model
@@ -105,12 +105,12 @@ def test_options_combine_and_unknown_ones_are_named():
   config = ism_imagenet256.get_config("S/2,paper")
   paper = ism.make_loss_config(config, 1000)
   assert paper.weights == (1, 1, 1) and config.pairing.condition == "none"
-  assert paper.zero_w == pytest.approx(1 / (3.5 / 0.25 + 1)) and paper.w_max == 3.5
+  assert paper.zero_w_prob == pytest.approx(1 / (3.5 / 0.25 + 1)) and paper.w_max == 3.5
   flow = ism_imagenet256.get_config("flow,debug")
   sizes = [ism.make_sizes(config, FACTS) for config in (small, flow)]
   assert [found.shortcuts for found in sizes] == [True, False]
   pixels, (width, _, _) = ism_folder.get_config("px32,B"), ism_imagenet256.SIZES["B"]
-  assert (pixels.data.side, pixels.model.patch, pixels.model.width) == (32, 2, width)
+  assert (pixels.data.image_size, pixels.model.patch, pixels.model.width) == (32, 2, width)
   for module, known in (
     (ism_imagenet256, "S/2, B/2, L/2, XL/2, gpu, paper, debug, flow, shortcut"),
     (ism_folder, "B, px32"),
@@ -124,8 +124,8 @@ def test_options_combine_and_unknown_ones_are_named():
 )
 def test_debug_trains_from_a_clean_clone(module):
   config = module.get_config("debug")
-  method, facts = ism.make_method(config, mesh_lib.make_mesh())
-  assert len(facts["names"]) == 10
+  method, metadata = ism.make_method(config, mesh_lib.make_mesh())
+  assert len(metadata["names"]) == 10
   tx = main.make_optimizer(config)
   decays = dict(config.ema)
   state = jax.jit(state_lib.create(method, tx, decays, seed=0))()

@@ -11,7 +11,7 @@ import pytest
 from ism_jax import dit
 from train_jax.errors import UserError
 
-SMALL = dit.DiTConfig(side=8, channels=2, classes=3, patch=2, width=16, depth=2, heads=2)
+SMALL = dit.DiTConfig(image_size=8, channels=2, classes=3, patch=2, width=16, depth=2, heads=2)
 B = 4
 KEY = jax.random.key(0)
 
@@ -78,7 +78,7 @@ def waves(value, features):
 
 def numpy_dit(config, params, x, t, d, label, w):
   """One image [h, w, c], patch by patch, head by head, layer by layer."""
-  grid, p, k = config.side // config.patch, config.patch, config.width
+  grid, p, k = config.image_size // config.patch, config.patch, config.width
   level = np.log2(d * 128) + 1 if d else 0
   c = params["embed_class"]["embedding"][label]
   scalars = {"embed_time": 1000 * t, "embed_step": level, "embed_guidance": 4 * w}

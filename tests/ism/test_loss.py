@@ -14,21 +14,21 @@ from train_jax.errors import UserError
 
 CLASSES = 3
 ISM = LossConfig(
-  shares=(2, 1, 1),
+  split=(2, 1, 1),
   weights=(1.0, 1.0, 1.0),
   classes=CLASSES,
   class_dropout=0.5,
   w_max=2.0,
   w_step=0.5,
-  zero_w=0.25,
+  zero_w_prob=0.25,
   interval_start=0.3,
-  baked_guidance=0.0,
+  bootstrap_guidance=0.0,
   levels=2,
   level_decay=0.5,
   norm="l2",
 )
-FLOW = replace(ISM, shares=(1, 0, 0), w_max=0.0, levels=0)
-SHORTCUT = replace(FLOW, shares=(7, 0, 1), weights=(7 / 8, 0.0, 1 / 8), baked_guidance=0.5)
+FLOW = replace(ISM, split=(1, 0, 0), w_max=0.0, levels=0)
+SHORTCUT = replace(FLOW, split=(7, 0, 1), weights=(7 / 8, 0.0, 1 / 8), bootstrap_guidance=0.5)
 B = 32
 KEY = jax.random.key(0)
 
@@ -71,9 +71,9 @@ def make_rows(config, batch, params=PARAMS, key=KEY):
   return compiled_rows(config, network, params, TARGET_PARAMS, *batch, key)
 
 
-def roles_of_rows(shares):
+def roles_of_rows(split):
   """The role of each of B rows, counted off one by one."""
-  wheel = [role for role, share in zip(loss.ROLES, shares, strict=True) for _ in range(share)]
+  wheel = [role for role, share in zip(loss.ROLES, split, strict=True) for _ in range(share)]
   return [wheel[i % len(wheel)] for i in range(B)]
 
 
@@ -85,14 +85,14 @@ def test_rows_are_dealt_in_turn():
     np.testing.assert_array_equal(part, expected)
 
 
-@pytest.mark.parametrize("shares", [(1,), (2, 1, 1), (5, 2, 1), (7, 1)])
-def test_merging_undoes_splitting(shares):
+@pytest.mark.parametrize("split", [(1,), (2, 1, 1), (5, 2, 1), (7, 1)])
+def test_merging_undoes_splitting(split):
   x = jnp.arange(B * 6).reshape(B, 2, 3)
   label = jnp.arange(B)
-  dealt = loss.split_rows(shares, x, label)
-  assert [len(part) for part, _ in dealt] == [B // sum(shares) * share for share in shares]
-  np.testing.assert_array_equal(loss.merge_rows(shares, [part for part, _ in dealt]), x)
-  np.testing.assert_array_equal(loss.merge_rows(shares, [part for _, part in dealt]), label)
+  dealt = loss.split_rows(split, x, label)
+  assert [len(part) for part, _ in dealt] == [B // sum(split) * share for share in split]
+  np.testing.assert_array_equal(loss.merge_rows(split, [part for part, _ in dealt]), x)
+  np.testing.assert_array_equal(loss.merge_rows(split, [part for _, part in dealt]), label)
 
 
 def test_each_device_keeps_its_rows():
@@ -107,7 +107,7 @@ def test_rows_of_each_role(batch):
   rows = make_rows(ISM, batch)
   assert rows.keys() == set(loss.ROLES)
   for role, part in rows.items():
-    mine = [i for i, name in enumerate(roles_of_rows(ISM.shares)) if name == role]
+    mine = [i for i, name in enumerate(roles_of_rows(ISM.split)) if name == role]
     t = np.asarray(part.t)[:, None, None, None]
     np.testing.assert_allclose(part.x, (1 - t) * x0[mine] + t * x1[mine], atol=1e-6)
     kept = np.asarray(part.label) == np.asarray(label)[mine]
@@ -161,7 +161,7 @@ def naive_loss(config, batch):
   rows = make_rows(config, batch)
   taken = dict.fromkeys(loss.ROLES, 0)
   costs = {role: [] for role in rows}
-  for x0, x1, role in zip(x0s, x1s, roles_of_rows(config.shares), strict=True):
+  for x0, x1, role in zip(x0s, x1s, roles_of_rows(config.split), strict=True):
     i = taken[role]
     taken[role] += 1
     t, d, label, w = (np.asarray(getattr(rows[role], f))[i] for f in ("t", "d", "label", "w"))
@@ -180,7 +180,7 @@ def naive_loss(config, batch):
         s = network64(target_params, x, start, told, label, w)
         if told == 0:
           at = (target_params, x, start, 0)
-          s = s + config.baked_guidance * (network64(*at, label, 0) - network64(*at, null, 0))
+          s = s + config.bootstrap_guidance * (network64(*at, label, 0) - network64(*at, null, 0))
         steps.append(s)
         x = x + half * s
       target = (steps[0] + steps[1]) / 2
@@ -207,7 +207,7 @@ def test_loss_is_that_of_a_naive_loop(config, batch):
 
 
 def test_roles_weigh_equally_whatever_their_rows(batch):
-  value, metrics = run(replace(ISM, shares=(6, 1, 1)), batch)
+  value, metrics = run(replace(ISM, split=(6, 1, 1)), batch)
   np.testing.assert_allclose(value, sum(metrics[role] for role in loss.ROLES), rtol=1e-6)
 
 
@@ -294,18 +294,18 @@ def test_a_multiple_is_one_up_to_rounding():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"norm": "l1"}, "wavelet.norm='l1'.*'l2' or 'charbonnier'"),
-    ({"shares": (1, 1)}, "loss.shares=.*three counts"),
-    ({"shares": (0, 1, 1)}, "the first at least 1"),
-    ({"shares": (2, -1, 1)}, "loss.shares"),
-    ({"shares": (2.5, 2.5, 1)}, "loss.shares=.*three counts"),
-    ({"w_max": float("inf")}, "guidance.w_max=inf must be a multiple"),
-    ({"w_max": float("nan")}, "guidance.w_max=nan must be a multiple"),
+    ({"norm": "l1"}, "loss.norm='l1'.*'l2' or 'charbonnier'"),
+    ({"split": (1, 1)}, "loss.split=.*three counts"),
+    ({"split": (0, 1, 1)}, "the first at least 1"),
+    ({"split": (2, -1, 1)}, "loss.split"),
+    ({"split": (2.5, 2.5, 1)}, "loss.split=.*three counts"),
+    ({"w_max": float("inf")}, "loss.w_max=inf must be a multiple"),
+    ({"w_max": float("nan")}, "loss.w_max=nan must be a multiple"),
     ({"weights": (1.0, 1.0)}, "loss.weights=.*three numbers"),
-    ({"w_max": 0.0}, "1 guidance rows but guidance.w_max=0"),
-    ({"shares": (6, 0, 2)}, "0 guidance rows but guidance.w_max=2"),
-    ({"w_step": 0.3}, "guidance.w_max=2 must be a multiple of guidance.w_step=0.3"),
-    ({"w_step": 0.0}, "guidance.w_step=0, which must be above 0"),
+    ({"w_max": 0.0}, "1 guidance rows but loss.w_max=0"),
+    ({"split": (6, 0, 2)}, "0 guidance rows but loss.w_max=2"),
+    ({"w_step": 0.3}, "loss.w_max=2 must be a multiple of loss.w_step=0.3"),
+    ({"w_step": 0.0}, "loss.w_step=0, which must be above 0"),
   ],
 )
 def test_bad_settings_are_refused_in_a_sentence(changes, message):

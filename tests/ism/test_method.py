@@ -43,11 +43,11 @@ def build(config):
 
 @pytest.fixture(scope="module")
 def default():
-  """(method, facts, parameters) of the debug config."""
-  method, facts = build(get_config())
+  """(method, metadata, parameters) of the debug config."""
+  method, metadata = build(get_config())
   params, extra = jax.jit(method.init)(jax.random.key(0))
   assert extra == ()
-  return method, facts, params
+  return method, metadata, params
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_a_train_step_learns(objective):
 
 def test_options_differ_where_they_say():
   ism_, flow, shortcut, fast = (ism_digits.get_config("" if o == "ism" else o) for o in OBJECTIVES)
-  assert flow.loss.shares == (1, 0, 0) and flow.pairing.pool == 0 and ism_.pairing.pool == 32
-  assert shortcut.guidance.baked > 0 == ism_.guidance.baked
+  assert flow.loss.split == (1, 0, 0) and flow.pairing.pool == 0 and ism_.pairing.pool == 32
+  assert shortcut.loss.bootstrap_guidance > 0 == ism_.loss.bootstrap_guidance
   weights = [ism.make_loss_config(config, 10).weights for config in (ism_, flow, shortcut)]
   assert weights == [(4 / 8, 1 / 8, 3 / 8), (1, 0, 0), (7 / 8, 0, 1 / 8)]  # one mean over all rows
   flow.loss.weights = (2, 0, 0)
@@ -90,9 +90,9 @@ def test_options_differ_where_they_say():
 
 
 def test_facts_are_what_sampling_needs(default):
-  _, facts, _ = default
-  assert facts == {"names": [str(i) for i in range(10)], "shape": [8, 8, 1], "examples": 1797}
-  assert json.loads(json.dumps(facts)) == facts
+  _, metadata, _ = default
+  assert metadata == {"names": [str(i) for i in range(10)], "shape": [8, 8, 1], "examples": 1797}
+  assert json.loads(json.dumps(metadata)) == metadata
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +144,17 @@ def test_noise_is_drawn_from_its_number_alone(default, batches):
 @pytest.mark.parametrize(
   ("key", "value", "field"),
   [
-    ("loss.shares", (2, 1, 1), "shares"),
+    ("loss.split", (2, 1, 1), "split"),
     ("loss.weights", (1.0, 2.0, 3.0), "weights"),
     ("loss.class_dropout", 0.3, "class_dropout"),
-    ("guidance.w_max", 1.0, "w_max"),
-    ("guidance.w_step", 0.5, "w_step"),
-    ("guidance.zero", 0.125, "zero_w"),
-    ("guidance.start", 0.4, "interval_start"),
-    ("guidance.baked", 0.75, "baked_guidance"),
-    ("wavelet.levels", 1, "levels"),
-    ("wavelet.decay", 0.25, "level_decay"),
-    ("wavelet.norm", "charbonnier", "norm"),
+    ("loss.w_max", 1.0, "w_max"),
+    ("loss.w_step", 0.5, "w_step"),
+    ("loss.zero_w_prob", 0.125, "zero_w_prob"),
+    ("loss.interval_start", 0.4, "interval_start"),
+    ("loss.bootstrap_guidance", 0.75, "bootstrap_guidance"),
+    ("loss.wavelet_levels", 1, "levels"),
+    ("loss.level_decay", 0.25, "level_decay"),
+    ("loss.norm", "charbonnier", "norm"),
   ],
 )
 def test_every_setting_reaches_the_loss(key, value, field):
@@ -168,12 +168,12 @@ def test_every_setting_reaches_the_loss(key, value, field):
 
 
 def test_the_loss_is_of_the_batch_s_noise_and_the_target_average(default, batches, perturb):
-  method, facts, params = default
+  method, metadata, params = default
   config, batch, key = get_config(), batches[0], jax.random.key(4)
   target = jax.jit(perturb)(params)
   noise_rng = jax.random.fold_in(jax.random.key(config.seed), 2)
   x0 = path.draw_noise(noise_rng, batch["noise"], (8, 8, 1))
-  apply, loss_config = ism.make_network(config, facts)[1], ism.make_loss_config(config, 10)
+  apply, loss_config = ism.make_network(config, metadata)[1], ism.make_loss_config(config, 10)
   args = params, target, x0, batch["image"], batch["label"], key
   wanted, terms = jax.jit(lambda *args: loss.loss(loss_config, apply, *args))(*args)
   ema = {"target": target, "sample": jax.tree.map(np.zeros_like, params)}
@@ -235,12 +235,12 @@ FLAGS = {"nfe": None, "guidance": None, "labels": None, "num": 6, "seed": 0, "va
 
 
 def test_sample_mode_writes_what_was_asked_for(default, tmp_path):
-  _, facts, params = default
+  _, metadata, params = default
   flags = SimpleNamespace(
     **{**FLAGS, "nfe": ["1", "2"], "guidance": ["0.5"], "labels": ["3", "five"]}
   )
-  facts = {**facts, "names": [*facts["names"][:5], "five", *facts["names"][6:]]}
-  ism.sample_mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
+  metadata = {**metadata, "names": [*metadata["names"][:5], "five", *metadata["names"][6:]]}
+  ism.sample_mode(get_config(), metadata, lambda mesh: (params, 2), flags, tmp_path)
   with np.load(tmp_path / "samples.npz") as saved:
     np.testing.assert_array_equal(saved["labels"], [3, 5, 3, 5, 3, 5] * 2)
     np.testing.assert_array_equal(saved["nfe"], [1] * 6 + [2] * 6)
@@ -249,10 +249,10 @@ def test_sample_mode_writes_what_was_asked_for(default, tmp_path):
 
 
 def test_evaluate_mode_writes_its_numbers(default, tmp_path):
-  _, facts, params = default
+  _, metadata, params = default
   config = get_config()
   flags = SimpleNamespace(**{**FLAGS, "nfe": ["1"], "guidance": ["0.5"], "num": None})
-  ism.evaluate_mode(config, facts, lambda mesh: (params, 2), flags, tmp_path)
+  ism.evaluate_mode(config, metadata, lambda mesh: (params, 2), flags, tmp_path)
   record = json.loads((tmp_path / "evaluation.json").read_text())
   assert record["step"] == 2 and record["seed"] == 0 and record["samples"] == 64
   assert {"fd/nfe1_w0", "fd/nfe1_w0.5", "accuracy/nfe1_w0"} <= set(record)
@@ -270,11 +270,11 @@ def test_a_network_is_used_with_images_for_every_device():
 
 
 def test_only_the_first_process_writes_and_prints(default, tmp_path, monkeypatch, capsys):
-  _, facts, params = default
+  _, metadata, params = default
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   flags = SimpleNamespace(**{**FLAGS, "nfe": ["1"], "num": None})
   for mode in (ism.sample_mode, ism.evaluate_mode, ism.export_mode):
-    mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
+    mode(get_config(), metadata, lambda mesh: (params, 2), flags, tmp_path)
   assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
@@ -294,44 +294,44 @@ def test_only_the_first_process_writes_and_prints(default, tmp_path, monkeypatch
   ],
 )
 def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, default, tmp_path):
-  _, facts, _ = default
+  _, metadata, _ = default
 
   def load(mesh):
     raise AssertionError("loaded a checkpoint for a request that cannot be met")
 
   flags = SimpleNamespace(**{**FLAGS, **changes})
   with pytest.raises(UserError, match=message):
-    ism.sample_mode(get_config(), facts, load, flags, tmp_path)
+    ism.sample_mode(get_config(), metadata, load, flags, tmp_path)
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"batch": 20}, r"batch=20 is not divisible by 8, the sum of loss.shares=.*multiple of 8"),
-    ({"data__side": 32}, r"data.side=32 but for the images of digits it is 8"),
+    ({"batch": 20}, r"batch=20 is not divisible by 8, the sum of loss.split=.*multiple of 8"),
+    ({"data__side": 32}, r"data.image_size=32 but for the images of digits it is 8"),
     ({"data__channels": 3}, r"data.channels=3 but for the images of digits it is 1"),
     ({"data__source": "imagenet"}, r"data.source='imagenet' is unknown; choose 'digits', 'folder'"),
     ({"model__patch": 3}, r"model.patch=3 does not divide the image side 8"),
     ({"model__width": 18}, r"model.width=18 must be a multiple of"),
     ({"model__depth": 0}, r"model.depth=0 must be at least 1"),
-    ({"wavelet__levels": 4}, r"wavelet.levels=4 does not fit images of 8x8.*from 0 to 3"),
-    ({"wavelet__norm": "l1"}, r"wavelet.norm='l1'"),
-    ({"wavelet__decay": 0.0}, r"wavelet.decay=0.0 must be above 0"),
+    ({"wavelet__levels": 4}, r"loss.wavelet_levels=4 does not fit images of 8x8.*from 0 to 3"),
+    ({"wavelet__norm": "l1"}, r"loss.norm='l1'"),
+    ({"wavelet__decay": 0.0}, r"loss.level_decay=0.0 must be above 0"),
     ({"loss__class_dropout": 1.5}, r"loss.class_dropout=1.5 is a probability"),
-    ({"guidance__zero": -0.1}, r"guidance.zero=-0.1 is a probability"),
+    ({"guidance__zero": -0.1}, r"loss.zero_w_prob=-0.1 is a probability"),
     ({"loss__class_dropout": 0.0}, r"loss.class_dropout=0 with guidance: .* choose .*=0.1"),
-    ({"loss__shares": (0, 0, 0)}, r"loss.shares=\(0, 0, 0\) must be three counts"),
-    ({"loss__shares": (4, 1, "x")}, r"loss.shares=.* must be three counts"),
-    ({"guidance__start": 2.0}, r"guidance.start=2 must be at least 0 and below 1"),
-    ({"guidance__baked": -1.0}, r"guidance.baked=-1 at least 0"),
+    ({"loss__shares": (0, 0, 0)}, r"loss.split=\(0, 0, 0\) must be three counts"),
+    ({"loss__shares": (4, 1, "x")}, r"loss.split=.* must be three counts"),
+    ({"guidance__start": 2.0}, r"loss.interval_start=2 must be at least 0 and below 1"),
+    ({"guidance__baked": -1.0}, r"loss.bootstrap_guidance=-1 at least 0"),
     ({"eval__guidance": (0.0, "x")}, r"guidance='x' must be a number"),
     ({"pairing__condition": "labels"}, r"pairing.condition='labels' is unknown"),
     ({"pairing__pool": 10**6, "pairing__condition": "none"}, r"pool=1000000 batches of 16 rows"),
     ({"eval__nfe": (1, 5)}, r"nfe=5 was not trained"),
     ({"eval__guidance": (0.0, 9.0)}, r"guidance=9 is outside the trained range"),
     ({"eval__samples": 10}, r"eval.samples=10 must be at least 16"),
-    ({"loss__shares": (4, 0, 4)}, r"0 guidance rows but guidance.w_max"),
-    ({"guidance__w_step": 0.3}, r"must be a multiple of guidance.w_step=0.3"),
+    ({"loss__shares": (4, 0, 4)}, r"0 guidance rows but loss.w_max"),
+    ({"guidance__w_step": 0.3}, r"must be a multiple of loss.w_step=0.3"),
     ({"data__source": "folder", "data__path": "nowhere"}, r"data.path='nowhere' is not a folder"),
   ],
 )
@@ -349,7 +349,7 @@ def test_a_part_of_a_group_on_a_device_is_warned_of_once(
   found = [text for text in caplog.messages if "rows at a time for each" in text]
   assert len(found) == warned
   if warned:
-    assert "batch=16 is 4 rows at a time for each of the 4 devices, and loss.shares=" in found[0]
+    assert "batch=16 is 4 rows at a time for each of the 4 devices, and loss.split=" in found[0]
     assert "a multiple of 32, or put part of the devices in mesh.tensor" in found[0]
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     caplog.clear()
@@ -371,8 +371,8 @@ FOLDER = {"data__source": "folder", "data__side": 8, "data__channels": 3}
 
 def test_a_folder_of_images_will_do(tmp_path):
   save_images(tmp_path, {"cats": 5, "dogs": 4})
-  method, facts = build(get_config(**FOLDER, data__path=str(tmp_path)))
-  assert facts == {"names": ["cats", "dogs"], "shape": [8, 8, 3], "examples": 9}
+  method, metadata = build(get_config(**FOLDER, data__path=str(tmp_path)))
+  assert metadata == {"names": ["cats", "dogs"], "shape": [8, 8, 3], "examples": 9}
   batch = next(method.stream(0, 0))
   assert batch["image"].shape == (16, 8, 8, 3) and set(batch["label"].tolist()) == {0, 1}
 
@@ -387,8 +387,8 @@ def test_images_are_paired_and_trained_on_with_their_mirror_images(tmp_path, mon
     return pair(settings, rng, pixels, *rest)
 
   monkeypatch.setattr(ism.pairing, "pair", watched)
-  method, facts = build(config)
-  assert facts["examples"] == 18
+  method, metadata = build(config)
+  assert metadata["examples"] == 18
   batches = list(itertools.islice(method.stream(0, 0), 2))  # a pool, and 32 rows: all of them
   trained = np.concatenate([batch["image"] for batch in batches])
   np.testing.assert_array_equal(seen[0], trained)
@@ -412,10 +412,10 @@ def test_images_without_classes_are_trained_on_and_not_measured(counts, tmp_path
   root.mkdir()
   save_images(root, counts)
   config = get_config(**FOLDER, data__path=str(root), eval__guidance=(0.0,))
-  method, facts = build(config)
-  assert facts["names"] == [name or "photos" for name in counts]
+  method, metadata = build(config)
+  assert metadata["names"] == [name or "photos" for name in counts]
   data, said = capsys.readouterr().out.splitlines()
-  some = f"{len(counts)} class(es): {', '.join(facts['names'])}"
+  some = f"{len(counts)} class(es): {', '.join(metadata['names'])}"
   assert data == f"data: {sum(counts.values())} images of 8x8x3; {some}"
   assert said.startswith("evaluation: a grid of samples, without numbers: the classifier")
   assert said.endswith(f"have {len(counts)}, the smallest of {min(counts.values())}")
@@ -431,7 +431,7 @@ def test_images_without_classes_are_trained_on_and_not_measured(counts, tmp_path
 
   flags = SimpleNamespace(**{**FLAGS, "num": None})
   with pytest.raises(UserError, match=r"no numbers here without --metrics=fid.*at least 2 classes"):
-    ism.evaluate_mode(config, facts, load, flags, tmp_path)
+    ism.evaluate_mode(config, metadata, load, flags, tmp_path)
 
 
 def test_evaluate_mode_refuses_other_images_than_the_run_had(tmp_path):
@@ -439,16 +439,16 @@ def test_evaluate_mode_refuses_other_images_than_the_run_had(tmp_path):
   root.mkdir()
   save_images(root, {"a": 3, "b": 3})
   config = get_config(**FOLDER, data__path=str(root))
-  _, facts = build(config)
+  _, metadata = build(config)
   save_images(root, {"c": 3})  # whose label is that of no class
   flags = SimpleNamespace(**{**FLAGS, "num": None})
   with pytest.raises(UserError, match=r"has other names, examples than the run had"):
-    ism.evaluate_mode(config, facts, None, flags, tmp_path)
+    ism.evaluate_mode(config, metadata, None, flags, tmp_path)
 
 
 def test_latents_of_one_class_will_do():
   config = ism_imagenet256.get_config("S/2,debug")
   with config.unlocked():
     config.data.classes = 1
-  _, facts = build(config)
-  assert facts["names"] == ["0"]
+  _, metadata = build(config)
+  assert metadata["names"] == ["0"]

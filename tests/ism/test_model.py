@@ -81,7 +81,7 @@ def test_says_what_it_is(config, params, model, differences):
   assert differences(model.params, params) == []
   record = model.record
   assert (record["method"], record["step"]) == ("ism", 7)
-  assert record["run"] == json.loads(json.dumps({"config": config.to_dict(), "facts": FACTS}))
+  assert record["run"] == json.loads(json.dumps({"config": config.to_dict(), "metadata": FACTS}))
   assert len(repr(model)) < 200
 
 
@@ -128,8 +128,8 @@ def test_a_model_trained_with_cudnn_samples_without_it(params, tmp_path):
 def test_latents_are_decoded_by_their_autoencoder(config, params, directory, tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r"vae='v.safetensors' decodes latents, but .* makes images"):
     ism_jax.load_pretrained(directory, vae="v.safetensors")
-  facts = {**FACTS, "vae": "its hash"}
-  ism.export_mode(config, facts, lambda mesh: (params, 7), SimpleNamespace(), tmp_path)
+  metadata = {**FACTS, "vae": "its hash"}
+  ism.export_mode(config, metadata, lambda mesh: (params, 7), SimpleNamespace(), tmp_path)
 
   def decoding(sampler, path, expected):
     assert (path, expected) == ("v.safetensors", "its hash")

@@ -57,7 +57,7 @@ def test_nfes_are_the_powers_of_two_up_to_128():
 
 def test_the_network_sees_the_finest_step_as_zero():
   d = jnp.array([0.0, 1 / 128, 1 / 64, 1 / 2, 1.0])
-  np.testing.assert_array_equal(path.seen_step(d), [0.0, 0.0, 1 / 64, 1 / 2, 1.0])
+  np.testing.assert_array_equal(path.min_step_is_zero(d), [0.0, 0.0, 1 / 64, 1 / 2, 1.0])
 
 
 def test_times_are_uniform_on_the_finest_grid():
@@ -89,7 +89,7 @@ def test_starts_are_uniform_at_each_level(steps):
 
 def test_half_a_step_is_a_size_that_the_network_knows(steps):
   _, step = steps
-  seen = np.asarray(path.seen_step(jnp.asarray(step / 2, jnp.float32)))
+  seen = np.asarray(path.min_step_is_zero(jnp.asarray(step / 2, jnp.float32)))
   assert set(seen) == {0.0, *(2.0**-k for k in range(1, 7))}
 
 

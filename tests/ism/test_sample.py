@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ism_jax import dit, sample
-from ism_jax.path import NFES, draw_noise, seen_step
+from ism_jax.path import NFES, draw_noise, min_step_is_zero
 from train_jax import mesh as mesh_lib
 
 SHAPE = (4, 4, 1)
@@ -46,7 +46,7 @@ def test_each_step_is_told_its_time_and_size(nfe, start):
   times = told(jnp.array([1.0, 0.0]), 7, LABELS, 0.0, nfe) - start
   np.testing.assert_allclose(times, np.mean(np.arange(nfe) / nfe), atol=1e-5)
   sizes = told(jnp.array([0.0, 1.0]), 7, LABELS, 0.0, nfe) - start
-  np.testing.assert_allclose(sizes, float(seen_step(1 / nfe)), atol=1e-5)
+  np.testing.assert_allclose(sizes, float(min_step_is_zero(1 / nfe)), atol=1e-5)
 
 
 def test_labels_and_strengths_reach_their_images(start):
@@ -84,7 +84,7 @@ def test_classifier_free_guidance_is_two_passes_where_there_is_a_strength(start)
 
 
 def test_an_image_does_not_depend_on_batch_or_number():
-  config = dit.DiTConfig(side=4, channels=1, classes=3, patch=2, width=16, depth=1, heads=2)
+  config = dit.DiTConfig(image_size=4, channels=1, classes=3, patch=2, width=16, depth=1, heads=2)
   init, apply = dit.make_network(config)
   rng = np.random.default_rng(0)
   params = jax.tree.map(

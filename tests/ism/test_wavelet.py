@@ -32,8 +32,12 @@ def synthesise(low, details):
   return low
 
 
-def random_image(side=16, channels=2, batch=3, seed=0):
-  return np.random.default_rng(seed).normal(size=(batch, side, side, channels)).astype(np.float32)
+def random_image(image_size=16, channels=2, batch=3, seed=0):
+  return (
+    np.random.default_rng(seed)
+    .normal(size=(batch, image_size, image_size, channels))
+    .astype(np.float32)
+  )
 
 
 def naive_level(x, scale):
@@ -64,9 +68,9 @@ def naive_packets(x, levels, scale=1 / 2):
   return [leaf for band in (low, *details) for leaf in naive_packets(band, levels - 1, scale)]
 
 
-def haar_matrix(side, levels):
+def haar_matrix(image_size, levels):
   """The pyramid of a side x side image as a matrix, and the level of each of its rows."""
-  units = np.eye(side * side).reshape(-1, side, side)
+  units = np.eye(image_size * image_size).reshape(-1, image_size, image_size)
   columns = [[band.ravel() for _, band in naive_bands(unit, levels)] for unit in units]
   level = [np.full(band.size, level) for level, band in naive_bands(units[0], levels)]
   return np.stack([np.concatenate(c) for c in columns], axis=1), np.concatenate(level)
@@ -128,14 +132,14 @@ def test_mse_trap_plain_l2_over_all_bands_is_the_mse():
 
 
 def test_mse_trap_band_means_of_the_average_haar_are_the_mse():
-  x = random_image(side=8)[0, :, :, 0]
+  x = random_image(image_size=8)[0, :, :, 0]
   for levels in (1, 2, 3):
     means = sum(np.mean(band**2) for _, band in naive_bands(x, levels, scale=1 / 4))
     np.testing.assert_allclose(means, np.mean(x**2), rtol=1e-6)
 
 
 def test_mse_trap_packets_are_the_mse():
-  x = random_image(side=8)[0, :, :, 0]
+  x = random_image(image_size=8)[0, :, :, 0]
   for levels in (1, 2, 3):
     packets = naive_packets(x, levels)
     assert len(packets) == 4**levels
@@ -146,7 +150,7 @@ def test_mse_trap_packets_are_the_mse():
 
 @pytest.mark.parametrize(("levels", "decay"), [(0, 0.5), (1, 0.5), (3, 0.5), (3, 4.0), (2, 0.1)])
 def test_l2_distance_is_the_sum_over_explicit_bands(levels, decay):
-  error = random_image(side=8)
+  error = random_image(image_size=8)
   weights = wavelet.level_weights(levels, decay)
   expected = [
     sum(
@@ -191,7 +195,7 @@ def test_white_noise_costs_as_under_mse(decay):
 
 
 def test_gradient_of_l2_distance():
-  error = random_image(side=8, channels=1, batch=2)
+  error = random_image(image_size=8, channels=1, batch=2)
   weights = wavelet.level_weights(3, 0.5)
   matrix, level = haar_matrix(8, 3)
   quadratic = matrix.T @ np.diag(np.array(weights)[level - 1]) @ matrix
@@ -201,7 +205,7 @@ def test_gradient_of_l2_distance():
 
 
 def test_charbonnier_is_the_sum_over_explicit_bands():
-  error, eps = random_image(side=8), 0.1
+  error, eps = random_image(image_size=8), 0.1
   weights = wavelet.level_weights(2, 0.5)
   expected = [
     sum(
@@ -236,7 +240,9 @@ def test_weighted_l2_keeps_the_mean_as_minimiser_and_charbonnier_moves_it(norm, 
 
 def test_sides_that_do_not_fit_are_refused_in_a_sentence():
   wavelet.check_levels(12, 20, 2)
-  message = r"wavelet.levels=3 does not fit images of 12x20.*2\^levels; choose .* from 0 to 2\."
+  message = (
+    r"loss.wavelet_levels=3 does not fit images of 12x20.*2\^levels; choose .* from 0 to 2\."
+  )
   for function in (
     lambda: wavelet.check_levels(12, 20, 3),
     lambda: analyse(jnp.zeros((1, 12, 20, 1)), 3),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmatch_jax.actions import Noise, corrupt, fold, pack, replay, tree, visible
+from seqmatch_jax.actions import Noise, corrupt, group_into_rows, pack, replay, tree, visible
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
 from train_jax.errors import UserError
 
@@ -130,7 +130,7 @@ def test_a_packed_tree_by_hand():
     [A, X, B, C, X, X, D],
     [A, B, C, X, X, D, X, D, D, X, X, X, A, EOS],
   ],
-  ids=["end at once", "nothing", "erase all", "retype", "end erased", "erase upon erase"],
+  ids=["end at once", "nothing", "erase all", "allow_retype", "end erased", "erase upon erase"],
 )
 def test_edge_cases(actions):
   prompts, trajectories = [[BOS, C, D], [BOS]], [[actions], [[A, B, EOS]]]
@@ -210,10 +210,10 @@ def test_trees_that_share_a_row_are_as_they_were_alone():
 
 
 def test_folding_puts_the_longest_beside_the_shortest():
-  np.testing.assert_array_equal(fold(np.array([3, 9, 1, 7]), 2), [[1, 2], [3, 0]])
-  np.testing.assert_array_equal(fold(np.array([3, 9, 1]), 1), [[0], [1], [2]])
+  np.testing.assert_array_equal(group_into_rows(np.array([3, 9, 1, 7]), 2), [[1, 2], [3, 0]])
+  np.testing.assert_array_equal(group_into_rows(np.array([3, 9, 1]), 1), [[0], [1], [2]])
   size = np.random.default_rng(0).integers(1, 50, 24)
-  table = fold(size, 4)
+  table = group_into_rows(size, 4)
   assert table.shape == (6, 4) and sorted(table.ravel()) == list(range(24))
   assert size[table].sum(1).max() < np.sort(size)[::-1].reshape(6, 4).sum(1).max()
 

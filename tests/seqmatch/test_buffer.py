@@ -82,7 +82,7 @@ def test_its_shapes_and_types_never_change():
 
 
 def test_bad_sizes_are_refused_in_a_sentence():
-  with pytest.raises(UserError, match=r"buffer.rows=0 must be at least 1"):
+  with pytest.raises(UserError, match=r"buffer.size=0 must be at least 1"):
     buffer.create(0, PROMPT, ACTIONS)
-  with pytest.raises(UserError, match=r"buffer.rows=6 cannot take 7 .*at least 7"):
+  with pytest.raises(UserError, match=r"buffer.size=6 cannot take 7 .*at least 7"):
     buffer.insert(buffer.create(ROWS, PROMPT, ACTIONS), *batch_of(0, 7))

@@ -119,8 +119,8 @@ def test_maximum_likelihood_is_the_mean_cross_entropy(float64, make_batch):
         logits = table[row[text]]
         costs.append(value_of(logits, bool(text)) - logits[action])
         hits.append(action == max([EOS, *range(4, V)] + [BACKSPACE] * bool(text), key=logits.item))
-  for config, strength in ((MLE, 1.0), (LossConfig("js", 0.5, 1.0, True), 0.0)):
-    got, metrics = run(config, table[nodes], batch, strength=strength)
+  for config, alpha_scale in ((MLE, 1.0), (LossConfig("js", 0.5, 1.0, True), 0.0)):
+    got, metrics = run(config, table[nodes], batch, alpha_scale=alpha_scale)
     close(got, np.mean(costs), rtol=1e-12)
     assert metrics["nll"] == got and metrics["penalty"] == 0
     close(metrics["accuracy"], np.mean(hits))
@@ -150,7 +150,7 @@ def test_strength_scales_alpha(float64, make_batch):
   table, nodes, _ = table_of(texts)
   full, half = (LossConfig("chi2_mixture", alpha, 0.9, True) for alpha in (0.2, 0.1))
   args = (table[nodes], batch, batch, table[nodes])
-  got = run(full, *args, strength=0.5)[0]
+  got = run(full, *args, alpha_scale=0.5)[0]
   close(got, run(half, *args)[0], rtol=1e-12)
 
 
@@ -231,7 +231,7 @@ def repeats(trajectories, weights, prompt, gamma, row):
 
 
 def test_unlikelihood_equals_a_loop_in_value_and_gradient(float64, make_batch):
-  """With erased tokens, lanes that share a prompt, noise without weight, and a discount."""
+  """With erased tokens, sequences that share a row, noise without weight, and a discount."""
   config = LossConfig("chi2", 0.0, 0.97, backspace=True, unlikelihood=0.7)
   plain = LossConfig("chi2", 0.0, 0.97, backspace=True)
   prompt = (BOS, 6, 8, 6)

@@ -58,9 +58,9 @@ def build(config, mesh=None):
 
 @pytest.fixture(scope="module")
 def default():
-  """(method, facts, parameters) of the debug config."""
-  method, facts = build(get_config())
-  return method, facts, jax.jit(method.init)(jax.random.key(0))[0]
+  """(method, metadata, parameters) of the debug config."""
+  method, metadata = build(get_config())
+  return method, metadata, jax.jit(method.init)(jax.random.key(0))[0]
 
 
 def steps(config, count):
@@ -80,7 +80,7 @@ def test_phases():
   config = get_config(loss__warmup=3, loss__anneal=4, noise__rate=0.9, buffer__refresh=2)
   filled, penalties = [], []
   for state, metrics in steps(config, 8):
-    filled.append(int(state.extra["filled"]))
+    filled.append(int(state.aux_state["filled"]))
     if metrics:
       penalties.append(float(metrics["penalty"]))
   # Steps 0 to 2 warm up; steps 3, 5 and 7 write 8 rollouts each into 16 rows.
@@ -98,7 +98,7 @@ def test_rollouts_are_legal_trajectories_of_the_batch_s_prompts():
   method, _ = build(config)
   batch = next(method.stream(0, 0))
   (_, _), (state, _) = steps(config, 1)
-  memory = jax.device_get(state.extra)
+  memory = jax.device_get(state.aux_state)
   for row in range(8):
     length = memory["length"][row]
     prompt = memory["prompt"][row][:length]
@@ -133,8 +133,8 @@ def fake_rollouts(monkeypatch):
   asked = []
 
   def make_rollout(network, limits, mesh=None):
-    def generate(params, prompt, length, key, row, temperature, backspace, retype):
-      how = {"temperature": temperature, "backspace": backspace, "retype": retype}
+    def generate(params, prompt, length, key, row, temperature, backspace, allow_retype):
+      how = {"temperature": temperature, "backspace": backspace, "allow_retype": allow_retype}
       asked.append({**how, "params": params, "key": jax.random.key_data(key), "row": row})
       actions = np.zeros((len(prompt), limits.max_actions), np.int32)
       actions[:, :2] = 4, EOS
@@ -156,11 +156,11 @@ def test_rollouts_are_draws_of_the_policy_itself(monkeypatch):
   with jax.disable_jit():
     for step in range(4):
       state = dataclasses.replace(state, step=jnp.int32(step))
-      extra, ready = method.augment(state, batch, jax.random.key(step))
-      state = dataclasses.replace(state, extra=extra)
+      aux_state, ready = method.augment(state, batch, jax.random.key(step))
+      state = dataclasses.replace(state, aux_state=aux_state)
   assert len(asked) == 2
   for one in asked:
-    assert (one["temperature"], one["backspace"], one["retype"]) == (1.0, True, True)
+    assert (one["temperature"], one["backspace"], one["allow_retype"]) == (1.0, True, True)
     np.testing.assert_array_equal(one["row"], np.arange(8))
     for mine, wanted in zip(*map(jax.tree.leaves, (one["params"], state.params)), strict=True):
       assert mine is wanted
@@ -175,7 +175,7 @@ def test_alpha_begins_after_the_warm_up_and_grows_linearly(monkeypatch):
   method, _ = build(get_config(loss__warmup=3, loss__anneal=4))
   state = jax.jit(state_lib.create(method, optax.adam(1e-2), DECAYS, 0))()
   batch, found = next(method.stream(0, 0)), []
-  augment = jax.jit(lambda step: method.augment(step, batch, jax.random.key(0))[1]["strength"])
+  augment = jax.jit(lambda step: method.augment(step, batch, jax.random.key(0))[1]["alpha_scale"])
   for step in range(9):
     found.append(float(augment(dataclasses.replace(state, step=jnp.int32(step)))))
   assert found == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
@@ -189,14 +189,14 @@ def test_noise_begins_after_the_warm_up_where_the_data_are():
       np.testing.assert_array_equal(batch[name], wanted[name])
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5])
-def test_data_and_own_trajectories_each_have_their_pass(strength, monkeypatch):
+@pytest.mark.parametrize("alpha_scale", [0.0, 0.5])
+def test_data_and_own_trajectories_each_have_their_pass(alpha_scale, monkeypatch):
   config = get_config(loss__warmup=0)
-  method, facts = build(config)
+  method, metadata = build(config)
   params, _ = jax.jit(method.init)(jax.random.key(0))
   state = jax.jit(state_lib.create(method, optax.adam(1e-2), DECAYS, 0))()
   _, batch = jax.jit(method.augment)(state, next(method.stream(0, 0)), jax.random.key(1))
-  batch["strength"], seen = jnp.float32(strength), []
+  batch["alpha_scale"], seen = jnp.float32(alpha_scale), []
 
   def loss(*args):
     seen.append(args)
@@ -206,31 +206,31 @@ def test_data_and_own_trajectories_each_have_their_pass(strength, monkeypatch):
   with jax.disable_jit():
     method.loss(params, {}, batch, jax.random.key(0))
   ((loss_config, logits, rows, model, own, alpha, counts),) = seen
-  assert loss_config == seqmatch.make_loss_config(config) and float(alpha) == strength
+  assert loss_config == seqmatch.make_loss_config(config) and float(alpha) == alpha_scale
   assert model is batch["model"] and counts is batch["counts"] and rows is batch
-  apply = seqmatch.make_network(config, facts).apply
+  apply = seqmatch.make_network(config, metadata).apply
   places = lambda tree: (tree["token"], tree["position"], tree["end"])  # noqa: E731
   np.testing.assert_allclose(logits, apply(params, *places(batch)), atol=1e-5)
   wanted = apply(params, *places(model))
-  np.testing.assert_allclose(own, wanted if strength else 0 * wanted, atol=1e-5)
+  np.testing.assert_allclose(own, wanted if alpha_scale else 0 * wanted, atol=1e-5)
   assert model["token"].shape != batch["token"].shape or np.any(model["token"] != batch["token"])
 
 
 def test_a_generation_has_room_for_as_many_erasures_as_the_config_says():
   few, more = (build(get_config(eval__erasures=n))[1] for n in (3, 5))
-  assert (few["max_erasures"], more["max_erasures"]) == (3, 5)
+  assert (few["max_backspaces"], more["max_backspaces"]) == (3, 5)
   assert more["max_actions"] - few["max_actions"] == 2 * 2  # each takes its token with it
 
 
 @pytest.mark.parametrize("final", [False, True])
 def test_questions_are_evaluated_as_they_say(final, default, monkeypatch):
-  _, facts, params = default
+  _, metadata, params = default
   asked, measured = [], []
   measure = questions.evaluate.measure
 
   def in_batches(generate, params, prompt, length, batch, key, **how):
     asked.append((len(prompt), jax.random.key_data(key).tolist(), how))
-    return SimpleNamespace(actions=np.full((len(prompt), facts["max_actions"]), EOS, np.int32))
+    return SimpleNamespace(actions=np.full((len(prompt), metadata["max_actions"]), EOS, np.int32))
 
   def spy(*args):
     measured.append(args)
@@ -244,7 +244,7 @@ def test_questions_are_evaluated_as_they_say(final, default, monkeypatch):
   count = config.data.tests if final else config.data.tests // 4
   assert {(n, tuple(key)) for n, key, _ in asked} == {(count, (0, 6))}
   found = {
-    (how["temperature"], how["retype"], how["allow_backspace"], how["forced"] is not None)
+    (how["temperature"], how["allow_retype"], how["allow_backspace"], how["forced"] is not None)
     for *_, how in asked
   }
   policies = {(0.0, False), (1.0, True), (0.5, True)}
@@ -260,7 +260,7 @@ def test_questions_are_evaluated_as_they_say(final, default, monkeypatch):
 @pytest.mark.parametrize("options", ["two_sum,mle", "two_sum,bc"])
 def test_baselines_keep_no_buffer(options):
   (state, _), (_, metrics) = steps(get_config(options), 1)
-  assert state.extra == ()
+  assert state.aux_state == ()
   assert "penalty_model" not in metrics and float(metrics["penalty"]) == 0
   np.testing.assert_allclose(metrics["loss"], metrics["nll"], rtol=1e-6)
 
@@ -275,7 +275,7 @@ def test_other_questions_have_other_facts(tmp_path, one_device):
     (tmp_path / name).write_text(content * 2)
     files = {"data__train": str(tmp_path / name), "data__test": str(tmp_path / "a")}
     config = get_config("", data__source="files", data__lanes=1, **files)
-    found.append(questions.make_task(config, one_device).facts)
+    found.append(questions.make_task(config, one_device).metadata)
   assert found[0] == found[1] and found[0]["examples"] == found[2]["examples"]
   assert found[0].pop("examples_sha256") != found[2].pop("examples_sha256")
   assert found[0] == found[2]
@@ -283,10 +283,12 @@ def test_other_questions_have_other_facts(tmp_path, one_device):
 
 def test_the_loss_does_not_depend_on_the_lanes(one_device):
   batches, losses = [], []
-  for lanes in (1, 2):
-    method, _ = build(get_config(data__lanes=lanes, noise__rate=0.5, loss__warmup=0), one_device)
+  for sequences_per_row in (1, 2):
+    method, _ = build(
+      get_config(data__lanes=sequences_per_row, noise__rate=0.5, loss__warmup=0), one_device
+    )
     params, _ = jax.jit(method.init)(jax.random.key(0))
-    batches.append(next(method.stream(0, 0)) | {"strength": 1.0})
+    batches.append(next(method.stream(0, 0)) | {"alpha_scale": 1.0})
     losses.append(jax.jit(method.loss)(params, {}, batches[-1], jax.random.key(0))[1])
   assert [len(batch["token"]) for batch in batches] == [16, 8]
   for name, value in losses[0].items():
@@ -304,10 +306,10 @@ def train(settings, one_device):
   """(workdir, steps) trains the debug config, or goes on with it; evaluates nothing."""
 
   def run(workdir, steps):
-    method, facts = build(get_config(), one_device)
+    method, metadata = build(get_config(), one_device)
     method = method._replace(evaluate=lambda params, step, final: iter(()))
     tx = optax.adam(1e-3)
-    record = {"config": {}, "facts": facts}
+    record = {"config": {}, "metadata": metadata}
     engine = tx, optax.constant_schedule(1e-3), DECAYS, settings(steps=steps), one_device
     return loop.train(method, *engine, workdir, record)
 
@@ -324,7 +326,7 @@ def test_resume_is_exact_with_its_buffer(tmp_path, train, one_device, make_state
     checkpoints = Checkpoints(tmp_path / name)
     states.append(checkpoints.restore(abstract)[0])
     checkpoints.close()
-  assert int(states[0].extra["filled"]) == 16
+  assert int(states[0].aux_state["filled"]) == 16
   assert differences(*states) == []
 
 
@@ -341,10 +343,10 @@ def test_evaluation_names_its_numbers(default):
 
 
 def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):
-  _, facts, params = default
+  _, metadata, params = default
   (tmp_path / "prompts").write_text("012345=9\n\nfedcba=1\n")
   flags = SimpleNamespace(**{**FLAGS, "prompts": str(tmp_path / "prompts"), "temperature": 1.0})
-  seqmatch.sample_mode(get_config(), facts, lambda mesh: (params, 2), flags, tmp_path)
+  seqmatch.sample_mode(get_config(), metadata, lambda mesh: (params, 2), flags, tmp_path)
   rows = json.loads((tmp_path / "generations.json").read_text())
   assert [row["prompt"] for row in rows] == ["012345=9"] * 3 + ["fedcba=1"] * 3
   assert len({row["typed"] for row in rows}) > 2 and "reference" not in rows[0]
@@ -355,9 +357,9 @@ def test_sample_mode_writes_what_was_asked_for(default, tmp_path, capsys):
 
 
 def test_without_prompts_the_test_questions_are_answered(default, tmp_path):
-  _, facts, params = default
+  _, metadata, params = default
   seqmatch.sample_mode(
-    get_config(), facts, lambda mesh: (params, 2), SimpleNamespace(**FLAGS), tmp_path
+    get_config(), metadata, lambda mesh: (params, 2), SimpleNamespace(**FLAGS), tmp_path
   )
   rows = json.loads((tmp_path / "generations.json").read_text())
   asked = questions.make_examples(get_config())[1]
@@ -366,15 +368,15 @@ def test_without_prompts_the_test_questions_are_answered(default, tmp_path):
 
 
 def test_evaluate_mode_writes_its_numbers(default, tmp_path):
-  _, facts, params = default
+  _, metadata, params = default
   seqmatch.evaluate_mode(
-    get_config(), facts, lambda mesh: (params, 2), SimpleNamespace(**FLAGS), tmp_path
+    get_config(), metadata, lambda mesh: (params, 2), SimpleNamespace(**FLAGS), tmp_path
   )
   record = json.loads((tmp_path / "evaluation.json").read_text())
   assert record["step"] == 2 and record["examples"] == 40 and "exact/T=1" in record
   flags = SimpleNamespace(**{**FLAGS, "features": "gpt2"})
   with pytest.raises(UserError, match=r"--features=gpt2 is for the MAUVE of texts"):
-    seqmatch.evaluate_mode(get_config(), facts, None, flags, tmp_path)
+    seqmatch.evaluate_mode(get_config(), metadata, None, flags, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -389,14 +391,14 @@ def test_evaluate_mode_writes_its_numbers(default, tmp_path):
   ],
 )
 def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, default, tmp_path):
-  _, facts, _ = default
+  _, metadata, _ = default
 
   def load(mesh):
     raise AssertionError("loaded a checkpoint for a request that cannot be met")
 
   flags = SimpleNamespace(**{**FLAGS, **changes})
   with pytest.raises(UserError, match=message):
-    seqmatch.sample_mode(get_config(), facts, load, flags, tmp_path)
+    seqmatch.sample_mode(get_config(), metadata, load, flags, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -421,13 +423,16 @@ def test_bad_requests_are_refused_before_anything_is_loaded(changes, message, de
     ({"data__examples": 0}, r"data.examples=0 and data.tests=40 must be at least 1"),
     ({"data__context": 5}, r"the context of 5 tokens"),
     ({"buffer__refresh": 0}, r"buffer.refresh=0 must be at least 1"),
-    ({"data__lanes": 3}, r"data.lanes=3: batch=16 does not divide into rows of 3 examples"),
+    (
+      {"data__lanes": 3},
+      r"data.sequences_per_row=3: batch=16 does not divide into rows of 3 examples",
+    ),
     (
       {"data__lanes": 2, "optim__accumulate": 2},
-      r"data.lanes=2: batch=16 .* 16 parts \(devices times optim.accumulate\)",
+      r"data.sequences_per_row=2: batch=16 .* 16 parts \(devices times optim.grad_accum_steps\)",
     ),
     ({"data__train": "here"}, r"data.train='here' and data.test='' are not read where data.source"),
-    ({"buffer__rows": 7}, r"buffer.rows=7 must be at least buffer.rollouts=8"),
+    ({"buffer__rows": 7}, r"buffer.size=7 must be at least buffer.rollouts=8"),
     ({"buffer__rollouts": 99}, r"buffer.rollouts=99 must be at least 1 and at most batch=16"),
     ({"model__heads": 3}, r"model.width=16 must be a multiple of 2 x model.heads=3"),
   ],

@@ -1,214 +1,245 @@
-"""Pretrained decoders in runs: what is learned, what is frozen, programs without weights."""
+"""Exported models: they write what the run writes, and without what the run was trained with."""
 
 import json
 import shutil
-from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import main
-from configs import seqmatch_text
+import seqmatch_jax
+from configs import seqmatch_arithmetic, seqmatch_gpt2, seqmatch_text
 from seqmatch_jax import method as seqmatch
-from seqmatch_jax import model
+from seqmatch_jax import model, tokens
+from seqmatch_jax.show import END
+from tests.light import heavy_imports
 from tests.seqmatch import hf_folder
-from train_jax import lora, warm_start
-from train_jax import mesh as mesh_lib
-from train_jax import state as state_lib
 from train_jax.errors import UserError
-from train_jax.state import flatten
-from train_jax.step import make_train_step
+from train_jax.storage import exported
+
+WORDS = ["w7 w8", "w9", "w3 w4 w5"]
+LIMITS = {"max_length": 20, "max_actions": 30, "max_backspaces": 5}
+
+
+class Run(NamedTuple):
+  """A run, and the directory of its export."""
+
+  config: ConfigDict
+  metadata: dict
+  params: dict
+  prompts: list[str]
+  exported: Path
+
+  def load(self, mesh):
+    return self.params, 7
+
+
+def arithmetic(folder):
+  del folder
+  config = seqmatch_arithmetic.get_config("two_sum,debug")
+  return config, {"symbols": list("0123456789=abcdef"), **LIMITS}, ["012345=9", "fed=1"]
+
+
+def tokenizer(folder):
+  """From nothing, with the tokens of a tokenizer.json."""
+  metadata = tokens.to_metadata(tokens.TextVocab.from_file(folder))
+  return seqmatch_text.get_config("debug"), {**metadata, **LIMITS}, WORDS
+
+
+def adapters(folder):
+  """Of drawn parameters, which are kept as int8; without <backspace>."""
+  del folder
+  config = seqmatch_gpt2.get_config("debug")
+  config.lora.base, config.loss.backspace = "int8", False
+  return config, {"symbols": list(" abcdef"), **LIMITS}, ["a", "bc d"]
+
+
+def weights(folder):
+  """From pretrained weights, by adapters."""
+  config = seqmatch_gpt2.get_config("debug")
+  config.pretrained = str(folder)
+  metadata = {**tokens.to_metadata(tokens.TextVocab.from_file(folder)), **LIMITS}
+  return config, model.make_metadata(config, metadata), WORDS
+
+
+KINDS = {make.__name__: make for make in (arithmetic, tokenizer, adapters, weights)}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return hf_folder.write(tmp_path_factory.mktemp("hf") / "model", "gpt2")
+def get_run(perturb, tmp_path_factory):
+  """kind -> its Run, made once."""
+  made = {}
+
+  def get(kind) -> Run:
+    if kind not in made:
+      folder = hf_folder.write(tmp_path_factory.mktemp("hf") / "model", "gpt2")
+      config, metadata, prompts = KINDS[kind](folder)
+      prompts *= 12  # enough for one to type again what it erased, where it may
+      init = model.make_network(config, metadata).init
+      params = jax.jit(lambda key: perturb(init(key)))(jax.random.key(0))
+      made[kind] = Run(config, metadata, params, prompts, tmp_path_factory.mktemp(kind) / "out")
+      seqmatch.export_mode(config, metadata, made[kind].load, None, made[kind].exported)
+    return made[kind]
+
+  return get
+
+
+def sampled(run, out, **flags):
+  """What `--mode=sample` writes."""
+  known = {"prompts": None, "top_k": None, "top_p": None, "stream": False, "num": None}
+  known |= {"max_actions": None, "backspace": True}
+  flags = SimpleNamespace(**known, **flags, prompt=run.prompts)
+  seqmatch.sample_mode(run.config, run.metadata, run.load, flags, out)
+  return json.loads((out / "generations.json").read_text())
+
+
+@pytest.mark.parametrize(
+  "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "weights")) for k in KINDS]
+)
+def test_generations_are_those_of_the_run(kind, get_run, tmp_path):
+  run = get_run(kind)
+  rows = sampled(run, tmp_path, temperature=1.0, seed=3)
+  elsewhere = shutil.copytree(run.exported, tmp_path / "elsewhere")
+  trained = seqmatch_jax.load_pretrained(elsewhere)
+  made = trained.generations(run.prompts, temperature=1.0, seed=3)
+  assert ["".join(x.typed) for x in made] == [row["typed"] for row in rows]
+  assert [x.text for x in made] == [row["answer"] for row in rows]
+  assert [x.finished for x in made] == [row["typed"].endswith(END) for row in rows]
+  assert trained.generate(run.prompts, temperature=1.0, seed=3) == [x.text for x in made]
+  assert any("\b" in x.typed for x in made) == run.config.loss.backspace
+  assert any(x.text for x in made)
 
 
 @pytest.fixture(scope="module")
-def get_config(folder, tmp_path_factory):
-  """keywords of config.lora -> a run on sentences of w0 w1 ..., off-policy."""
-  path, rng = tmp_path_factory.mktemp("texts") / "texts.jsonl", np.random.default_rng(0)
-  texts = [" ".join(f"w{i}" for i in rng.integers(0, 200, 40)) for _ in range(30)]
-  path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-
-  def make(**kwargs):
-    config = seqmatch_text.get_config("bc,debug")
-    config.data.path, config.data.tests, config.data.context = str(path), 8, 32
-    with config.unlocked():
-      config.pretrained, config.erase_bias = str(folder), -5.0
-      config.lora = ConfigDict(
-        {"rank": 0, "alpha": 8.0, "targets": ("q", "v"), "base": "float32", **kwargs}
-      )
-    return config
-
-  return make
+def trained(get_run):
+  return seqmatch_jax.load_pretrained(get_run("arithmetic").exported)
 
 
-def first_step(config, mesh):
-  """(parameters before, after one step, metrics, frozen) of a run."""
-  method, facts = seqmatch.make_method(config, mesh)
-  tx = main.make_optimizer(config)
-  init = state_lib.create(method, tx, {"sample": 0.9}, 0)
-  shardings = mesh_lib.state_sharding(jax.eval_shape(init), mesh)
-  where, given = flatten(shardings.params), main.make_given(config, facts, mesh)
-  given = {name: mesh_lib.place(a, where[name], a.dtype) for name, a in given.items()}
-  state = jax.jit(init, out_shardings=shardings)(given)
-  frozen = ()
-  if method.frozen:
-    frozen = (method.frozen.make(mesh_lib.state_sharding(method.frozen.shapes, mesh)),)
-  batch = mesh_lib.to_global(next(method.stream(0, 5)), mesh)
-  step = jax.jit(mesh_lib.within(mesh, make_train_step(method, tx, {"sample": 0.9}, 1.0)))
-  after, metrics = step(state, batch, *frozen)
-  return flatten(state.params), flatten(after.params), metrics, frozen
+def test_one_prompt_and_the_run_s_own_temperature(trained, get_run):
+  prompts = get_run("arithmetic").prompts
+  greedy, drawn = trained.generate(prompts), trained.generate(prompts, temperature=1.0)
+  assert greedy == trained.generate(prompts, temperature=0.0, seed=5) != drawn
+  assert trained.generate("fed=1") == [greedy[prompts.index("fed=1")]]
+  assert trained.generate(["fed=1"] * 2, batch=1) == trained.generate("fed=1") * 2
+  likeliest = trained.generate(prompts, temperature=1.0, top_k=1)
+  assert likeliest == trained.generate(prompts, temperature=1.0, top_p=0.0) != drawn
 
 
-@pytest.mark.slow  # half a minute; the parts of it have tests of their own
-def test_a_run_of_adapters_begins_where_one_of_everything_does(get_config, make_mesh, monkeypatch):
-  monkeypatch.setattr(mesh_lib, "SMALL", 64)
-  mesh = make_mesh(2, 2)
-  whole, _, expected, none = first_step(get_config(), mesh)
-  adapters = get_config(rank=2)
-  adapters.optim.weight_decay = 0.0  # which moves the others, whose gradient is zero at first
-  before, after, metrics, (frozen,) = first_step(adapters, mesh)
-  assert none == ()
-  np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
-  assert set(before) == {
-    *(f"blocks.qkv.{part}_{which}" for part in "qv" for which in "ab"),
-    "erase.kernel",
-    "erase.bias",
-  }
-  moved = {name for name in before if np.any(before[name] != after[name])}
-  assert moved == {"blocks.qkv.q_b", "blocks.qkv.v_b", "erase.kernel", "erase.bias"}
-  for name, value in flatten(frozen).items():
-    np.testing.assert_array_equal(value, whole[name])
-  assert {*flatten(frozen), "erase.kernel", "erase.bias"} == set(whole)
+def test_it_may_be_kept_short_and_from_erasing(trained, get_run):
+  prompts, drawn = get_run("arithmetic").prompts, {"temperature": 1.0, "seed": 3}
+  whole, short = (trained.generations(prompts, max_actions=n, **drawn) for n in (None, 2))
+  assert [made.typed[:2] for made in whole] == [made.typed for made in short]
+  assert not all(made.finished for made in short)
+  kept = trained.generations(prompts, backspace=False, **drawn)
+  erased = ["\b" in made.typed for made in whole]
+  assert any(erased) and not any("\b" in made.typed for made in kept)
 
 
-def facts_of(config):
-  vocab = model.TextVocab.from_file(config.pretrained)
-  return model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 32})
+@pytest.mark.parametrize("kind", ["arithmetic", "adapters"])
+def test_log_likelihoods_are_sums_of_single_steps(kind, get_run):
+  run = get_run(kind)
+  trained = seqmatch_jax.load_pretrained(run.exported)
+  texts = ["12", "", "3"] if kind == "arithmetic" else ["ab c", "", "f"]
+  prompts = run.prompts[:2] + run.prompts[:1]
+
+  def naive(prompt, text, erases, finished):
+    """One pass for each token, over the text so far."""
+    before, total = [tokens.BOS, *trained.vocab.encode(prompt)], 0.0
+    for i, token in enumerate([*trained.vocab.encode(text), *[tokens.EOS] * finished]):
+      n = len(before)
+      row = (np.array([before]), np.arange(n)[None], np.full((1, n), n))
+      logits = np.asarray(trained.network.apply(trained.params, *row)[0, -1], np.float64)
+      never = {tokens.PAD, tokens.BOS} | ({tokens.BACKSPACE} if not (erases and i) else set())
+      legal = [logits[k] for k in range(len(logits)) if k not in never]
+      total += logits[token] - np.log(np.sum(np.exp(legal)))
+      before.append(token)
+    return total
+
+  for erases, finished in ((False, True), (True, True), (False, False)):
+    found = trained.log_likelihoods(prompts, texts, erases, finished, batch=2)
+    erases = erases and run.config.loss.backspace
+    rows = zip(prompts, texts, strict=True)
+    wanted = [naive(prompt, text, erases, finished) for prompt, text in rows]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+  one = trained.log_likelihoods(prompts[0], texts[0], finished=False)
+  np.testing.assert_allclose(one, found[:1], rtol=1e-5)
+  assert trained.log_likelihoods(prompts[0], "", finished=False) == 0
 
 
-def test_what_is_learned_is_given_and_the_rest_is_frozen(get_config, capsys):
-  config = get_config(rank=2, base="bfloat16")
-  facts = json.loads(json.dumps(facts_of(config)))
-  assert set(model.make_given(config, facts)) == {"erase.kernel", "erase.bias"}
-  assert f"began from {config.pretrained}: 0.2 M parameters; 0.00 M are learned" in (
-    capsys.readouterr().out
+@pytest.mark.parametrize(
+  ("texts", "message"),
+  [
+    (["1", "2"], "there are 1 prompts and 2 texts; give one of each"),
+    (["1" * 20], "and its prompt take 26 tokens, and the model's context holds 20; shorten"),
+    (["z"], "'z' has characters that the model does not know"),
+  ],
+)
+def test_what_cannot_be_scored_is_refused(texts, message, trained):
+  with pytest.raises(UserError, match=message):
+    trained.log_likelihoods(["fed=1"], texts)
+
+
+def test_says_what_it_is(trained, get_run, differences):
+  run = get_run("arithmetic")
+  record = trained.record
+  assert (record["method"], record["step"]) == ("seqmatch", 7)
+  assert record["run"] == json.loads(
+    json.dumps({"config": run.config.to_dict(), "metadata": run.metadata})
   )
-  frozen = model.make_frozen(config, facts)
-  assert frozen.shapes["blocks"]["down"]["kernel"].dtype == "bfloat16"
-  load = lambda mesh: ({"blocks": {"qkv": {"q_a": 1}}, "erase": 2}, 7)  # noqa: E731
-  params, step = model.load_whole(config, facts, load, mesh_lib.make_mesh())
-  assert step == 7 and params["blocks"]["qkv"]["q_a"] == 1 and params["erase"] == 2
-  table = hf_folder.tensors("gpt2")["transformer.wpe.weight"]
-  np.testing.assert_array_equal(params["place"]["embedding"], table.astype("bfloat16"))
-  everything = get_config()
-  assert model.make_frozen(everything, facts) is None
-  assert len(model.make_given(everything, facts)) == len(frozen_names(frozen)) + 2
+  assert differences(trained.params, run.params) == []
+  token = np.array([[1, *trained.vocab.encode("fed=1")]])
+  logits = trained.network.apply(trained.params, token, np.arange(6)[None], np.full((1, 6), 6))
+  assert logits.shape == (1, 6, trained.vocab.size) and len(repr(trained)) < 200
 
 
-def test_a_pretrained_folder_may_be_moved_and_not_be_another(get_config, folder, tmp_path):
-  config, facts = get_config(rank=2), json.loads(json.dumps(facts_of(get_config())))
-  there = shutil.copytree(folder, tmp_path / "there")
-  found, its_facts = model.moved(config, facts, str(there))
-  assert found.pretrained == str(there) and config.pretrained == str(folder)
-  assert its_facts["tokenizer"].pop("path") == str(there / "tokenizer.json")
-  del facts["tokenizer"]["path"]
-  assert its_facts == facts
-  # One that was tuned further has the same sizes and tokenizer.
-  tensors = hf_folder.tensors("gpt2")
-  tensors["transformer.h.1.mlp.c_fc.weight"] = tensors["transformer.h.1.mlp.c_fc.weight"] + 1e-3
-  other = hf_folder.write(tmp_path / "other", "gpt2", parameters=tensors)
-  with pytest.raises(UserError, match=r"other is not what the run began from: its weights_sha256"):
-    model.moved(config, facts, str(other))
-  del facts["weights_sha256"]  # of an older version
-  assert model.moved(config, facts, str(other))[0].pretrained == str(other)
-  config.pretrained = ""
-  with pytest.raises(UserError, match=r"--pretrained=x is read by runs that began from one"):
-    model.moved(config, facts, "x")
+@pytest.mark.parametrize("kind", ["arithmetic", "weights"])
+def test_generating_imports_nothing_of_training(kind, get_run):
+  run = get_run(kind)
+  use = f"""
+model = seqmatch_jax.load_pretrained({str(run.exported)!r})
+assert len(model.generate({run.prompts[:2]!r}, temperature=1.0)) == 2
+"""
+  assert heavy_imports("seqmatch_jax", use) == []
 
 
-def frozen_names(frozen):
-  return list(flatten(frozen.shapes))
+@pytest.mark.parametrize(
+  ("request_", "message"),
+  [
+    ({"prompts": []}, r"there are no prompts; give at least one"),
+    ({"prompts": ["z"]}, r"'z' has characters that the model does not know"),
+    ({"prompts": ["0" * 20]}, r"has 20 tokens, and the context of 20 tokens holds 18"),
+    ({"temperature": -1.0}, r"temperature=-1.0 must be finite and at least 0"),
+    ({"top_k": 0}, r"top_k=0 must be at least 1"),
+    ({"top_p": 1.5}, r"top_p=1.5 must lie in \[0, 1\]"),
+    ({"max_actions": 0}, r"max_actions=0 must be at least 1"),
+  ],
+)
+def test_bad_requests_are_refused(request_, message, trained):
+  with pytest.raises(UserError, match=message):
+    trained.generate(**{"prompts": ["0=1"], **request_})
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_adapters_go_on_from_a_run_on_the_same_matrices_only(rank, get_config):
-  config = get_config(rank=rank)
-  one, other = {"facts": {"weights_sha256": "1"}}, {"facts": {"weights_sha256": "2"}}
-  run = {"config": config.to_dict()}
-  trained = warm_start.Trained("there", {}, run | one)
-  warm_start.check_alike(trained, run | one, seqmatch.same(config))
-  expected = pytest.raises(UserError, match=r"facts.weights_sha256='1' and this run '2'")
-  with expected if rank else nullcontext():
-    warm_start.check_alike(trained, run | other, seqmatch.same(config))
-  config.pretrained = ""  # drawn: by the seed
-  assert ("config.seed" in seqmatch.same(config)) == bool(rank)
+def test_what_is_no_export_is_refused(tmp_path):
+  with pytest.raises(UserError, match="is no exported model"):
+    seqmatch_jax.load_pretrained(tmp_path)
+  folder = hf_folder.write(tmp_path / "hf", "gpt2")  # not written by --mode=export
+  with pytest.raises(UserError, match="method None, where format 1 and method 'seqmatch'"):
+    seqmatch_jax.load_pretrained(folder)
 
 
-def test_without_weights_the_frozen_are_drawn(get_config):
-  config = get_config(rank=2, base="int8")
-  config.pretrained = ""
-  facts = {"symbols": list("abc")}
-  frozen = model.make_frozen(config, facts)
-  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-  drawn = frozen.make(mesh_lib.state_sharding(frozen.shapes, mesh))
-  assert drawn["blocks"]["down"]["kernel"].dtype == np.int8
-  assert np.abs(drawn["blocks"]["down"]["kernel"]).max() == 127
-  network = model.make_network(config, facts)
-  learned = jax.eval_shape(network.init, jax.random.key(1))
-  token = np.array([[1, 4, 5]])
-  apply = lambda *args: network.apply(lora.join(*args), token, token * 0, token * 0 + 3)  # noqa: E731
-  assert jax.eval_shape(apply, learned, drawn).shape == (1, 3, 7)
+def test_an_export_in_hugging_face_s_layout_is_no_init_from(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "gpt2", "seqmatch": {}}')
+  with pytest.raises(UserError, match="begin from it with pretrained="):
+    exported.load(tmp_path, "seqmatch")
 
 
-def test_a_step_with_frozen_parameters_is_compiled_without_weights(get_config):
-  config = get_config(rank=2, base="bfloat16")
-  config.pretrained, config.data.path = "nowhere", "nowhere"
-  config.mesh.fsdp = 8
-  with config.unlocked():
-    config.data.vocab = 300
-    config.model.update(width=128, hidden=256, erase=True)
-  step, generation = main.compile_for(config, "cpu:8")
-  frozen = 2 * (2 * 300 * 128 + 2 * (4 * 128 * 128 + 3 * 128 * 256))  # bytes, of all chips
-  np.testing.assert_allclose(8 * step.arguments["frozen"], frozen, rtol=0.1)
-  assert (
-    generation.arguments["parameters"] == step.arguments["frozen"] + step.arguments["parameters"]
-  )
-  assert generation.peak < step.peak and 0 < generation.flops < step.flops / 3
-  assert step.arguments["parameters"] < 0.3 * step.arguments["frozen"]
-
-
-def test_a_decoder_is_used_by_as_many_devices_as_in_training(get_config):
-  config = get_config()
-  config.mesh.fsdp = 4
-  assert dict(model.mesh_of(config).shape) == {"fsdp": 1, "data": 2, "tensor": 4}
-  config.mesh.tensor = 2
-  assert dict(model.mesh_of(config).shape) == {"fsdp": 1, "data": 1, "tensor": 8}
-  assert model.mesh_of(config, jax.devices()[:1]).size == 1
-  with config.unlocked():
-    del config.mesh.tensor  # a run of a version that had no such axis
-  assert model.mesh_of(config).shape["tensor"] == 4
-
-
-def test_mistakes_cost_a_sentence(get_config, tmp_path):
-  config = get_config()
-  with pytest.raises(UserError, match=r"a tokenizer that these data were not encoded with"):
-    model.make_facts(config, {"symbols": ["a"], "max_length": 32})
-  vocab = model.TextVocab.from_file(config.pretrained)
-  with pytest.raises(UserError, match=r"400 tokens does not fit into the 96 positions"):
-    model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 400})
-  config.data.context = 97
-  with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
-    model.make_facts(config, {"tokenizer": vocab.facts(), "max_length": 90})
-  config.pretrained = ""
-  config.model.update(family="gpt2", context=96)
-  with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
-    model.make_facts(config, {"symbols": ["a"], "max_length": 90})
-  config.pretrained = str(tmp_path)
-  with pytest.raises(UserError, match=r"pretrained=.*give a folder with config.json"):
-    seqmatch.make_method(config, mesh_lib.make_mesh())
+@pytest.mark.parametrize("kind", [tokenizer, weights])
+def test_an_export_overwrites_nothing_that_the_run_came_from(kind, tmp_path):
+  folder = hf_folder.write(tmp_path / "model", "gpt2")
+  config, metadata, _ = kind(folder)
+  with pytest.raises(UserError, match=r"is what the run began from or has its tokenizer"):
+    seqmatch.export_mode(config, metadata, None, None, folder)

@@ -118,7 +118,7 @@ def expected_loss(name, backspace):
   def objective(theta, alpha, data, model):
     logits = table_of_pairs(mdp, theta)[None]
     data, model = pairs_batch(mdp, data), pairs_batch(mdp, model)
-    return lib.loss(config, logits, data, model, logits, strength=alpha)[0]
+    return lib.loss(config, logits, data, model, logits, alpha_scale=alpha)[0]
 
   return derivatives(objective)
 

@@ -24,7 +24,7 @@ from train_jax.errors import UserError
 VOCAB, ROWS = 9, 12
 A, B, C, D, E = range(SPECIAL, VOCAB)
 X = BACKSPACE
-LIMITS = RolloutConfig(max_length=10, max_actions=30, max_erasures=8)
+LIMITS = RolloutConfig(max_length=10, max_actions=30, max_backspaces=8)
 KEY = jax.random.key(7)
 
 
@@ -63,11 +63,11 @@ def logits_of(model):
   return run
 
 
-def check_against_naive(made, logits_of, temperature, allow_backspace, retype, forced):
+def check_against_naive(made, logits_of, temperature, allow_backspace, allow_retype, forced):
   """Every action is the best of those allowed, up to 1e-5 in its logit."""
   actions = np.asarray(made.actions)
   texts, tried = [list(prompt) for prompt in PROMPTS], [{} for _ in PROMPTS]
-  erasures, done = np.zeros(ROWS, int), np.zeros(ROWS, bool)
+  max_backspaces, done = np.zeros(ROWS, int), np.zeros(ROWS, bool)
   for i in range(LIMITS.max_actions):
     logits = logits_of(texts)
     for row, text in enumerate(texts):
@@ -77,8 +77,8 @@ def check_against_naive(made, logits_of, temperature, allow_backspace, retype, f
         continue
       room, erasable = len(text) < LIMITS.max_length, len(text) > len(PROMPTS[row])
       legal = [EOS] + [X] * erasable + [A, B, C, D, E] * room
-      tired = not allow_backspace or erasures[row] == LIMITS.max_erasures
-      excluded = [] if retype else tried[row].get(tuple(text), [])
+      tired = not allow_backspace or max_backspaces[row] == LIMITS.max_backspaces
+      excluded = [] if allow_retype else tried[row].get(tuple(text), [])
       allowed = [a for a in legal if a not in excluded and not (a == X and tired)]
 
       if forced[row, i] in legal:
@@ -94,7 +94,7 @@ def check_against_naive(made, logits_of, temperature, allow_backspace, retype, f
       elif action == X:
         token = text.pop()
         tried[row].setdefault(tuple(text), []).append(token)
-        erasures[row] += 1
+        max_backspaces[row] += 1
       else:
         text.append(action)
         tried[row].pop(tuple(text), None)  # a text that is typed again is a new state
@@ -126,14 +126,14 @@ CASES = [
   (0.0, True, False, forced_actions()),
   (1.0, True, False, forced_actions()),
 ]
-NAMES = ["greedy", "greedy-only", "T1", "T1-retype", "T2", "T0.7-only", "forced", "T1-forced"]
+NAMES = ["greedy", "greedy-only", "T1", "T1-allow_retype", "T2", "T0.7-only", "forced", "T1-forced"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_every_action_is_that_of_a_model_that_reads_the_text_again(model, logits_of, case):
   _, params, rollout = model
-  temperature, backspace, retype, forced = case
-  made = rollout(params, PROMPT, LENGTH, KEY, ROW, temperature, backspace, retype, forced)
+  temperature, backspace, allow_retype, forced = case
+  made = rollout(params, PROMPT, LENGTH, KEY, ROW, temperature, backspace, allow_retype, forced)
   check_against_naive(made, logits_of, *case)
 
 
@@ -279,20 +279,20 @@ def test_a_model_that_erases_everything_runs_out_of_tokens():
 
 
 def test_erasures_are_capped():
-  few = RolloutConfig(max_length=10, max_actions=30, max_erasures=2)
+  few = RolloutConfig(max_length=10, max_actions=30, max_backspaces=2)
   assert typed(constant([X, A, B, C, EOS], few)) == [A, X, B, X, C, A, A, A, A, A, A, A, EOS]
-  none = RolloutConfig(max_length=10, max_actions=4, max_erasures=0)
+  none = RolloutConfig(max_length=10, max_actions=4, max_backspaces=0)
   made = constant([X, A], none)
   assert typed(made) == [A, A, A, A] and not made.finished[0]
 
 
 def test_a_full_row_stops_or_erases():
-  tight = RolloutConfig(max_length=4, max_actions=9, max_erasures=3)
+  tight = RolloutConfig(max_length=4, max_actions=9, max_backspaces=3)
   # Full, it erases; A is excluded where it was erased, and the cap ends it.
   assert typed(constant([A, X, B], tight)) == [A, A, X, X, B, A, X, B, EOS]
   assert typed(constant([A, X, B], tight, allow_backspace=False)) == [A, A, EOS]
-  assert typed(constant([A, X, B], tight, retype=True)) == [A, A, X, A, X, A, X, A, EOS]
-  full = RolloutConfig(max_length=2, max_actions=5, max_erasures=3)
+  assert typed(constant([A, X, B], tight, allow_retype=True)) == [A, A, X, A, X, A, X, A, EOS]
+  full = RolloutConfig(max_length=2, max_actions=5, max_backspaces=3)
   assert typed(constant([A, X], full)) == [EOS]
 
 
@@ -342,12 +342,12 @@ def test_forced_actions_are_played_where_the_rules_allow_them():
   assert force(BOS, EOS) == [B, EOS]
   assert force(A, X, A, EOS) == [A, X, A, EOS]  # though A was erased there
   assert force(A, X, EOS, allow_backspace=False) == [A, X, EOS]
-  full = RolloutConfig(max_length=3, max_actions=30, max_erasures=8)
+  full = RolloutConfig(max_length=3, max_actions=30, max_backspaces=8)
   assert force(A, B, EOS, config=full) == [A, X, EOS]
 
 
 def test_actions_are_drawn_at_the_temperature_from_what_is_legal():
-  rows, one = 20_000, RolloutConfig(max_length=10, max_actions=1, max_erasures=1)
+  rows, one = 20_000, RolloutConfig(max_length=10, max_actions=1, max_backspaces=1)
   logits = np.array([3.0, 3.0, 0.2, 3.0, 0.0, 1.0, -1.0, 0.5, -0.5], np.float32)
   for temperature in (1.0, 0.5):
     made = constant([], one, rows, logits=logits, temperature=temperature)
@@ -384,7 +384,7 @@ def test_nucleus_is_that_of_a_loop(top_k, top_p):
   "settings", [{"top_k": 2}, {"top_p": 0.8}, {"top_p": 0.8, "temperature": 2.0}, {"top_k": 3}]
 )
 def test_actions_are_drawn_from_the_likeliest_that_are_legal(settings):
-  rows, one = 20_000, RolloutConfig(max_length=10, max_actions=1, max_erasures=1)
+  rows, one = 20_000, RolloutConfig(max_length=10, max_actions=1, max_backspaces=1)
   logits = np.array([3.0, 3.0, 0.2, 3.0, 0.0, 1.0, -1.0, 0.5, -0.5], np.float32)
   made = constant([], one, rows, logits=logits, **{"temperature": 1.0, **settings})
   scaled = np.where(np.isin(np.arange(VOCAB), [PAD, BOS, X]), -np.inf, logits)
@@ -407,7 +407,7 @@ def test_equally_likely_actions_are_kept_together():
 @pytest.mark.parametrize("one", [{"top_k": 1}, {"top_p": 0.0}], ids=str)
 def test_the_likeliest_only_is_greedy_among_what_is_left(temperature, one):
   # What was tried, or may not be erased any more, does not take the place of what is allowed.
-  few = RolloutConfig(max_length=10, max_actions=30, max_erasures=3)
+  few = RolloutConfig(max_length=10, max_actions=30, max_backspaces=3)
   made = constant([X, A, B, C, EOS], few, temperature=temperature, **one)
   assert typed(made) == [A, X, B, X, C, X, EOS]
 
@@ -421,11 +421,11 @@ def test_it_stops_when_every_row_has_ended():
 
 def test_bad_limits_are_refused_in_a_sentence():
   with pytest.raises(UserError, match=r"rollout.max_actions=0 must be at least 1"):
-    RolloutConfig(max_length=4, max_actions=0, max_erasures=0)
-  with pytest.raises(UserError, match=r"rollout.max_erasures=-1 must be at least 0"):
-    RolloutConfig(max_length=4, max_actions=1, max_erasures=-1)
+    RolloutConfig(max_length=4, max_actions=0, max_backspaces=0)
+  with pytest.raises(UserError, match=r"rollout.max_backspaces=-1 must be at least 0"):
+    RolloutConfig(max_length=4, max_actions=1, max_backspaces=-1)
   with pytest.raises(UserError, match=r"prompts of 2 tokens do not fit into rollout.max_length=1"):
-    constant([EOS], RolloutConfig(max_length=1, max_actions=1, max_erasures=0))
+    constant([EOS], RolloutConfig(max_length=1, max_actions=1, max_backspaces=0))
 
 
 def test_any_number_of_prompts_is_gone_on_from_a_batch_at_a_time():

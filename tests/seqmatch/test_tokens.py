@@ -174,16 +174,16 @@ def test_half_a_character_is_refused(make, tmp_path):
 
 def test_a_vocabulary_is_made_again_from_its_facts_and_from_no_other_file(tmp_path):
   vocab = TextVocab.from_file(sentence_pieces(tmp_path) / "tokenizer.json")
-  facts = json.loads(json.dumps(vocab.facts()))
+  metadata = json.loads(json.dumps(vocab.metadata()))
   (tmp_path / "config.json").unlink()
-  assert TextVocab.from_facts(facts) == vocab and (vocab.bos, vocab.eos) == (1, 2)
+  assert TextVocab.from_metadata(metadata) == vocab and (vocab.bos, vocab.eos) == (1, 2)
   with (tmp_path / "tokenizer.json").open("a") as file:
     file.write("\n")
   with pytest.raises(UserError, match=r"tokenizer.json has the SHA-256 .* put the tokenizer of"):
-    TextVocab.from_facts(facts)
+    TextVocab.from_metadata(metadata)
   (tmp_path / "tokenizer.json").unlink()
   with pytest.raises(UserError, match=r"tokenizer.json is not there; .* --pretrained=FOLDER"):
-    TextVocab.from_facts(facts)
+    TextVocab.from_metadata(metadata)
 
 
 def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):

@@ -19,7 +19,7 @@ from train_jax.checkpointing.checkpoint import Checkpoints
 
 RATE = optax.linear_schedule(0.05, 0.01, 8)
 DECAYS = {"target": 0.05, "sample": 0.99}  # apart from the first step on
-RECORD = {"config": {"name": "tiny"}, "facts": {"classes": 3}}
+RECORD = {"config": {"name": "tiny"}, "metadata": {"classes": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,10 @@ def tx():
 def train(method, tx, one_device, settings):
   """(workdir, method, mesh, given, **settings) -> what loop.train returns."""
 
-  def run(workdir, method=method, mesh=one_device, given=dict, **kwargs):
-    return loop.train(method, tx, RATE, DECAYS, settings(**kwargs), mesh, workdir, RECORD, given)
+  def run(workdir, method=method, mesh=one_device, init_params=dict, **kwargs):
+    return loop.train(
+      method, tx, RATE, DECAYS, settings(**kwargs), mesh, workdir, RECORD, init_params
+    )
 
   return run
 

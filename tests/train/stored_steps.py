@@ -27,7 +27,7 @@ def make_state(step: int) -> TrainState:
     params=params,
     opt_state=opt_state,
     ema={name: jax.tree.map(lambda p: p.astype(jnp.float32) / 2, params) for name in DECAYS},
-    extra={
+    aux_state={
       "full": jax.random.bernoulli(next(keys), 0.5, (37,)),
       "tokens": jax.random.randint(next(keys), (5, 7), -(2**31), 2**31 - 1),
       "bytes": jnp.arange(9, dtype=jnp.uint8),
@@ -42,7 +42,12 @@ make_state = jax.jit(make_state, static_argnums=0)
 
 
 def meta_of(step: int) -> dict:
-  return {"step": step, "position": 10 * step, "config": {"shares": (1, 2), "lr": 0.1}, "facts": {}}
+  return {
+    "step": step,
+    "position": 10 * step,
+    "config": {"shares": (1, 2), "lr": 0.1},
+    "metadata": {},
+  }
 
 
 def flip_bit(path: Path, bit: int) -> None:

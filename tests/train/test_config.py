@@ -92,11 +92,11 @@ def test_paths_may_be_others_and_the_facts_say_whether_the_same_is_there(capsys)
   for other in ({**saved, "pretrained": ""}, {**saved, "data": {"path": "/x", "tokenizer": "t"}}):
     with pytest.raises(UserError, match=r"'' (there|here)"):  # that is no path
       config.check_same(other, saved, "w")
-  facts = {"documents": 5, "tokenizer": {"path": "a", "sha256": "1"}}
-  config.check_same({**facts, "tokenizer": {"path": "b", "sha256": "1"}}, facts, "w")
+  metadata = {"documents": 5, "tokenizer": {"path": "a", "sha256": "1"}}
+  config.check_same({**metadata, "tokenizer": {"path": "b", "sha256": "1"}}, metadata, "w")
   assert capsys.readouterr().out == ""
   with pytest.raises(UserError, match=r"tokenizer\.sha256"):
-    config.check_same({**facts, "tokenizer": {"path": "b", "sha256": "2"}}, facts, "w")
+    config.check_same({**metadata, "tokenizer": {"path": "b", "sha256": "2"}}, metadata, "w")
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_cudnns_attention_is_shared_out_by_rows_and_heads(heads, shared, split, 
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
   arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(None, None, None, "fsdp")))
-  gradient = jax.jit(mesh_lib.within(mesh, partial(jax.grad(value), kind="cudnn")))
+  gradient = jax.jit(mesh_lib.with_mesh(mesh, partial(jax.grad(value), kind="cudnn")))
   for got, exact in zip(gradient(arrays, mask), wanted, strict=True):
     np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-6)
   whole = NamedSharding(mesh, PartitionSpec(*mesh_lib.ROWS, None, split))

@@ -35,7 +35,7 @@ def test_checkpoint_holds_the_record_and_the_data_position(tmp_path, train, load
   train(tmp_path, steps=3)
   _, meta = load(tmp_path)
   del meta["checksums"]
-  record = {"config": {"name": "tiny"}, "facts": {"classes": 3}}
+  record = {"config": {"name": "tiny"}, "metadata": {"classes": 3}}
   assert meta == {**record, "step": 3, "position": 3, "rollbacks": 0}
   assert Checkpoints(tmp_path).steps() == [3, 2]
 
@@ -52,10 +52,10 @@ def test_fresh_run_begins_with_given_parameters_and_a_resumed_one_does_not(
   monkeypatch.setattr("train_jax.mesh.SMALL", 1)
 
   def run(steps, value):
-    given = {"layer.kernel": np.full((4, 3), value, np.float32)}
-    assert train(tmp_path, mesh=make_mesh(*shape), given=lambda: given, steps=steps)
-    np.testing.assert_array_equal(given["layer.kernel"], value)  # its buffer was not donated
-    return load(tmp_path)[0].extra["kernel"]  # as the last step found it
+    init_params = {"layer.kernel": np.full((4, 3), value, np.float32)}
+    assert train(tmp_path, mesh=make_mesh(*shape), init_params=lambda: init_params, steps=steps)
+    np.testing.assert_array_equal(init_params["layer.kernel"], value)  # its buffer was not donated
+    return load(tmp_path)[0].aux_state["kernel"]  # as the last step found it
 
   np.testing.assert_array_equal(run(1, 7.0), np.full((4, 3), 7))
   assert np.all(np.abs(run(2, 3.0) - 7) < 0.1)

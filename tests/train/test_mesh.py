@@ -121,7 +121,7 @@ def test_tensor_wider_than_a_slice_is_refused():
   ],
 )
 def test_a_run_is_used_on_what_devices_there_are(axis, asked, n, found):
-  assert mesh_lib.fitting(axis, *asked, devices=jax.devices()[:n]).devices.shape == found
+  assert mesh_lib.mesh_for_inference(axis, *asked, devices=jax.devices()[:n]).devices.shape == found
 
 
 @pytest.mark.parametrize("axis, found", [("tensor", (1, 2, 4)), ("fsdp", (8, 1, 1))])
@@ -133,7 +133,7 @@ def test_tensor_alone_fits_into_a_slice(axis, found, monkeypatch):
     return arrange(devices, fsdp, tensor)
 
   monkeypatch.setattr(mesh_lib, "make_mesh", make_mesh)
-  assert mesh_lib.fitting(axis, 8, devices=sliced(2, 4)).shape == found
+  assert mesh_lib.mesh_for_inference(axis, 8, devices=sliced(2, 4)).shape == found
 
 
 @pytest.mark.parametrize("batch, near", [(12, 8), (20, 16), (3, 8)])
@@ -167,9 +167,9 @@ def test_what_is_placed_is_read_once_a_share(names):
       return whole[index]
 
   sharding = NamedSharding(mesh_lib.make_mesh(2, 2), P(*names))
-  placed = mesh_lib.place(Stored(), sharding, jnp.bfloat16)
+  placed = mesh_lib.to_device(Stored(), sharding, jnp.bfloat16)
   assert len(read) == 2 ** len([name for name in names if name])
-  again = mesh_lib.place(placed, NamedSharding(mesh_lib.make_mesh(4), P("fsdp")), np.float32)
+  again = mesh_lib.to_device(placed, NamedSharding(mesh_lib.make_mesh(4), P("fsdp")), np.float32)
   for found, dtype in ((placed, jnp.bfloat16), (again, np.float32)):
     np.testing.assert_array_equal(np.asarray(found, np.float32), whole)
     assert found.dtype == dtype
@@ -215,15 +215,15 @@ def test_processes_load_the_rows_of_their_devices(monkeypatch, owners, tensor, w
 def test_by_rows_splits_rows_where_a_mesh_is_known():
   mesh = mesh_lib.make_mesh(2, 2)
   plain = jnp.ones((8, 4))
-  assert mesh_lib.by_rows(plain) is plain
-  # The operand is split by columns; without `by_rows` the result would be, too.
+  assert mesh_lib.shard_batch(plain) is plain
+  # The operand is split by columns; without `shard_batch` the result would be, too.
   columns = jax.device_put(plain, NamedSharding(mesh, P(None, "fsdp")))
-  split = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns)
+  split = jax.jit(mesh_lib.with_mesh(mesh, lambda x: mesh_lib.shard_batch(x) + 1))(columns)
   assert split.sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)
   np.testing.assert_array_equal(split, plain + 1)
-  few = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns[:4])
+  few = jax.jit(mesh_lib.with_mesh(mesh, lambda x: mesh_lib.shard_batch(x) + 1))(columns[:4])
   assert few.sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 2)  # a row for each part
-  odd = jax.jit(mesh_lib.within(mesh, lambda x: mesh_lib.by_rows(x) + 1))(columns[:6])
+  odd = jax.jit(mesh_lib.with_mesh(mesh, lambda x: mesh_lib.shard_batch(x) + 1))(columns[:6])
   np.testing.assert_array_equal(odd, plain[:6] + 1)
 
 

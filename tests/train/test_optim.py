@@ -134,8 +134,8 @@ def test_muon_follows_the_schedule_of_adamw_at_its_own_rate():
 
 
 def by_muon(config, module) -> set[str]:
-  _, facts = module.make_method(config, mesh_lib.make_mesh())
-  params = jax.eval_shape(module.make_network(config, facts)[0], jax.random.key(0))
+  _, metadata = module.make_method(config, mesh_lib.make_mesh())
+  params = jax.eval_shape(module.make_network(config, metadata)[0], jax.random.key(0))
   return {name for name, yes in optim.by_muon(params).items() if yes}
 
 
@@ -173,7 +173,7 @@ def test_muon_on_a_mesh_moves_as_on_one_device(layout, monkeypatch):
     state = place(tx.init(params))
     for step in (1, 2):
       gradient = place({"blocks": {"kernel": draw[step, 0]}, "out": {"kernel": draw[step, 1, 0]}})
-      update, state = jax.jit(mesh_lib.within(mesh, tx.update))(gradient, state, params)
+      update, state = jax.jit(mesh_lib.with_mesh(mesh, tx.update))(gradient, state, params)
     moved.append(flatten(update))
   for name, alone in moved[0].items():
     np.testing.assert_allclose(moved[1][name], alone, rtol=1e-4, atol=1e-7, err_msg=name)

@@ -31,7 +31,7 @@ def test_steps_that_are_not_finite_are_counted_and_passed_over(
   said = [text for text in caplog.messages if text.startswith("step")]
   assert said == ["step 3: loss or gradient is not finite; it is not applied."]
   state, _ = load(tmp_path)
-  assert int(state.extra["count"]) == 4 and int(state.step) == 6
+  assert int(state.aux_state["count"]) == 4 and int(state.step) == 6
   skipped = [line["skipped"] for line in lines(tmp_path) if "loss" in line]
   assert skipped == [0, 0, 1, 2, 0, 0]
 
@@ -89,7 +89,7 @@ def test_run_goes_back_once_with_another_order_and_resumes_to_the_bit(
   (whole, meta), (parts, parts_meta) = load(tmp_path / "whole"), load(tmp_path / "parts")
   assert differences(whole, parts) == [] and meta == parts_meta
   assert meta["rollbacks"] == 1 and meta["position"] == int(whole.step) == 12
-  assert int(whole.extra["count"]) == 12  # none of them was skipped
+  assert int(whole.aux_state["count"]) == 12  # none of them was skipped
   assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 13))
   assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 

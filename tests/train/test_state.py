@@ -59,11 +59,11 @@ def test_is_a_frozen_pytree_of_all_its_fields(state):
 
 
 def test_given_parameters_are_begun_with_and_averaged(method):
-  given = {"layer.kernel": np.full((4, 3), 7, np.float32)}
+  init_params = {"layer.kernel": np.full((4, 3), 7, np.float32)}
   init = jax.jit(state_lib.create(method, optax.adam(0.1), DECAYS, 0))
-  drawn, state = init(), init(given)
+  drawn, state = init(), init(init_params)
   for params in (state.params, *state.ema.values()):
-    np.testing.assert_array_equal(params["layer"]["kernel"], given["layer.kernel"])
+    np.testing.assert_array_equal(params["layer"]["kernel"], init_params["layer.kernel"])
     np.testing.assert_array_equal(params["layer"]["bias"], drawn.params["layer"]["bias"])
   np.testing.assert_array_equal(state.rng, drawn.rng)
   leaves = jax.tree.leaves(state)

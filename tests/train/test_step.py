@@ -84,7 +84,7 @@ def test_a_gradient_in_parts_is_the_mean_of_theirs(setup, method, batch, parts):
   """Each of every n-th row, with a key of its own; what is no row is the same in all."""
 
   def augment(state, rows, key):
-    return state.extra, {**rows, "scale": jnp.float32(3)}
+    return state.aux_state, {**rows, "scale": jnp.float32(3)}
 
   def loss(params, ema, rows, key):
     value, metrics = method.loss(params, ema, rows, key)
@@ -183,10 +183,12 @@ def test_side_car_of_augment_is_stored(adamw, batch):
   for i in range(2):
     before = state
     state, _ = adamw.step(state, batch(i))
-  assert int(state.extra["count"]) == 2
-  np.testing.assert_array_equal(state.extra["kernel"], before.params["layer"]["kernel"])
-  np.testing.assert_array_equal(state.extra["draw"], jax.random.normal(keys_of(before)[0], (2,)))
-  np.testing.assert_array_equal(state.extra["rows"][:2], [batch(0)["x"][0], batch(1)["x"][0]])
+  assert int(state.aux_state["count"]) == 2
+  np.testing.assert_array_equal(state.aux_state["kernel"], before.params["layer"]["kernel"])
+  np.testing.assert_array_equal(
+    state.aux_state["draw"], jax.random.normal(keys_of(before)[0], (2,))
+  )
+  np.testing.assert_array_equal(state.aux_state["rows"][:2], [batch(0)["x"][0], batch(1)["x"][0]])
 
 
 def test_augment_passes_no_gradient(method, setup, batch):
@@ -194,7 +196,7 @@ def test_augment_passes_no_gradient(method, setup, batch):
     return x @ params["layer"]["kernel"] + params["layer"]["bias"]
 
   def augment(state, rows, key):
-    return state.extra, {**rows, "y": predict(state.params, rows["x"]) + 1}
+    return state.aux_state, {**rows, "y": predict(state.params, rows["x"]) + 1}
 
   def loss(params, ema, rows, key):
     return jnp.mean((predict(params, rows["x"]) - rows["y"]) ** 2), {}
@@ -209,14 +211,14 @@ def test_augment_passes_no_gradient(method, setup, batch):
 
 def test_no_augment_changes_nothing(adamw, batch):
   rows = batch(0)
-  extra, same = no_augment(adamw.state, rows, jax.random.key(0))
-  assert extra is adamw.state.extra and same is rows
+  aux_state, same = no_augment(adamw.state, rows, jax.random.key(0))
+  assert aux_state is adamw.state.aux_state and same is rows
 
 
 def test_randomness_is_a_function_of_rng_and_step(adamw, batch):
   def draws(state, rows):
     new, metrics = adamw.step(state, rows)
-    return np.append(new.extra["draw"], metrics["noise"] / 0.1)
+    return np.append(new.aux_state["draw"], metrics["noise"] / 0.1)
 
   state = adamw.state
   first = draws(state, batch(0))

@@ -15,7 +15,7 @@ from train_jax.state import flatten
 from train_jax.storage import exported
 
 DECAYS = {"target": 0.05, "sample": 0.99}  # apart from the first step on
-RUN = {"config": {"method": "tiny", "model": {"heads": 2}}, "facts": {"symbols": ["a", "b"]}}
+RUN = {"config": {"method": "tiny", "model": {"heads": 2}}, "metadata": {"symbols": ["a", "b"]}}
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def choose(changes, fresh=()):
 
 
 def test_everything_is_taken_where_everything_fits():
-  given, line = choose({})
-  assert set(given) == set(FOUND) and all(given[name] is FOUND[name] for name in FOUND)
+  init_params, line = choose({})
+  assert set(init_params) == set(FOUND) and all(init_params[name] is FOUND[name] for name in FOUND)
   assert line == (
     "began from there: 3 tensors taken (blocks, embed, embedding); nothing drawn afresh"
   )
@@ -114,8 +114,8 @@ def test_everything_is_taken_where_everything_fits():
   ],
 )
 def test_what_may_differ_is_drawn_afresh_and_said(table, told):
-  given, line = choose({"embed.table": table}, fresh=("embed",))
-  assert set(given) == {"blocks.kernel", "embedding"}
+  init_params, line = choose({"embed.table": table}, fresh=("embed",))
+  assert set(init_params) == {"blocks.kernel", "embedding"}
   assert re.search(told, line)
 
 
@@ -134,12 +134,12 @@ def test_what_must_fit_is_named(changes, message):
 
 
 def test_what_shapes_do_not_show_must_be_equal():
-  same = ("config.model.heads", "facts.symbols")
+  same = ("config.model.heads", "metadata.symbols")
   trained = warm_start.Trained("there", {}, RUN)
   warm_start.check_alike(trained, RUN, same)
   warm_start.check_alike(warm_start.Trained("file", {}, {}), RUN, same)  # a file says nothing
   other = {**RUN, "config": {"model": {"heads": 4}}}
   with pytest.raises(UserError, match=r"there has config.model.heads=2 and this run 4"):
     warm_start.check_alike(trained, other, same)
-  with pytest.raises(UserError, match=r"facts.symbols=\['a', 'b'\] and this run \['b', 'a'\]"):
-    warm_start.check_alike(trained, {**RUN, "facts": {"symbols": ["b", "a"]}}, same)
+  with pytest.raises(UserError, match=r"metadata.symbols=\['a', 'b'\] and this run \['b', 'a'\]"):
+    warm_start.check_alike(trained, {**RUN, "metadata": {"symbols": ["b", "a"]}}, same)

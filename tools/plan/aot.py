@@ -197,25 +197,25 @@ def compile_step(
   tx,
   decays: dict,
   clip: float,
-  accumulate: int,
+  grad_accum_steps: int,
   position: int,
   mesh: Mesh,
   chip: Chip | None,
 ) -> Program:
   """The train step of a run, as the loop compiles it; `position` is that of the batch."""
-  state = mesh_lib.lay_out(jax.eval_shape(state_lib.create(method, tx, decays, 0)), mesh)
+  state = mesh_lib.abstract_state(jax.eval_shape(state_lib.create(method, tx, decays, 0)), mesh)
   shardings = jax.tree.map(lambda a: a.sharding, state)
-  frozen = (mesh_lib.lay_out(method.frozen.shapes, mesh),) if method.frozen else ()
+  frozen = (mesh_lib.abstract_state(method.frozen.shapes, mesh),) if method.frozen else ()
   groups = {
     "frozen": frozen,
     "parameters": state.params,
     "optimiser": state.opt_state,
     "averages": state.ema,
-    "side-car": state.extra,
+    "side-car": state.aux_state,
   }
   call = AbstractCall(
     "train step",
-    mesh_lib.within(mesh, make_train_step(method, tx, decays, clip, accumulate)),
+    mesh_lib.with_mesh(mesh, make_train_step(method, tx, decays, clip, grad_accum_steps)),
     (state, abstract_batch(method, position, mesh), *frozen),
     groups,
     mesh.size,

@@ -4,7 +4,7 @@ A step directory holds the items
 
     state          the TrainState without its averages
     ema_<name>     one exponential moving average: sampling restores `ema_sample` and nothing else
-    meta           JSON: config, facts about the data, data position, a checksum for every array and
+    meta           JSON: config, metadata of the data, data position, a checksum for every array and
                    one for itself
 
 Orbax writes a step to a temporary directory and renames it, so a killed save leaves no step. A
@@ -126,6 +126,20 @@ class Checkpoints:
       )
     return meta
 
+  def require_run(self, method: str, step: int | None = None) -> tuple[dict, dict, int]:
+    """(config, metadata, step) of the run of `method` that is stored here.
+
+    Raises:
+      UserError: as `require_meta`, or the run is of another method.
+    """
+    meta = self.require_meta(step)
+    if (found := meta["config"]["method"]) != method:
+      raise UserError(
+        f"{self.directory.parent} holds a run of method {found!r}, where one of {method!r} is "
+        "expected; give another."
+      )
+    return meta["config"], meta["metadata"], meta["step"]
+
   def _known(self) -> list[int]:
     """`steps` as process 0 sees them: a disk that is shared may lag behind."""
     if jax.process_count() == 1:
@@ -206,6 +220,6 @@ class Checkpoints:
       UserError: nothing is stored here, or nothing good; or not `step`.
     """
     self.require_meta(step)
-    wanted = {f"ema_{name}": mesh_lib.lay_out(abstract, mesh)}
+    wanted = {f"ema_{name}": mesh_lib.abstract_state(abstract, mesh)}
     items, meta = self._newest(wanted)[:2] if step is None else self._asked(step, wanted)
     return items[f"ema_{name}"], meta["step"]

@@ -32,15 +32,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.files import check_writable
-from train_jax.multihost import metadata
-from train_jax.multihost.rollcall import Place, Roll
+from train_jax.multihost import google_cloud
+from train_jax.multihost.rollcall import ProcessRegistry, ProcessSpec
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # A process that sends no sign of life for so many seconds is dead, and the others end.
 HEARTBEAT = 50
 
-_rolls: list[Roll] = []  # this process's, once it has started beside others
+_rolls: list[ProcessRegistry] = []  # this process's, once it has started beside others
 
 
 def _number(name: str, value: str) -> int:
@@ -49,7 +49,7 @@ def _number(name: str, value: str) -> int:
   return int(value)
 
 
-def find_place() -> Place | None:
+def find_process() -> ProcessSpec | None:
   """Where this process stands, from the environment or the cluster; None where it is alone.
 
   Raises:
@@ -73,7 +73,7 @@ def find_place() -> Place | None:
   port = _number("the port of JAX_COORDINATOR_ADDRESS", port)
   hosts = os.environ.get("PROCESS_HOSTS") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
   planned = tuple(filter(None, hosts.split(",")))
-  return Place(host, port, count, int(index), limit, planned)
+  return ProcessSpec(host, port, count, int(index), limit, planned)
 
 
 def _find_cluster() -> tuple[str, str, str]:
@@ -90,9 +90,9 @@ def _find_cluster() -> tuple[str, str, str]:
   # MEGASCALE_* are there where several slices are joined.
   facts = dict(os.environ)
   workers, index = facts.get("TPU_WORKER_HOSTNAMES", ""), facts.get("TPU_WORKER_ID", "0")
-  if not (workers or facts.get("TPU_SKIP_MDS_QUERY")) and metadata.has_tpus():
+  if not (workers or facts.get("TPU_SKIP_MDS_QUERY")) and google_cloud.has_tpus():
     keys = ("worker-network-endpoints", "agent-worker-number", "tpu-env")
-    workers, index, rest = (metadata.ask(f"attributes/{key}") for key in keys)
+    workers, index, rest = (google_cloud.ask(f"attributes/{key}") for key in keys)
     facts |= re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", rest, re.MULTILINE)
   if not workers:
     return "", "1", "0"
@@ -109,10 +109,10 @@ def start() -> None:
   Raises:
     UserError: a process is missing, or the variables are wrong.
   """
-  place = find_place()
+  place = find_process()
   if place is None:
     return
-  roll = Roll(place)
+  roll = ProcessRegistry(place)
   roll.call()
   roll.watch()
   _rolls.append(roll)

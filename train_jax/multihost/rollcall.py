@@ -23,7 +23,7 @@ GRACE = 10.0  # seconds between a process's death and the others' end: they may 
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessSpec:
   """Process `index` of `count`, with process 0 at host:port, all to come within `limit` seconds.
 
   Attributes:
@@ -46,10 +46,10 @@ class Place:
 
 
 @dataclass
-class Roll:
+class ProcessRegistry:
   """What a process knows of the others: process 0 of all, the others of process 0."""
 
-  place: Place
+  place: ProcessSpec
   hosts: dict[int, str] = field(default_factory=dict)
   peers: dict[int, socket.socket] = field(default_factory=dict)
   news: str = ""  # who ended early, until it is reported

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-from train_jax.multihost import metadata
+from train_jax.multihost import google_cloud
 
 EVERY = 5.0  # seconds between two looks at the metadata server; a VM has 30 from its notice on
 
@@ -81,7 +81,7 @@ class Signals:
     self._released, self._breaks = threading.Event(), False
     for number in self._before:
       signal.signal(number, self._note)
-    if metadata.expected():
+    if google_cloud.expected():
       threading.Thread(target=self._watch, name="preemption", daemon=True).start()
     return self
 
@@ -112,7 +112,7 @@ class Signals:
       self._breaks = False
 
   def _watch(self) -> None:
-    while metadata.ask("preempted") != "TRUE":
+    while google_cloud.ask("preempted") != "TRUE":
       if self._released.wait(EVERY):
         return
     self.received.append("notice of preemption")

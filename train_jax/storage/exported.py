@@ -2,8 +2,8 @@
 
     model.safetensors   the parameters by dotted name, such as `blocks.mlp.inner.kernel`, float32
                         or what matrices with adapters are kept as (lora.py)
-    config.json         `format`, `method`, `step`, `run` (config and facts of the run that it comes
-                        from), and what the method adds
+    config.json         `format`, `method`, `step`, `run` (config and metadata of the run that it
+                        comes from), and what the method adds
 
 config.json is removed first and written last, so that a directory that has one is whole.
 """
@@ -33,7 +33,7 @@ def save(directory: Path, params, record: dict) -> None:
   Args:
     record: with `method`, `step` and `run`; `format` is added.
   """
-  params = jax.tree.map(mesh.fetch, params)
+  params = jax.tree.map(mesh.to_host, params)
   if jax.process_index():
     return
   directory.mkdir(parents=True, exist_ok=True)

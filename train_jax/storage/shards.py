@@ -32,10 +32,10 @@ class Job:
 
   Attributes:
     items, unit: what there is, in messages and in the progress bar.
-    files: of each shard. The first is called as what is made; the last is JSON with `facts` as
+    files: of each shard. The first is called as what is made; the last is JSON with `metadata` as
       "job", and what the manifest needs.
     size, shards: number of items and of shards.
-    facts: what two runs into one directory must agree in: the layout's `version`, and flags.
+    metadata: what two runs into one directory must agree in: the layout's `version`, and flags.
   """
 
   items: str
@@ -43,7 +43,7 @@ class Job:
   files: tuple[str, ...]
   size: int
   shards: int
-  facts: dict[str, int | str]
+  metadata: dict[str, int | str]
 
   def rows(self, shard: int) -> range:
     """The items of a shard."""
@@ -82,8 +82,8 @@ def make_job(kind: tuple, version: int, source, shards: int, flags: dict[str, in
   names = hashlib.sha256()
   for i in range(source.size):
     names.update(source.name(i).encode() + b"\0")
-  facts = {"version": version, kind[0]: names.hexdigest(), **flags}
-  return Job(*kind, source.size, shards, {**facts, "size": source.size, "shards": shards})
+  metadata = {"version": version, kind[0]: names.hexdigest(), **flags}
+  return Job(*kind, source.size, shards, {**metadata, "size": source.size, "shards": shards})
 
 
 def _check_same(job: Job, out: Path) -> None:
@@ -91,7 +91,7 @@ def _check_same(job: Job, out: Path) -> None:
   words = {"version": "layout version", "size": f"number of {job.items}"}
   for path in sorted(out.glob(job.files[-1].replace(".", "-*."))):
     there = _read(path)["job"]
-    differ = [words.get(k, f"--{k}") for k, value in job.facts.items() if there.get(k) != value]
+    differ = [words.get(k, f"--{k}") for k, value in job.metadata.items() if there.get(k) != value]
     if differ:
       made = job.files[0].partition(".")[0]
       raise UserError(

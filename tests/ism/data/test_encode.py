@@ -111,7 +111,7 @@ def test_the_layout_is_what_the_documentation_says(whole):
 def test_the_manifest_says_what_the_set_is(photos, vae, whole):
   manifest, out = whole
   assert json.loads((out / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
-  assert (manifest["count"], manifest["skipped"], manifest["side"]) == (23, 0, SIDE)
+  assert (manifest["count"], manifest["skipped"], manifest["image_size"]) == (23, 0, SIDE)
   assert tuple(manifest["names"]) == ("a", "b", "c") and tuple(manifest["shape"]) == SHAPE
   assert manifest["vae"] == sha256(vae) and manifest["version"] == 1
   posterior = records_of(out)["posterior"].astype(np.float64)
@@ -123,7 +123,7 @@ def test_the_manifest_says_what_the_set_is(photos, vae, whole):
   expected = {"manifest.json", *(f"{name}{end}" for name in names for end in SUFFIXES)}
   assert {path.name for path in out.iterdir()} == expected
   parts = [json.loads((out / f"{name}.json").read_text()) for name in names]
-  assert {*parts[0]["job"]} == {"version", "side", "vae", "images", "size", "shards"}
+  assert {*parts[0]["job"]} == {"version", "image_size", "vae", "images", "size", "shards"}
   assert [len(part["labels"]) for part in parts] == [5, 6, 6, 6]
   labels = np.concatenate([part["labels"] for part in parts])
   np.testing.assert_array_equal(labels, records_of(out)["label"])
@@ -209,7 +209,7 @@ def test_another_job_in_the_same_directory_is_refused(photos, vae, whole, tmp_pa
   other.write_bytes(b"other weights")
   jobs = {
     "--vae": encode.make_job(photos, str(other), SIDE, 4),
-    "--side": encode.make_job(photos, vae, 2 * SIDE, 4),
+    "--image_size": encode.make_job(photos, vae, 2 * SIDE, 4),
   }
   before = files_of(out)
   for words, job in jobs.items():
@@ -227,7 +227,7 @@ def test_a_finished_set_needs_no_autoencoder(photos, vae, whole):
 
 
 def test_broken_inputs_are_refused_in_a_sentence(photos, vae, tmp_path):
-  with pytest.raises(UserError, match=r"--side=20 must be a positive multiple of 8"):
+  with pytest.raises(UserError, match=r"--image_size=20 must be a positive multiple of 8"):
     encode.make_job(photos, vae, 20, 4)
   with pytest.raises(UserError, match=r"--shards=24 must be between 1 and the 23 images"):
     encode.make_job(photos, vae, SIDE, 24)
@@ -252,6 +252,6 @@ def test_sources_without_names_number_their_classes(photos, vae, tmp_path):
 
 
 def test_the_mode_asks_for_its_flags():
-  flags = SimpleNamespace(images="x", vae="", out="y", side=256, shards=0)
+  flags = SimpleNamespace(images="x", vae="", out="y", image_size=256, shards=0)
   with pytest.raises(UserError, match=r"--vae is missing; --mode=encode needs"):
     encode.encode_mode(flags)

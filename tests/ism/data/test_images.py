@@ -145,7 +145,7 @@ def test_bad_sources_are_refused_in_a_sentence(tmp_path):
 
 
 def test_tfds_is_a_source_of_pixels(tmp_path):
-  source = sources.tfds(write_builder(tmp_path), side=4, channels=3)
+  source = sources.tfds(write_builder(tmp_path), image_size=4, channels=3)
   assert source.shape == (4, 4, 3) and source.names == NAMES
   assert sorted(source.labels.tolist()) == [0, 0, 0, 1, 1, 2, 2]
   assert np.abs(source.images(np.arange(7))).max() <= 1

@@ -28,8 +28,8 @@ def write_set(out, gain=1.0, shift=0.0, seed=0):
   posterior[:, 0, 0] = (rng.normal(shift, gain, (COUNT, *SHAPE))) / latents.SCALE
   posterior[:, 1, 0] = posterior[:, 0, 0, :, ::-1]
   posterior[:, :, 1] = rng.uniform(0.05, 0.2, (COUNT, 2, *SHAPE))
-  facts = {"version": latents.VERSION, "vae": "vae hash", "shards": SHARDS}
-  job = encode.Job(*encode.KIND, COUNT, SHARDS, facts)
+  metadata = {"version": latents.VERSION, "vae": "vae hash", "shards": SHARDS}
+  job = encode.Job(*encode.KIND, COUNT, SHARDS, metadata)
   out.mkdir(exist_ok=True)
   for shard in range(SHARDS):
     writer = encode.ShardWriter(out, job, shard)
@@ -314,7 +314,7 @@ def test_an_epoch_comes_once_from_any_number_of_processes(source, processes):
 
 def get_config(path, **changes):
   config = ism_imagenet256.get_config("debug")
-  config.data.path, config.data.side, config.wavelet.levels = str(path), 4, 2
+  config.data.path, config.data.image_size, config.loss.wavelet_levels = str(path), 4, 2
   config.model.depth, config.pairing.pool = 1, 2
   for name, value in changes.items():
     section, _, key = name.partition("__")
@@ -328,10 +328,10 @@ def made(stored):
 
 
 def test_a_method_on_latents_knows_its_autoencoder(made):
-  method, facts = made
-  assert facts.pop("examples") == 2 * COUNT
-  assert len(facts.pop("manifest_sha256")) == 64
-  assert facts == {"names": list("abcdefg"), "shape": list(SHAPE), "vae": "vae hash"}
+  method, metadata = made
+  assert metadata.pop("examples") == 2 * COUNT
+  assert len(metadata.pop("manifest_sha256")) == 64
+  assert metadata == {"names": list("abcdefg"), "shape": list(SHAPE), "vae": "vae hash"}
   assert method.augment is latents.draw
   assert list(method.evaluate(None, 1, True)) == []  # nothing to draw with
 
@@ -359,14 +359,14 @@ def test_noise_is_paired_with_the_latents_that_are_trained_on(made, source):
 
 
 def test_another_shape_is_refused(stored):
-  with pytest.raises(UserError, match=r"data.side=8 but for the images of latents it is 4"):
+  with pytest.raises(UserError, match=r"data.image_size=8 but for the images of latents it is 4"):
     ism.make_method(get_config(stored[0], data__side=8), mesh_lib.make_mesh())
   with pytest.raises(UserError, match=r"data.path is empty; give --config.data.path"):
     ism.make_method(get_config("", data__made_up=0), mesh_lib.make_mesh())
 
 
 def test_made_up_latents_are_like_real_ones():
-  source = latents.made_up(64, (32, 32, 4))
+  source = latents.synthetic(64, (32, 32, 4))
   rows = source.rows(np.arange(128))
   scaled = latents.SCALE * rows["mean"].astype(np.float64)
   np.testing.assert_allclose(scaled.std(), 1, atol=0.05)

@@ -143,13 +143,13 @@ def test_mnist_trains_on_an_npz_without_what_is_held_out(write):
   digits = np.repeat(np.arange(10), 20)
   pixels = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
   config.data.path = write(x_train=pixels, y_train=digits)
-  method, facts = ism.make_method(config, mesh_lib.make_mesh())
-  assert facts["examples"] == 180 and facts["shape"] == [28, 28, 1]
+  method, metadata = ism.make_method(config, mesh_lib.make_mesh())
+  assert metadata["examples"] == 180 and metadata["shape"] == [28, 28, 1]
   batch = next(method.stream(0, 0))
   assert batch["image"].shape == (config.batch, 28, 28, 1)
   kept = sources.hold_out(sources.npz(config.data.path), 0.1)[1].images(np.arange(20))
   seen = {image.tobytes() for image in batch["image"]}
   assert not seen & {image.tobytes() for image in kept}
-  config.data.side = 32
-  with pytest.raises(UserError, match=r"data.side=32 but for the images of npz it is 28"):
+  config.data.image_size = 32
+  with pytest.raises(UserError, match=r"data.image_size=32 but for the images of npz it is 28"):
     ism.make_method(config, mesh_lib.make_mesh())

@@ -58,7 +58,7 @@ def test_digits():
 
 
 def test_mirror_images_are_examples_of_their_own():
-  source = sources.made_up(6, (4, 3, 3), classes=2)
+  source = sources.synthetic(6, (4, 3, 3), classes=2)
   both = sources.with_mirror_images(source)
   images = source.images(np.arange(6))
   assert both.shape == source.shape and both.pixels is source.pixels
@@ -69,7 +69,7 @@ def test_mirror_images_are_examples_of_their_own():
 
 
 def test_made_up_images_show_their_class_as_their_grey():
-  source = sources.made_up(40, (8, 8, 3), classes=4)
+  source = sources.synthetic(40, (8, 8, 3), classes=4)
   np.testing.assert_array_equal(source.labels, np.arange(40) % 4)
   grey = source.images(np.arange(40)).mean((1, 2, 3))
   np.testing.assert_allclose(grey, (63.5 + 32 * source.labels) / 127.5 - 1, atol=0.1)
@@ -107,12 +107,10 @@ def test_image_and_label_stay_together():
 def test_processes_share_out_the_same_global_batch(pool):
   source = numbered(100)
   whole = take(5, source, pool=pool)
-  shares = [
-    take(5, source, pool=pool, rows=slice(start, start + 4)) for start in range(0, BATCH, 4)
-  ]
+  split = [take(5, source, pool=pool, rows=slice(start, start + 4)) for start in range(0, BATCH, 4)]
   joined = [
     {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    for parts in zip(*shares, strict=True)
+    for parts in zip(*split, strict=True)
   ]
   assert_same(joined, whole)
 
@@ -196,7 +194,7 @@ def photos(tmp_path):
 
 
 def test_folders_are_classes(photos):
-  source = sources.folder(str(photos), side=4, channels=3)
+  source = sources.folder(str(photos), image_size=4, channels=3)
   assert source.names == ("cats", "dogs") and source.shape == (4, 4, 3)
   np.testing.assert_array_equal(source.labels, [0, 0, 1])
   images = source.images(np.arange(3))
@@ -210,14 +208,14 @@ def test_the_centre_square_is_taken(tmp_path):
   wide = np.concatenate([plain(RED, 6, 3), plain(GREEN, 6, 6), plain(BLUE, 6, 3)], axis=1)
   save(tmp_path / "c" / "1.png", wide)
   save(tmp_path / "c" / "2.png", wide.transpose(1, 0, 2))
-  source = sources.folder(str(tmp_path), side=3, channels=3)
+  source = sources.folder(str(tmp_path), image_size=3, channels=3)
   np.testing.assert_array_equal(source.pixels, np.broadcast_to(np.uint8(GREEN), (2, 3, 3, 3)))
 
 
 def test_shrinking_is_a_mean_over_areas(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (8, 8))
   save(tmp_path / "c" / "1.png", pixels)
-  source = sources.folder(str(tmp_path), side=2, channels=1)
+  source = sources.folder(str(tmp_path), image_size=2, channels=1)
   blocks = pixels.reshape(2, 4, 2, 4).mean((1, 3))
   np.testing.assert_allclose(source.pixels[0, :, :, 0], blocks, atol=1)
 
@@ -225,8 +223,8 @@ def test_shrinking_is_a_mean_over_areas(tmp_path):
 def test_grey_and_colour_are_converted_to_the_channels_asked_for(tmp_path):
   save(tmp_path / "c" / "1.png", np.full((4, 4), 100))
   save(tmp_path / "c" / "2.png", plain((10, 200, 30)))
-  colour = sources.folder(str(tmp_path), side=4, channels=3)
-  grey = sources.folder(str(tmp_path), side=4, channels=1)
+  colour = sources.folder(str(tmp_path), image_size=4, channels=3)
+  grey = sources.folder(str(tmp_path), image_size=4, channels=1)
   assert colour.shape == (4, 4, 3) and grey.shape == (4, 4, 1)
   np.testing.assert_array_equal(colour.pixels[0], 100)
   luma = 0.299 * 10 + 0.587 * 200 + 0.114 * 30  # ITU-R 601
@@ -237,7 +235,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
   (tmp_path / "c").mkdir()
   values = (np.arange(16).reshape(4, 4) * 4096).astype(np.uint16)
   Image.fromarray(values).save(tmp_path / "c" / "1.png")
-  source = sources.folder(str(tmp_path), side=4, channels=1)
+  source = sources.folder(str(tmp_path), image_size=4, channels=1)
   np.testing.assert_array_equal(source.pixels[0, :, :, 0], values // 256)
 
 
@@ -246,7 +244,7 @@ def test_photos_are_turned_as_the_camera_was_held(tmp_path):
   exif[0x0112] = 6  # the top of the scene is on the right
   half = np.concatenate([plain(RED, 4, 2), plain(BLUE, 4, 2)], axis=1)
   save(tmp_path / "c" / "1.png", half, exif=exif)
-  source = sources.folder(str(tmp_path), side=4, channels=3)
+  source = sources.folder(str(tmp_path), image_size=4, channels=3)
   np.testing.assert_array_equal(source.pixels[0, :2], np.broadcast_to(np.uint8(RED), (2, 4, 3)))
   np.testing.assert_array_equal(source.pixels[0, 2:], np.broadcast_to(np.uint8(BLUE), (2, 4, 3)))
 
@@ -259,13 +257,13 @@ def test_unreadable_images_are_named_skipped_and_counted(photos, caplog):
   (photos / "dogs" / "text.png").write_text("this is not a picture")
   (photos / "dogs" / "empty.webp").touch()
   with caplog.at_level(logging.WARNING):
-    source = sources.folder(str(photos), side=4, channels=3)
+    source = sources.folder(str(photos), image_size=4, channels=3)
   np.testing.assert_array_equal(source.labels, [0, 0, 1])
   for name in ("truncated.jpg", "text.png", "empty.webp"):
     assert re.search(rf"skipped.*{re.escape(name)}", caplog.text)
   assert "skipped 3 of 6 images" in caplog.text
   with pytest.raises(UserError, match=r"more than data.max_faults=2 records of data.path="):
-    sources.folder(str(photos), side=4, channels=3, max_faults=2)
+    sources.folder(str(photos), image_size=4, channels=3, max_faults=2)
 
 
 def test_an_image_with_damaged_exif_is_skipped(photos, caplog):
@@ -276,12 +274,12 @@ def test_an_image_with_damaged_exif_is_skipped(photos, caplog):
   # Its description becomes a text in the place of numbers.
   file.write_bytes(file.read_bytes().replace(b"\x01\x0e\x00\x02", b"\x01\x23\x00\x02"))
   with caplog.at_level(logging.WARNING):
-    source = sources.folder(str(photos), side=4, channels=3)
+    source = sources.folder(str(photos), image_size=4, channels=3)
   assert len(source.labels) == 3 and re.search(r"skipped.*exif.jpg", caplog.text)
 
 
 def test_good_folders_warn_of_nothing(photos, caplog):
-  sources.folder(str(photos), side=4, channels=3)
+  sources.folder(str(photos), image_size=4, channels=3)
   assert "skipped" not in caplog.text
 
 
@@ -295,17 +293,17 @@ def test_an_image_without_a_label_is_refused(photos):
 def test_a_class_without_images_is_refused(photos):
   (photos / "birds").mkdir()
   with pytest.raises(UserError, match="class 'birds' has no readable image"):
-    sources.folder(str(photos), side=4, channels=3)
+    sources.folder(str(photos), image_size=4, channels=3)
   (photos / "birds" / "x.png").write_text("nor is this one")
   with pytest.raises(UserError, match="class 'birds' has no readable image"):
-    sources.folder(str(photos), side=4, channels=3)
+    sources.folder(str(photos), image_size=4, channels=3)
 
 
 def test_bad_folders_are_refused_in_a_sentence(photos, tmp_path_factory):
   with pytest.raises(UserError, match=r"data.path='no/such/place' is not a folder"):
-    sources.folder("no/such/place", side=4, channels=3)
+    sources.folder("no/such/place", image_size=4, channels=3)
   empty = tmp_path_factory.mktemp("empty")
   with pytest.raises(UserError, match=r"has no images; expected .*<class name>"):
-    sources.folder(str(empty), side=4, channels=3)
+    sources.folder(str(empty), image_size=4, channels=3)
   with pytest.raises(UserError, match=r"data.channels=2 must be 1"):
-    sources.folder(str(photos), side=4, channels=2)
+    sources.folder(str(photos), image_size=4, channels=2)

@@ -14,11 +14,11 @@ DATA = load_digits()
 IMAGES, LABELS = (DATA.images[..., None] / 8 - 1).astype(np.float32), DATA.target
 
 
-def coloured(seed, n, side, classes=(3, 7, 11)):
+def coloured(seed, n, image_size, classes=(3, 7, 11)):
   """Noisy images [n, side, side, 3] whose class is their brightest channel."""
   rng = np.random.default_rng(seed)
   channel = np.arange(n) % 3
-  images = rng.uniform(-1, 0.2, (n, side, side, 3))
+  images = rng.uniform(-1, 0.2, (n, image_size, image_size, 3))
   images[np.arange(n), :, :, channel] += 0.8
   return images, np.array(classes)[channel]
 
@@ -58,7 +58,7 @@ def test_digits_class_accuracy_on_held_out_images():
 
 
 def test_digits_recipe(digits):
-  assert digits.side == 8 and digits.svc.gamma == 0.02 and digits.svc.C == 10
+  assert digits.image_size == 8 and digits.svc.gamma == 0.02 and digits.svc.C == 10
   assert np.mean(digits.labels(IMAGES) == LABELS) == 1
   assert digits.features(IMAGES[:5]).shape == (5, 64)
 
@@ -75,7 +75,7 @@ def test_any_labelled_images_can_be_fitted(small):
   images, labels = coloured(1, 30, 16)
   found = small.labels(images)
   np.testing.assert_array_equal(found, labels)  # the classes' own ids
-  assert found.dtype.kind == "i" and small.side == 16
+  assert found.dtype.kind == "i" and small.image_size == 16
   assert small.features(images).shape == (30, 64)
 
 

@@ -130,7 +130,7 @@ def test_a_folder_is_cut_as_what_a_model_of_pixels_is_trained_on(channels, netwo
   for i, size in enumerate([(40, 60), (33, 20), (8, 8), (90, 31)]):
     photo = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
     photo.save(tmp_path / "photos" / f"{i}.png", exif=exif)
-  trained = sources.folder(str(tmp_path / "photos"), side=8, channels=channels).pixels
+  trained = sources.folder(str(tmp_path / "photos"), image_size=8, channels=channels).pixels
   asked = str(tmp_path / "photos"), ["pool"], SIZES, (8, 8, 3)
   found, as_adm = reference.open_reference(*asked, channels), reference.open_reference(*asked)
   (pixels,) = found.images.batches(4, ALL)

@@ -36,11 +36,11 @@ def digits(files):
 
 
 def test_evaluate_mode_by_the_command_line(digits, files, tmp_path, capsys):
-  facts = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
-  params = ism.make_network(get_config(), facts)[0](jax.random.key(0))
+  metadata = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
+  params = ism.make_network(get_config(), metadata)[0](jax.random.key(0))
   flags = SimpleNamespace(**FLAGS, **digits, save_samples=True)
   out = tmp_path / "out"
-  ism.evaluate_mode(get_config(), facts, lambda mesh: (params, 7), flags, out)
+  ism.evaluate_mode(get_config(), metadata, lambda mesh: (params, 7), flags, out)
 
   record = json.loads((out / "benchmark.json").read_text())
   assert (record["step"], record["samples"], record["seed"]) == (7, 40, "3")
@@ -63,11 +63,11 @@ def test_evaluate_mode_by_the_command_line(digits, files, tmp_path, capsys):
 def test_evaluate_mode_by_the_config(digits, tmp_path):
   config = get_config()
   config.eval.nfe, config.eval.guidance, config.eval.metrics = (2,), (0.5,), ("fid",)
-  facts = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
-  params = ism.make_network(config, facts)[0](jax.random.key(0))
+  metadata = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
+  params = ism.make_network(config, metadata)[0](jax.random.key(0))
   changes = {"nfe": None, "guidance": None, "metrics": None, "save_samples": False}
   flags = SimpleNamespace(**{**FLAGS, **digits, **changes})
-  ism.evaluate_mode(config, facts, lambda mesh: (params, 7), flags, tmp_path)
+  ism.evaluate_mode(config, metadata, lambda mesh: (params, 7), flags, tmp_path)
   record = json.loads((tmp_path / "benchmark.json").read_text())
   assert set(record["results"]) == {"fid@40/nfe2_w0.5"}
 
@@ -88,10 +88,10 @@ def test_evaluate_mode_refuses_before_anything_is_loaded(changes, message, digit
   def load(mesh):
     raise AssertionError("loaded a checkpoint for a request that cannot be met")
 
-  facts = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
+  metadata = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
   flags = SimpleNamespace(**{**FLAGS, **digits, "save_samples": False, **changes})
   with pytest.raises(UserError, match=message):
-    ism.evaluate_mode(get_config(), facts, load, flags, tmp_path)
+    ism.evaluate_mode(get_config(), metadata, load, flags, tmp_path)
 
 
 def test_training_evaluates_by_config(digits, capsys):
@@ -114,7 +114,7 @@ def test_training_evaluates_by_config(digits, capsys):
 def test_images_of_one_class_are_measured_by_the_metrics(digits):
   config = get_config()
   with config.unlocked():
-    config.data.update(source="folder", channels=3, made_up=64, classes=1)
+    config.data.update(source="folder", channels=3, synthetic=64, classes=1)
   config.eval.metrics = ("fid",)
   config.eval.reference, config.eval.inception = digits["reference"], digits["inception"]
   method, _ = ism.make_method(config, mesh_lib.make_mesh())
@@ -137,7 +137,7 @@ def test_a_rare_class_is_in_the_reference(limit):
 def test_evaluation_draws_a_grid_where_there_is_a_decoder(fake_autoencoder, tmp_path):
   config = ism_imagenet256.get_config("debug")
   config.model.depth, config.eval.vae, config.eval.nfe = 1, str(tmp_path / "vae"), (1,)
-  method, facts = ism.make_method(config, mesh_lib.make_mesh())
+  method, metadata = ism.make_method(config, mesh_lib.make_mesh())
   params = jax.jit(method.init)(jax.random.key(0))[0]
   ((name, picture),) = method.evaluate(params, 2, True)
-  assert name == "grid" and picture.dtype == np.uint8 and facts["vae"] == ""
+  assert name == "grid" and picture.dtype == np.uint8 and metadata["vae"] == ""

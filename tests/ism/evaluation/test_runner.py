@@ -60,32 +60,32 @@ def test_the_mesh_does_not_matter(files, make_mesh):
 
 def test_no_device_has_more_samples_where_several_share_a_row(files, make_mesh):
   """Of `per_device` samples at a time there is room for a decoder's activations."""
-  found, shares = make(files, ("is",), reference="", mesh=make_mesh(1, 2, 4), per_device=4), []
+  found, split = make(files, ("is",), reference="", mesh=make_mesh(1, 2, 4), per_device=4), []
 
   def draw(*args):
     drawn = found.draw(*args)
-    shares.extend(len(shard.data) for shard in drawn[1].addressable_shards)
+    split.extend(len(shard.data) for shard in drawn[1].addressable_shards)
     return drawn
 
   watched = dataclasses.replace(found, draw=draw)
   list(watched.measure(PARAMS, [(1, 0.0)], 20))
   watched.pictures(PARAMS, [(1, 0.0)], np.arange(8))
-  assert set(shares) == {4}
+  assert set(split) == {4}
 
 
 def test_the_facts_say_what_the_number_depends_on(files):
   metrics = ("fid", "fd_dinov2", "pr")
-  facts = make(files, metrics, classes="random", seed=3).facts()
+  metadata = make(files, metrics, classes="random", seed=3).metadata()
   digest = sha256(files.real)[:12]
-  assert facts["vae"] == "none: pixels" and facts["seed"] == "3"
-  assert "nearest" in facts["rounding"] and "clipped" in facts["rounding"]
-  assert facts["classes"] == "random (uniform, by the seed)"
-  assert facts["inception"] == f"inception sha256:{sha256(files.flags['inception'])[:12]}"
-  assert facts["reference"].startswith(
+  assert metadata["vae"] == "none: pixels" and metadata["seed"] == "3"
+  assert "nearest" in metadata["rounding"] and "clipped" in metadata["rounding"]
+  assert metadata["classes"] == "random (uniform, by the seed)"
+  assert metadata["inception"] == f"inception sha256:{sha256(files.flags['inception'])[:12]}"
+  assert metadata["reference"].startswith(
     f"real.npz sha256:{digest}; fid, fd_dinov2, pr against 300 of its 300 images"
   )
-  assert "299x299" in facts["resize"] and "samples none (8x8)" in facts["resize"]
-  assert make(files).facts()["classes"] == "balanced (i mod 10)"
+  assert "299x299" in metadata["resize"] and "samples none (8x8)" in metadata["resize"]
+  assert make(files).metadata()["classes"] == "balanced (i mod 10)"
 
 
 def test_latents_are_decoded(files, tmp_path):
@@ -94,7 +94,7 @@ def test_latents_are_decoded(files, tmp_path):
   vae = str(tmp_path / "vae")
   found = make(files, ("fid",), shape=(4, 4, 4), reference=str(real), vae=vae)
   assert found.shape == (32, 32, 3)
-  assert found.facts()["vae"] == f"vae sha256:{sha256(vae)[:12]}"
+  assert found.metadata()["vae"] == f"vae sha256:{sha256(vae)[:12]}"
   results = dict(found.measure(PARAMS, [(1, 0.0)], 30))
   latents = make_sampler(network, (4, 4, 4))(PARAMS, 0, np.arange(30) % 10, 0.0, 1)
   images = to_uint8(np.tanh(0.5 * latents[..., :3])).repeat(8, 1).repeat(8, 2)
@@ -116,7 +116,7 @@ def test_a_folder_is_cut_like_the_training_data(files, tmp_path):
   ):
     found = make(files, ("fid",), shape=shape, vae=vae, **photos)
     assert found.reference.images.cut == cut
-    assert f", cut by {cut}; fid against 4 of its 4 images" in found.facts()["reference"]
+    assert f", cut by {cut}; fid against 4 of its 4 images" in found.metadata()["reference"]
 
 
 def test_grey_samples_are_three_equal_channels(files):
@@ -128,7 +128,7 @@ def test_grey_samples_are_three_equal_channels(files):
 
 def test_the_inception_score_needs_no_reference(files):
   found = make(files, ("is",), reference="")
-  assert found.facts()["reference"] == "none"
+  assert found.metadata()["reference"] == "none"
   assert set(dict(found.measure(PARAMS, [(1, 0.0)], 20))) == {"is@20/nfe1_w0"}
 
 

@@ -21,7 +21,7 @@ from train_jax.storage.weights import Weights, save
 K, HEADS, DEPTH, P, C, CLASSES, SIDE = 32, 2, 3, 2, 3, 5, 8
 GRID = SIDE // P
 SIZES = dit.DiTConfig(
-  side=SIDE, channels=C, classes=CLASSES, patch=P, width=K, depth=DEPTH, heads=HEADS
+  image_size=SIDE, channels=C, classes=CLASSES, patch=P, width=K, depth=DEPTH, heads=HEADS
 )
 CONFIG = SimpleNamespace(model=SimpleNamespace(heads=HEADS))
 
@@ -144,8 +144,8 @@ def test_a_run_begins_with_a_file_of_weights(tmp_path, capsys):
   config, file = ism_digits.get_config(), stored(tmp_path, published()).path
   sizes = {"patch": P, "width": K, "depth": DEPTH, "heads": HEADS}
   config.update({"model": sizes, "init_from": str(file)})
-  facts = {"names": list("abcde"), "shape": [SIDE, SIDE, C]}
-  given = main.make_given(config, facts, mesh_lib.make_mesh())
+  metadata = {"names": list("abcde"), "shape": [SIDE, SIDE, C]}
+  given = main.make_init_params(config, metadata, mesh_lib.make_mesh())
   np.testing.assert_array_equal(
     given["embed_class.embedding"], published()["y_embedder.embedding_table.weight"]
   )

@@ -106,7 +106,7 @@ def test_other_texts_or_tokens_are_refused(source, tokenizer, tmp_path):
 def test_characters_of_a_job_that_was_broken_off_are_not_those_of_another(source, tmp_path):
   other, out = tmp_path / "other.txt", tmp_path / "out"
   other.write_text("XYZ")
-  texts, job = corpus.find(str(other), "--texts"), SimpleNamespace(facts={"texts": "others"})
+  texts, job = corpus.find(str(other), "--texts"), SimpleNamespace(metadata={"texts": "others"})
   out.mkdir()
   assert encode.find_symbols(texts, job, out).symbols == ("X", "Y", "Z")
   run(source, out)

@@ -315,7 +315,9 @@ def test_processes_share_out_the_same_global_batch(toy):
 def test_lanes_hold_the_same_questions_in_fewer_rows(toy):
   noise = Noise(0.5, 2)
   (alone,) = take(1, toy, noise)
-  (packed,) = itertools.islice(data.stream(toy, noise, BATCH, slice(0, 8), 0, 0, lanes=2), 1)
+  (packed,) = itertools.islice(
+    data.stream(toy, noise, BATCH, slice(0, 8), 0, 0, sequences_per_row=2), 1
+  )
   assert packed["token"].shape[0] == 8 and packed["action"].shape[1] == 2 * alone["action"].shape[1]
   assert packed["prompt"].shape == alone["prompt"].shape
 
@@ -337,7 +339,9 @@ def test_lanes_hold_the_same_questions_in_fewer_rows(toy):
 
 def test_batches_of_lanes_have_one_width(toy):
   noise = Noise(1.0, 4)
-  batches = itertools.islice(data.stream(toy, noise, BATCH, slice(0, 8), 0, 0, lanes=2), 30)
+  batches = itertools.islice(
+    data.stream(toy, noise, BATCH, slice(0, 8), 0, 0, sequences_per_row=2), 30
+  )
   used = [(batch["token"] != PAD).sum(1).max() for batch in batches]
   width = data.row_nodes(toy, noise, BATCH, 2)
   assert 0.9 * width < max(used) <= width
@@ -345,6 +349,6 @@ def test_batches_of_lanes_have_one_width(toy):
 
 def test_a_batch_that_is_too_wide_is_widened_and_not_cut(toy, monkeypatch):
   monkeypatch.setattr(data, "row_nodes", lambda *args: 1)
-  batch = next(data.stream(toy, Noise(0.5, 2), BATCH, slice(0, 8), 0, 0, lanes=2))
+  batch = next(data.stream(toy, Noise(0.5, 2), BATCH, slice(0, 8), 0, 0, sequences_per_row=2))
   used = (batch["token"] != PAD).sum(1).max()
   assert used <= batch["token"].shape[1] == -(-used // 32) * 32

@@ -61,11 +61,11 @@ def test_a_runs_sample_average_is_read(tmp_path, make_state, one_device):
   method = Method(lambda key: (network.init(key), ()), None, None, None, None)
   state = make_state(method, optax.sgd(0.1), one_device, {"sample": 0.9})
   average = jax.tree.map(lambda a: a + 0.1, state.params)
-  facts = {"symbols": list(VOCAB.symbols)}
+  metadata = {"symbols": list(VOCAB.symbols)}
   for name in ("seqmatch", "ism"):
     checkpoints = Checkpoints(tmp_path / name)
     config = {"method": name, "model": SMALL, "seed": 0, "mesh": {"fsdp": 1, "tensor": 1}}
-    record = {"config": config, "facts": facts, "step": 0}
+    record = {"config": config, "metadata": metadata, "step": 0}
     checkpoints.save(dataclasses.replace(state, ema={"sample": average}), record)
     checkpoints.close()
   want = text_features.make_features(network.features, average, VOCAB, last=False)(TEXTS)

@@ -45,14 +45,14 @@ def test_erasures_are_counted_by_what_they_erase():
     [A, BACKSPACE, A, B, EOS],  # a right token erased
     [A, B, C, BACKSPACE, EOS],  # too long is wrong
   )
-  found = evaluate.erasures(trajectories, np.repeat(rows(RIGHT), 4, axis=0))
+  found = evaluate.max_backspaces(trajectories, np.repeat(rows(RIGHT), 4, axis=0))
   assert found.rate == 4 / (5 + 4 + 5 + 5)
   assert found.precision == 3 / 4
   assert found.recall == 2 / 3
 
 
 def test_without_erasures_or_errors_there_is_no_precision_or_recall():
-  found = evaluate.erasures(rows([A, B, EOS]), rows(RIGHT))
+  found = evaluate.max_backspaces(rows([A, B, EOS]), rows(RIGHT))
   assert found.rate == 0 and np.isnan(found.precision) and np.isnan(found.recall)
 
 
@@ -146,8 +146,8 @@ def test_measure_of_a_policy_that_is_always_right(encoded, backspace):
   known, _ = encoded
   calls = []
 
-  def generate(temperature, retype, allowed, forced, seed):
-    calls.append((temperature, retype, allowed))
+  def generate(temperature, allow_retype, allowed, forced, seed):
+    calls.append((temperature, allow_retype, allowed))
     if forced is None:  # without the <backspace> that it has learned it is lost
       return known.answer if allowed == backspace else np.full_like(known.answer, EOS)
     length = np.sum(forced != PAD, axis=1)

@@ -118,7 +118,10 @@ def test_every_way_to_generate_is_compared(backspace, monkeypatch):
     return lambda rows: np.array([[row.count(c) + 1 for c in "abc"] for row in rows], float)
 
   def generate(params, prompt, length, key, row, forced, allow_backspace, top_p, **policy):
-    assert forced is None and policy == {"temperature": 1.0, "retype": True}  # its own samples
+    assert forced is None and policy == {
+      "temperature": 1.0,
+      "allow_retype": True,
+    }  # its own samples
     asked.append((allow_backspace, top_p))
     tokens = jnp.pad(jnp.asarray(prompt), ((0, 0), (0, 8)), constant_values=4)
     return Rollout(*map(jnp.asarray, (tokens[:, 3:], tokens, length + 8, length > 0)))

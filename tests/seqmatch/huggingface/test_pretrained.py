@@ -36,14 +36,16 @@ def load(folder, mesh=None, lora=None, bias=-3.0):
   shapes = jax.eval_shape(network.init, KEY)
   params = shapes if lora is None else jax.jit(network.init)(KEY)
   if lora is None:
-    params = pretrained.place(tensors, shapes, mesh_lib.state_sharding(shapes, mesh))
+    params = pretrained.to_device(tensors, shapes, mesh_lib.state_sharding(shapes, mesh))
   else:
     frozen = jax.eval_shape(network.frozen, KEY)
     params["erase"] = {
       name: tensors[f"erase.{name}"][tuple(map(slice, a.shape))]
       for name, a in params["erase"].items()
     }
-    params = join(params, pretrained.place(tensors, frozen, mesh_lib.state_sharding(frozen, mesh)))
+    params = join(
+      params, pretrained.to_device(tensors, frozen, mesh_lib.state_sharding(frozen, mesh))
+    )
   return network._replace(apply=jax.jit(network.apply)), params, vocab, sizes
 
 

@@ -53,34 +53,34 @@ def config(corpus_file):
 
 @pytest.fixture(scope="module")
 def run(config, one_device):
-  """(method, facts, state after two steps, metrics)."""
-  method, facts = seqmatch.make_method(config, one_device)
+  """(method, metadata, state after two steps, metrics)."""
+  method, metadata = seqmatch.make_method(config, one_device)
   tx = optax.adam(1e-2)
   state = jax.jit(state_lib.create(method, tx, {"sample": 0.9}, 0))()
   step = jax.jit(make_train_step(method, tx, {"sample": 0.9}, clip=1.0))
   stream = method.stream(0, 0)
   for _ in range(2):
     state, metrics = step(state, next(stream))
-  return method, facts, state, metrics
+  return method, metadata, state, metrics
 
 
 def test_a_run_rolls_out_from_its_prompts(run, config):
-  method, facts, state, metrics = run
+  method, metadata, state, metrics = run
   assert np.isfinite(metrics["loss"]) and float(metrics["penalty_model"]) != 0
   batch = next(method.stream(0, 0))
-  memory = jax.device_get(state.extra)
+  memory = jax.device_get(state.aux_state)
   assert memory["filled"] == config.buffer.rollouts
   np.testing.assert_array_equal(memory["prompt"][:8], batch["prompt"])
-  assert facts["max_length"] == config.data.context - config.noise.max_errors
-  assert tokens.from_facts(json.loads(json.dumps(facts))).size == 4 + len(
+  assert metadata["max_length"] == config.data.context - config.noise.max_errors
+  assert tokens.from_metadata(json.loads(json.dumps(metadata))).size == 4 + len(
     set("0123456789 is.\nfine")
   )
 
 
 def test_perplexity_is_that_of_one_document_after_the_other(run, config):
-  method, facts, state, _ = run
+  method, metadata, state, _ = run
   found = dict(method.evaluate(state.params, 2, True))
-  network = seqmatch.make_network(config, facts)
+  network = seqmatch.make_network(config, metadata)
   _, test, vocab = text.open_documents(config.data)
   most, k = config.data.context - config.noise.max_errors - 1, config.data.prompt
   pieces = []  # padded to one length, so that one compilation does
@@ -121,22 +121,22 @@ def test_adapters_are_evaluated_on_the_parameters_that_they_were_trained_with(tm
   """Whatever --seed, which is that of the generations: drawn ones are of the run's own seed."""
   config = seqmatch_gpt2.get_config("debug")
   config.data.context = config.model.context = 24
-  config.eval.samples, config.eval.erasures, config.seed = 2, 1, 5
-  _, facts = seqmatch.make_method(config, mesh_lib.make_mesh(devices=jax.devices()[:1]))
-  params = seqmatch.make_network(config, facts).init(jax.random.key(0))
+  config.eval.samples, config.eval.max_backspaces, config.seed = 2, 1, 5
+  _, metadata = seqmatch.make_method(config, mesh_lib.make_mesh(devices=jax.devices()[:1]))
+  params = seqmatch.make_network(config, metadata).init(jax.random.key(0))
   found = []
   for seed in (0, 1):
     flags = SimpleNamespace(seed=seed, features=None)
-    seqmatch.evaluate_mode(config, facts, lambda mesh: (params, 0), flags, tmp_path)
+    seqmatch.evaluate_mode(config, metadata, lambda mesh: (params, 0), flags, tmp_path)
     found.append(json.loads((tmp_path / "evaluation.json").read_text())["perplexity/token"])
   assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, capsys):
-  _, facts, state, _ = run
+  _, metadata, state, _ = run
   flags = SimpleNamespace(**{**FLAGS, "stream": stream})
-  seqmatch.sample_mode(config, facts, lambda mesh: (state.params, 2), flags, tmp_path)
+  seqmatch.sample_mode(config, metadata, lambda mesh: (state.params, 2), flags, tmp_path)
   rows = json.loads((tmp_path / "generations.json").read_text())
   _, test, vocab = text.open_documents(config.data)
   held = [vocab.decode(test.read(i, 0, config.data.prompt)) for i in range(3)]
@@ -150,19 +150,19 @@ def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, caps
 
 @pytest.mark.parametrize("final", [False, True])
 def test_texts_are_drawn_as_the_columns_say(final, run, config, monkeypatch):
-  method, facts, state, _ = run
+  method, metadata, state, _ = run
   asked = []
 
   def in_batches(generate, params, prompt, length, batch, key, **how):
     asked.append((len(prompt), how))
-    n, most = len(prompt), facts["max_actions"]
-    made = np.zeros((n, facts["max_length"]), np.int32)
+    n, most = len(prompt), metadata["max_actions"]
+    made = np.zeros((n, metadata["max_length"]), np.int32)
     made[:, : prompt.shape[1]] = prompt
     return rollout.Rollout(np.full((n, most), EOS, np.int32), made, length, np.ones(n, bool))
 
   monkeypatch.setattr(text.rollout, "in_batches", in_batches)
   dict(method.evaluate(state.params, 2, final))
-  own = {"temperature": 1.0, "retype": True}
+  own = {"temperature": 1.0, "allow_retype": True}
   count = config.eval.samples if final else config.eval.samples // 4
   assert asked == [
     (count, {**own, "allow_backspace": True, "top_p": None}),
@@ -177,12 +177,12 @@ def test_a_book_is_a_corpus(config, one_device, tmp_path):
   book.write_text(" ".join(str(i) for i in range(1000)))
   other.data.path = str(book)
   found = text.make_task(other, one_device)
-  assert found.facts["documents"] == 1
-  asked = text.ask(other, found.facts, [], 5)
+  assert found.metadata["documents"] == 1
+  asked = text.ask(other, found.metadata, [], 5)
   whole = [prompt + rest for prompt, rest in zip(asked.texts, asked.references, strict=True)]
   assert len(set(asked.texts)) == 5 and all(book.read_text().endswith(x) for x in whole)
-  _, facts = seqmatch.make_method(other, one_device)
-  assert facts["documents"] == 1
+  _, metadata = seqmatch.make_method(other, one_device)
+  assert metadata["documents"] == 1
 
 
 @pytest.mark.parametrize("test", [False, True])
@@ -195,13 +195,13 @@ def test_what_is_held_out_must_be_what_the_run_held_out(test, config, one_device
   own = config.copy_and_resolve_references()
   own.data.path, own.data.tests, own.data.prompt = str(files[0]), 3, 1
   own.data.test = str(files[1]) if test else ""
-  facts = text.make_task(own, one_device).facts
-  text.ask(own, facts, [], 2)
-  old = {name: x for name, x in facts.items() if not name.endswith("sha256")}
+  metadata = text.make_task(own, one_device).metadata
+  text.ask(own, metadata, [], 2)
+  old = {name: x for name, x in metadata.items() if not name.endswith("sha256")}
   write(files[test], documents[1:] + documents[:1])
   text.ask(own, old, [], 2)  # of a version that did not know
   with pytest.raises(UserError, match="others or in another order; put the texts"):
-    text.ask(own, facts, [], 2)
+    text.ask(own, metadata, [], 2)
 
 
 @pytest.mark.parametrize(("prompt", "share", "warned"), [(2, "75%", 0), (6, "25%", 1)])
@@ -229,20 +229,20 @@ def test_other_texts_have_other_facts(config, tmp_path):
     (folder / "3.txt").write_text("more")
     other = config.copy_and_resolve_references()
     other.data.path, other.data.tests, other.data.prompt = str(folder), 1, 1
-    found.append(text.make_task(other, mesh_lib.make_mesh(devices=jax.devices()[:1])).facts)
+    found.append(text.make_task(other, mesh_lib.make_mesh(devices=jax.devices()[:1])).metadata)
   assert found[0] == found[1]  # it is not a digest of all there is
   assert found[0]["documents"] == found[2]["documents"]
   assert found[0]["lengths_sha256"] != found[2]["lengths_sha256"]
 
 
 def test_stored_documents_are_the_same_run(run, config, corpus_file, tmp_path):
-  method, facts, _, _ = run
+  method, metadata, _, _ = run
   flags = SimpleNamespace(texts=corpus_file, out=str(tmp_path), tokenizer=None, shards=2)
   encode.encode_mode(flags)
   stored = config.copy_and_resolve_references()
   stored.data.path = str(tmp_path)
   other, its_facts = seqmatch.make_method(stored, mesh_lib.make_mesh(devices=jax.devices()[:1]))
-  assert its_facts == facts
+  assert its_facts == metadata
   batches = [next(m.stream(3, 7)) for m in (method, other)]
   for name, value in batches[0].items():
     np.testing.assert_array_equal(value, batches[1][name])

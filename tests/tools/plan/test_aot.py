@@ -24,7 +24,7 @@ def test_bytes_of_shapes_are_those_of_the_arrays(monkeypatch):
   mesh = mesh_lib.make_mesh(4, 2)
   arrays = {"a": np.zeros((16, 64), np.float32), "b": np.zeros(3, np.float16)}
   placed = jax.device_put(arrays, mesh_lib.state_sharding(arrays, mesh))
-  found = aot.bytes_per_chip(mesh_lib.lay_out(jax.eval_shape(lambda: placed), mesh))
+  found = aot.bytes_per_chip(mesh_lib.abstract_state(jax.eval_shape(lambda: placed), mesh))
   assert found == size(placed) == 16 * 64 * 4 / 8 + 6
 
 
@@ -78,7 +78,7 @@ def test_bytes_have_a_unit_that_shows_them(size, text):
 @pytest.mark.slow
 def test_latents_need_no_data(capsys):
   config = ism_imagenet256.get_config("debug")
-  config.data.made_up, config.data.path = 0, "nowhere"
+  config.data.synthetic, config.data.path = 0, "nowhere"
   assert main.compile_for(config, "cpu:2")[0].peak > 0
   assert "stimate" not in capsys.readouterr().out  # of time, without a chip
 

@@ -160,9 +160,11 @@ def test_traffic_of_a_compiled_program_is_that_of_its_shapes(layers):
   stack = jax.ShapeDtypeStruct((layers, 64, 64), jnp.float32, sharding=split)
 
   def fn(x, stack):
-    return jax.lax.scan(lambda x, w: (mesh_lib.by_rows(jnp.tanh(x @ w)), None), x, stack)[0].sum()
+    return jax.lax.scan(lambda x, w: (mesh_lib.shard_batch(jnp.tanh(x @ w)), None), x, stack)[
+      0
+    ].sum()
 
-  text = jax.jit(mesh_lib.within(mesh, fn)).lower(x, stack).compile().as_text()
+  text = jax.jit(mesh_lib.with_mesh(mesh, fn)).lower(x, stack).compile().as_text()
   found = cost.collectives(text, 8)
   assert found["all-gather"] == layers * 64 * 64 * 4 * 7 / 8
   assert found["all-reduce"] == 2 * 4 * 7 / 8

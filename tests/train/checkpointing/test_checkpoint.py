@@ -186,12 +186,12 @@ def test_twelve_blocks_come_back_in_order(tmp_path, method, perturb):
       params=params,
       opt_state=tx.init(params),
       ema={"sample": jax.tree.map(jnp.copy, params)},
-      extra=(),
+      aux_state=(),
       rng=jax.random.key_data(jax.random.key(1)),
     )
 
   tx = optax.adam(0.01)
-  method = method._replace(loss=loss, augment=lambda state, batch, key: (state.extra, batch))
+  method = method._replace(loss=loss, augment=lambda state, batch, key: (state.aux_state, batch))
   step = make_train_step(method, tx, {"sample": 0.5}, 1.0)
   state, _ = jax.jit(lambda: step(start(), {}))()
   blocks = jax.tree.leaves(state.params["blocks"])

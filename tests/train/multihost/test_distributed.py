@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.multihost import distributed, metadata, rollcall
-from train_jax.multihost.rollcall import Place, Roll
+from train_jax.multihost import distributed, google_cloud, rollcall
+from train_jax.multihost.rollcall import ProcessRegistry, ProcessSpec
 
 HERE = socket.gethostname()
 VARIABLES = (*distributed.NAMES, "START_LIMIT", "PROCESS_HOSTS", "JAX_COORDINATOR_PORT")
@@ -43,14 +43,14 @@ def given(address="10.0.0.1:1234", count="4", index="2") -> dict[str, str]:
 
 
 def test_a_process_alone_has_no_place(environment):
-  assert distributed.find_place() is None
+  assert distributed.find_process() is None
   environment(**given(count="1", index="0"))
-  assert distributed.find_place() is None
+  assert distributed.find_process() is None
 
 
 def test_place_is_read_from_the_environment(environment):
   environment(**given(), START_LIMIT="7", PROCESS_HOSTS="a,b,c,d")
-  assert distributed.find_place() == Place("10.0.0.1", 1234, 4, 2, 7, ("a", "b", "c", "d"))
+  assert distributed.find_process() == ProcessSpec("10.0.0.1", 1234, 4, 2, 7, ("a", "b", "c", "d"))
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_slurm_is_found(environment, nodes, first):
   values = {"JOB_ID": "4099", "STEP_NODELIST": nodes, "NTASKS": "4", "PROCID": "2"}
   values = {f"SLURM_{name}": value for name, value in values.items()}
   environment(**values)
-  assert distributed.find_place() == Place(first, 61443, 4, 2, 50)
+  assert distributed.find_process() == ProcessSpec(first, 61443, 4, 2, 50)
   environment(**values, JAX_COORDINATOR_PORT="99")
-  assert distributed.find_place().port == 99
+  assert distributed.find_process().port == 99
   environment(SLURM_JOB_ID="9", SLURM_NTASKS="4")  # a shell in a job, not a step of it
-  assert distributed.find_place() is None
+  assert distributed.find_process() is None
 
 
 SLICES = {"COORDINATOR_ADDRESS": "x:8080", "NUM_SLICES": "3", "SLICE_ID": "2"}
@@ -73,18 +73,18 @@ SLICES = {"COORDINATOR_ADDRESS": "x:8080", "NUM_SLICES": "3", "SLICE_ID": "2"}
 def test_tpu_slices_of_gke_are_found(environment):
   slice_ = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
   environment(**slice_)
-  assert distributed.find_place() == Place("a", 8482, 2, 1, 50, ("a", "b"))
+  assert distributed.find_process() == ProcessSpec("a", 8482, 2, 1, 50, ("a", "b"))
   environment(**slice_, **{f"MEGASCALE_{name}": value for name, value in SLICES.items()})
-  place = distributed.find_place()
+  place = distributed.find_process()
   assert (place.host, place.count, place.index) == ("x", 6, 5)
   environment(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
-  assert distributed.find_place() is None
+  assert distributed.find_process() is None
 
 
 def test_tpu_vms_are_found(environment, monkeypatch, tmp_path, metadata_server):
-  monkeypatch.setattr(metadata, "TPUS", (str(tmp_path),))
+  monkeypatch.setattr(google_cloud, "TPUS", (str(tmp_path),))
   environment(GCE_METADATA_HOST=metadata_server.host)
-  assert distributed.find_place() is None
+  assert distributed.find_process() is None
 
   def attributes(**values):
     metadata_server.answers |= {
@@ -92,10 +92,10 @@ def test_tpu_vms_are_found(environment, monkeypatch, tmp_path, metadata_server):
     }
 
   attributes(worker_network_endpoints="n:0:10.0.0.1,m:1:10.0.0.2", agent_worker_number="1")
-  assert distributed.find_place() == Place("10.0.0.1", 8482, 2, 1, 50)
+  assert distributed.find_process() == ProcessSpec("10.0.0.1", 8482, 2, 1, 50)
   joined = "".join(f"MEGASCALE_{name}: '{value}'\n" for name, value in SLICES.items())
   attributes(tpu_env=f"ZONE: 'a'\n{joined}")
-  place = distributed.find_place()
+  place = distributed.find_process()
   assert (place.host, place.count, place.index) == ("x", 6, 5)
 
 
@@ -114,7 +114,7 @@ def test_tpu_vms_are_found(environment, monkeypatch, tmp_path, metadata_server):
 def test_variables_that_make_no_sense_are_refused(environment, values, words):
   environment(**values)
   with pytest.raises(UserError, match=words):
-    distributed.find_place()
+    distributed.find_process()
 
 
 @pytest.fixture
@@ -124,7 +124,9 @@ def rolls(environment):
   def make(count: int, limit: float = 20, planned=()):
     with socket.create_server(("", 0)) as server:
       port = server.getsockname()[1]
-    return lambda index: Roll(Place("127.0.0.1", port, count, index, limit, planned))
+    return lambda index: ProcessRegistry(
+      ProcessSpec("127.0.0.1", port, count, index, limit, planned)
+    )
 
   return make
 
@@ -170,7 +172,7 @@ def test_a_missing_coordinator_is_named(rolls):
 
 def test_an_unknown_host_is_named():
   with pytest.raises(UserError, match=r"process 0 at nowhere.invalid:9 within 0.5 s \("):
-    Roll(Place("nowhere.invalid", 9, 2, 1, limit=0.5)).call()
+    ProcessRegistry(ProcessSpec("nowhere.invalid", 9, 2, 1, limit=0.5)).call()
 
 
 def test_two_processes_of_one_number_are_told_apart(rolls):
@@ -243,7 +245,7 @@ def test_a_death_behind_a_high_descriptor_is_seen(monkeypatch):
   mine, theirs = socket.socketpair()
   peer, codes = socket.socket(fileno=fcntl.fcntl(mine, fcntl.F_DUPFD, 1024)), []
   with mine, peer:
-    Roll(Place("here", 1, 2, 0, 1), {1: "there"}, {1: peer}).watch(codes.append)
+    ProcessRegistry(ProcessSpec("here", 1, 2, 0, 1), {1: "there"}, {1: peer}).watch(codes.append)
     theirs.close()
     wait_for(lambda: codes == [1])
 

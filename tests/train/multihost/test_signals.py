@@ -11,7 +11,7 @@ import pytest
 
 from train_jax import metrics
 from train_jax.checkpointing.saver import SaveError
-from train_jax.multihost import metadata, signals
+from train_jax.multihost import google_cloud, signals
 
 
 def handlers():
@@ -198,13 +198,13 @@ def test_notice_of_preemption_is_as_a_signal(
 @pytest.mark.parametrize("product, there", [("Google Compute Engine\n", True), ("KVM\n", False)])
 def test_only_google_machines_are_asked(tmp_path, monkeypatch, product, there):
   monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
-  monkeypatch.setattr(metadata, "TPUS", ())
-  monkeypatch.setattr(metadata, "PRODUCT", tmp_path / "product_name")
-  assert not metadata.expected()
+  monkeypatch.setattr(google_cloud, "TPUS", ())
+  monkeypatch.setattr(google_cloud, "PRODUCT", tmp_path / "product_name")
+  assert not google_cloud.expected()
   with signals.Signals():
     assert not watchers()
   (tmp_path / "product_name").write_text(product)
-  assert metadata.expected() is there
+  assert google_cloud.expected() is there
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

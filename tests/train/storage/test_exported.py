@@ -14,7 +14,7 @@ from train_jax.errors import UserError
 from train_jax.storage import exported
 
 PARAMS = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(4)}
-RECORD = {"method": "tiny", "step": 7, "run": {"config": {"lr": 0.1}, "facts": {}}}
+RECORD = {"method": "tiny", "step": 7, "run": {"config": {"lr": 0.1}, "metadata": {}}}
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def make(job, out, made=None, fail_at=None):
       if shard == fail_at:
         raise KeyboardInterrupt
       file.write(bytes(job.rows(shard)))
-    write_json(part, {"job": job.facts, "number": shard})
+    write_json(part, {"job": job.metadata, "number": shard})
     if made is not None:
       made.append(shard)
     progress(len(job.rows(shard)))
@@ -63,10 +63,10 @@ def test_the_number_of_shards_is_chosen(monkeypatch):
 def test_a_set_says_what_it_is_made_of(tmp_path):
   job = job_of()
   names = hashlib.sha256(b"".join(b"name %d\0" % i for i in range(23))).hexdigest()
-  facts = {"version": 1, "words": names, "tongue": "en", "size": 23, "shards": 4}
-  assert make(job, tmp_path / "new" / "out") and job.facts == facts
+  metadata = {"version": 1, "words": names, "tongue": "en", "size": 23, "shards": 4}
+  assert make(job, tmp_path / "new" / "out") and job.metadata == metadata
   part = tmp_path / "new" / "out" / "part-00003-of-00004.json"
-  assert json.loads(part.read_text()) == {"job": facts, "number": 3}
+  assert json.loads(part.read_text()) == {"job": metadata, "number": 3}
   assert [part["number"] for part in job.parts(part.parent)] == [0, 1, 2, 3]
   assert (part.parent / "letters-00000-of-00004.txt").read_bytes() == b"half" + bytes(range(5))
 

@@ -1,0 +1,121 @@
+"""What main.py does with images after training: the flags of each mode, and their checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl.flags import FlagValues
+
+from train_jax import command
+from train_jax.command import Command, Flag, numbers
+from train_jax.errors import UserError
+
+# Model and all that it needs are imported by what uses them: --help is quick.
+NFE = Flag("list", "nfe", None, "Numbers of steps, of 1, 2, 4, ... 128.")
+GUIDANCE = Flag(
+  "list", "guidance", None, "Scales w, 0 to the run's loss.w_max; of flow models any."
+)
+VAE = Flag("string", "vae", None, "Weights of the autoencoder, for latents.")
+
+
+def _open(flags: FlagValues):
+  from ism_jax.model import Model
+
+  model = Model.from_run(flags.workdir, flags.step, flags.vae or "")
+  return model
+
+
+def sample(flags: FlagValues) -> None:
+  """`--mode=sample`: images by class, steps and guidance, see `pictures.write_samples`."""
+  from ism_jax import path
+  from ism_jax.evaluation import pictures
+
+  model = _open(flags)
+  nfe = numbers(flags, "nfe", int) or (1, 4, path.FINEST)
+  guidance = numbers(flags, "guidance", float) or (0.0,)
+  path.check_settings(nfe, guidance, model.w_max)
+  labels = model.labels(flags.labels or range(len(model.names)))
+  if model.makes_latents and not model.vae:
+    raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
+  out = command.out_directory(flags, "generated")
+  labels = np.resize(labels, flags.num or 64)
+  settings = [(steps, w) for steps in nfe for w in guidance]
+  pictures.write_samples(model, settings, labels, flags.seed, out)
+
+
+def evaluate(flags: FlagValues) -> None:
+  """`--mode=evaluate`: see `Model.evaluate`; what is not given is the run's config.eval."""
+  model = _open(flags)
+  choices = {"nfe": numbers(flags, "nfe", int), "guidance": numbers(flags, "guidance", float)}
+  choices |= {"samples": flags.num, "metrics": tuple(flags.metrics or ())}
+  choices |= {name: flags[name].value for name in ("reference", "inception", "dinov2", "classes")}
+  chosen = {name: value for name, value in choices.items() if value}
+  if flags.save_samples and not flags.metrics:
+    raise UserError("--save_samples is for --metrics; add --metrics=fid, or leave it out.")
+  out = command.out_directory(flags, "generated")
+  model.evaluate(out, flags.seed, flags.save_samples, **chosen)
+
+
+def export(flags: FlagValues) -> None:
+  """`--mode=export`: the `sample` average as files that `Model.from_pretrained` reads."""
+  from ism_jax.model import Model
+
+  model = Model.from_run(flags.workdir, flags.step)
+  out = command.out_directory(flags, "exported")
+  model.save_pretrained(out)
+  if jax.process_index() == 0:
+    used = f"ism_jax.Model.from_pretrained({str(out)!r}) samples from it"
+    print(f"model: {out} (step {model.step}); {used}")
+
+
+def encode(flags: FlagValues) -> None:
+  """`--mode=encode`: images to latents, see `data.encode.encode_images`."""
+  from ism_jax.data import encode as encode_lib
+
+  for name in ("vae", "out"):
+    if not flags[name].value:
+      raise UserError(f"--{name} is missing; --mode=encode needs --images, --vae and --out.")
+  encode_lib.encode(flags.images, flags.vae, flags.image_size, flags.shards, Path(flags.out))
+
+
+COMMANDS = {
+  "sample": Command(
+    sample,
+    Flag("integer", "num", None, "Images of each setting; default: 64.", lower_bound=1),
+    NFE,
+    GUIDANCE,
+    Flag("list", "labels", None, "Classes by name or number, in turn; default: all."),
+    VAE,
+    *command.DRAWING,
+  ),
+  "evaluate": Command(
+    evaluate,
+    Flag(
+      "integer",
+      "num",
+      None,
+      "Images of each setting; default: config.eval.samples, or 50000 with --metrics.",
+      lower_bound=1,
+    ),
+    NFE,
+    GUIDANCE,
+    Flag("list", "metrics", None, "Of fid, sfid, fd_dinov2, is, pr; default: by a classifier."),
+    Flag("string", "reference", None, "Of the metrics: ADM .npz, or a folder of images."),
+    Flag("string", "inception", None, "Weights of the FID network."),
+    Flag("string", "dinov2", None, "Weights of DINOv2."),
+    Flag("enum", "classes", None, "Of the samples.", enum_values=["balanced", "random"]),
+    Flag("boolean", "save_samples", False, "Also write the samples, as ADM .npz."),
+    VAE,
+    *command.DRAWING,
+  ),
+  "export": Command(export, *command.STORED),
+  "encode": Command(
+    encode,
+    Flag("string", "images", None, "A folder, tars, ArrayRecord files or tfds:NAME."),
+    Flag("integer", "image_size", 256, "Pixels of a side."),
+    VAE,
+    *command.SHARDED,
+  ),
+}

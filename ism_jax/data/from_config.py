@@ -1,0 +1,99 @@
+"""The images or latents that a config names, and what is saved about them with a run."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from absl import logging
+
+from ism_jax.data import latents, sources
+from train_jax.errors import UserError, check_one_of
+
+SOURCES = ("digits", "folder", "npz", "tfds", "latents")
+
+
+def make_source(config) -> tuple[sources.Source | latents.Latents, sources.Source | None]:
+  """(the images or latents of `config.data`; the images of them that are kept from training).
+
+  With `data.flip` there are their mirror images as well, of those that are trained on.
+
+  Raises:
+    UserError: the config does not fit itself or the data.
+  """
+  data = config.data
+  source, held_out = _open(data), None
+  if isinstance(source, latents.Latents):
+    return source, None
+  if data.held_out:
+    source, held_out = sources.hold_out(source, data.held_out)
+  for name, found in (("image_size", source.shape[0]), ("channels", source.shape[2])):
+    if data[name] != found:
+      raise UserError(
+        f"data.{name}={data[name]} but for the images of {data.source} it is {found}."
+      )
+  return sources.with_mirror_images(source) if data.flip else source, held_out
+
+
+def _open(data) -> sources.Source | latents.Latents:
+  kind, where = data.source, data.path
+  check_one_of("data.source", kind, SOURCES)
+  if kind == "digits":
+    if where:
+      raise UserError(
+        f"data.path={where!r} is not read where data.source='digits'; choose data.source=folder, "
+        "npz, tfds or latents, or leave the path empty."
+      )
+    return sources.digits()
+  if kind == "latents":
+    for name in ("flip", "held_out"):
+      if data.get(name):
+        raise UserError(
+          f"data.{name}={data[name]} is for images; latents have their mirror images, and none is "
+          "kept from training: leave it out."
+        )
+  synthetic = data.get("synthetic", 0)
+  if synthetic and not where:
+    make = latents.synthetic if kind == "latents" else sources.synthetic
+    shape = (data.image_size, data.image_size, data.channels)
+    return make(synthetic, shape, data.get("classes", 10))
+  if not where:
+    raise UserError(
+      f"data.path is empty; give --config.data.path=PATH, what data.source={kind!r} is to read."
+    )
+  if kind == "npz":
+    return sources.npz(where)
+  if kind == "latents":
+    return latents.open_set(where, data.std, data.max_faults)
+  read = sources.folder if kind == "folder" else sources.tfds
+  return read(where, data.image_size, data.channels, data.max_faults)
+
+
+def make_metadata(source: sources.Source | latents.Latents) -> dict:
+  """What sampling and a resumed run need to know of the data, as JSON."""
+  found = {
+    "names": list(source.names),
+    "shape": list(source.shape),
+    "examples": len(source.labels),
+  }
+  if isinstance(source, latents.Latents):
+    found |= {"vae": source.vae, "manifest_sha256": source.manifest}
+  return found
+
+
+def describe(config, source: sources.Source | latents.Latents, held_out: int) -> None:
+  """Prints what there is to learn; warns where the classes look like parts of a data set."""
+  if jax.process_index():
+    return
+  count, names = len(source.labels), source.names
+  mirrored = ", half of them mirrored" if config.data.get("flip") else ""
+  mirrored += f", {held_out} more held out" if held_out else ""
+  some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+  size = "x".join(map(str, source.shape))
+  print(f"data: {count} images of {size}{mirrored}; {len(names)} class(es): {some}", flush=True)
+  if set(names) <= {"train", "val", "valid", "validation", "test"}:
+    logging.warning("data.path=%s: is one of these the data set? Then give that.", config.data.path)
+
+
+def share_of_largest_class(source: sources.Source | latents.Latents) -> float:
+  """Of all examples, how many the most frequent class has."""
+  return float(np.bincount(source.labels).max() / len(source.labels))

@@ -1,0 +1,1 @@
+"""What a person looks at: generations with their erasures, in a terminal or on a page."""
