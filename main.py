@@ -1,4 +1,4 @@
-"""Trains, samples, evaluates, exports, encodes images or texts, compiles for other hardware.
+"""Trains, samples, evaluates, exports, encodes images or texts, compiles ahead of time.
 
     python main.py --config=configs/ism_digits.py --workdir=runs/ism_digits [--config.steps=500 ...]
     python main.py --mode=sample --workdir=runs/ism_digits --nfe=1,4 --guidance=0,0.5
@@ -8,7 +8,7 @@
     python main.py --mode=export --workdir=runs/ism_digits --out=exported
     python main.py --mode=compile --config=configs/ism_digits.py --topology=v5e:4x4
 
-Only training and compiling need a config: the others read the one saved with the checkpoint.
+Only training and compiling need a config. The other modes read it from the checkpoint.
 """
 
 import functools
@@ -31,23 +31,23 @@ from train_jax.errors import UserError, check_one_of
 from train_jax.files import check_writable
 from train_jax.multihost import distributed, signals
 
-# A method is a package with method.py, which trains, and commands.py, the modes that come after.
+# A method is a package with method.py for training and commands.py for the other modes.
 METHODS = {"ism": "ism_jax", "seqmatch": "seqmatch_jax"}
 
 
-def method_module(config):
-  """The package that `config.method` names, as its `method` module."""
+def method_module(config: ConfigDict):
+  """The module `method` of the package that `config.method` names."""
   check_one_of("config.method", config.method, METHODS)
   return importlib.import_module(f"{METHODS[config.method]}.method")
 
 
 def make_optimizer(config: ConfigDict):
-  """The optimiser that `config.optim` describes."""
+  """The optimiser of `config.optim`."""
   return optim.make_optimizer(optim.OptimConfig(**config.optim), config.steps)
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
-  """Starts or goes on with a run; True when it is complete, False when it was told to stop."""
+  """Starts or resumes a run; returns True if it is complete, False if a signal stopped it."""
   config_lib.check_backend(config.backend)
   optim_config = optim.OptimConfig(**config.optim)
   loop_config = loop.LoopConfig.of(config)
@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   saved = Checkpoints(workdir).newest_meta()
   if saved:
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
-    if config.init_from and config.init_from != saved["config"].get("init_from"):
+    if config.init_from and config.init_from != saved["config"]["init_from"]:
       raise UserError(
         f"--workdir={workdir} holds a run, which goes on from its own checkpoint and would not "
         f"read init_from={config.init_from!r}; choose another --workdir, or leave it out."
@@ -86,12 +86,12 @@ def train(config: ConfigDict, workdir: Path) -> bool:
 
 
 def compile_for(config: ConfigDict, topology: str) -> list:
-  """Compiles the train step and the sampler for `topology`; prints what they take.
+  """Compiles the train step and the sampler for `topology`, and prints their needs.
 
   Returns:
     Both as tools.plan.aot.Program.
   """
-  from tools.plan import aot  # nothing but this mode needs it
+  from tools.plan import aot  # only this mode needs it
 
   chip = aot.CHIPS.get(topology.partition(":")[0])
   devices = mesh.make_mesh(config.mesh.fsdp, config.mesh.tensor, aot.find_devices(topology))
@@ -104,23 +104,18 @@ def compile_for(config: ConfigDict, topology: str) -> list:
   print(
     f"{topology}: {devices.size} chips, {shape}, batch {config.batch}; of one chip:", flush=True
   )
-  hyper = (
-    make_optimizer(config),
-    dict(config.ema),
-    optim_config.clip,
-    optim_config.grad_accum_steps,
-  )
-  programs = [aot.compile_step(method, *hyper, position, devices, chip)]
-  print(aot.describe(programs[0], chip), flush=True)
-  programs.append(aot.compile_program(module.sampler_program(config, metadata, devices), chip))
-  print(aot.describe(programs[1], chip), flush=True)
-  if chip:  # else there is no estimate
+  tx, decays = make_optimizer(config), dict(config.ema)
+  step = aot.compile_step(method, tx, decays, optim_config, position, devices, chip)
+  print(aot.describe(step, chip), flush=True)
+  sampler = aot.compile_program(module.sampler_program(config, metadata, devices), chip)
+  print(aot.describe(sampler, chip), flush=True)
+  if chip:  # otherwise there is no estimate
     print(aot.ASSUMPTIONS)
-  return programs
+  return [step, sampler]
 
 
 def train_mode(values: flags.FlagValues) -> bool:
-  """`--mode=train`: starts or goes on with a run."""
+  """`--mode=train`: starts or resumes a run."""
   return train(_config(values), Path(values.workdir))
 
 
@@ -138,58 +133,57 @@ def _config(values: flags.FlagValues) -> ConfigDict:
 TOPOLOGY = Flag(
   "string", "topology", "cpu:8", "Such as v5e:16x16, v5p:2x2x2, v6e:4x4, ... or cpu:8."
 )
-OWN = {
+OWN = {  # modes that are the same for every method
   "train": Command(train_mode, Config(), WORKDIR),
   "compile": Command(compile_mode, Config(), TOPOLOGY),
 }
 
 
 def commands() -> dict[tuple[str, str], Command]:
-  """Everything that main.py can do, by mode and method ("" for any)."""
-  found = {(mode, ""): command for mode, command in OWN.items()}
+  """All commands by mode and method, which is "" for modes in OWN."""
+  table = {(mode, ""): command for mode, command in OWN.items()}
   for method, package in METHODS.items():
-    theirs = importlib.import_module(f"{package}.commands").COMMANDS
-    found |= {(mode, method): command for mode, command in theirs.items()}
-  return found
+    module = importlib.import_module(f"{package}.commands")
+    table |= {(mode, method): command for mode, command in module.COMMANDS.items()}
+  return table
 
 
 def find_command(argv: list[str]) -> tuple[str, str]:
-  """The (mode, method) that the arguments ask for.
+  """The (mode, method) of the arguments; joins the processes if the method is in a checkpoint.
 
   Raises:
-    UserError: there is none, or what it needs to be found out is missing.
+    UserError: there is no such mode, or a flag that decides is missing.
   """
-  first = flags.FlagValues()
-  names = ("mode", "workdir", "images", "texts", "backend")
-  for name in names:
-    flags.DEFINE_string(name, None, name, flag_values=first)
+  values = flags.FlagValues()
+  for name in ("mode", "workdir", "images", "texts", "backend"):
+    flags.DEFINE_string(name, None, name, flag_values=values)
   try:
-    first(argv, known_only=True)
+    values(argv, known_only=True)
   except flags.Error as err:
     raise UserError(str(err)) from err
-  mode, known = first.mode or "train", commands()
-  check_one_of("--mode", mode, dict.fromkeys(mode for mode, _ in known))
+  mode = values.mode or "train"
+  check_one_of("--mode", mode, dict.fromkeys(mode for mode, _ in commands()))
   if mode == "encode":
-    if not (first.images or first.texts):
+    if not (values.images or values.texts):
       raise UserError("--mode=encode needs --images=SOURCE or --texts=SOURCE.")
-    if first.images and first.texts:
+    if values.images and values.texts:
       raise UserError("--images and --texts are both given; choose one.")
-    return mode, "seqmatch" if first.texts else "ism"
+    return mode, "seqmatch" if values.texts else "ism"
   if mode == "compile":
     return mode, ""
-  if not first.workdir:
+  if not values.workdir:
     raise UserError("--workdir=DIR is missing: the directory of the run.")
-  if "://" in first.workdir:
-    raise UserError(f"--workdir={first.workdir} is no directory; mount the bucket and name that.")
+  if "://" in values.workdir:
+    raise UserError(f"--workdir={values.workdir} is no directory; mount the bucket and name that.")
   if mode == "train":
     return mode, ""
   distributed.start()
-  config_lib.check_backend(first.backend or "")
-  return mode, Checkpoints(first.workdir).require_meta()["config"]["method"]
+  config_lib.check_backend(values.backend or "")
+  return mode, Checkpoints(values.workdir).require_meta()["config"]["method"]
 
 
 def explain_unknown_flag(name: str, mode: str, method: str, values: flags.FlagValues) -> str:
-  """One sentence for a flag that a mode does not have: whose it is, or that there is none."""
+  """One sentence for a flag that a mode does not have."""
   where = f"--mode={mode}" + (f" of a run of {method}" if method and mode != "encode" else "")
   if name == "config" or name.startswith("config."):
     if mode in OWN:
@@ -197,7 +191,7 @@ def explain_unknown_flag(name: str, mode: str, method: str, values: flags.FlagVa
     return f"--{name} does nothing in {where}: the run has its own config; leave it out."
   if name == "side":
     return "--side is --image_size now."
-  config = values.config if "config" in values else None
+  config = values["config"].value if "config" in values else None  # they are not parsed
   if config is not None and name in config:
     return f"--{name} does nothing in {where}; did you mean --config.{name}?"
   if any(flag.name == name for command in commands().values() for flag in command.flags):
@@ -209,8 +203,8 @@ def explain_unknown_flag(name: str, mode: str, method: str, values: flags.FlagVa
 
 
 def main(argv: list[str]) -> bool:
-  """Does what the flags ask for; False where training was told to stop before its end."""
-  # Compiled programs are kept between runs: a restart then takes seconds.
+  """Runs the command of the arguments; returns False if a signal stopped training."""
+  # With compiled programs kept between runs, a restart takes seconds.
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / ".cache" / "jax"))
   logging.use_absl_handler()
@@ -221,16 +215,15 @@ def main(argv: list[str]) -> bool:
     config_lib.parse_flags(argv, values)
   except flags.UnrecognizedFlagError as err:
     raise UserError(explain_unknown_flag(err.flagname, mode, method, values)) from err
+  if mode in ("encode", "train"):
+    distributed.start()
   if mode == "encode":
-    distributed.start()
     config_lib.check_backend(values.backend)
-  elif mode == "train":
-    distributed.start()
   return command.run(values) is not False
 
 
 def show_help(argv: list[str]) -> None:
-  """Prints what this program can do, its flags by mode, and the config's keys with their values."""
+  """Prints the modes with their flags, and the keys and values of a config in `argv`."""
   print(__doc__.strip())
   for (mode, method), command in commands().items():
     print(f"\n--mode={mode}{f', {method}' if method else ''}: {command.help()}")
@@ -242,15 +235,15 @@ def show_help(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> int:
-  """Exit code: 0 done, 2 the user's mistake (a sentence), 1 a run that failed, 130 Ctrl-C.
+  """Runs main and returns an exit code: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C.
 
-  A run that was told to stop has saved everything: 0, or 75 where STOPPED_FAILS is set, so that
-  a cluster that counts it as failed starts it again.
+  A run that a signal stopped has saved everything. Its code is 0, or 75 if STOPPED_FAILS is set:
+  then a cluster counts it as failed and starts it again.
   """
-  wanted = [arg for arg in argv if arg not in ("-h", "--help")]
+  other_args = [arg for arg in argv if arg not in ("-h", "--help")]
   try:
-    if wanted != argv:
-      show_help(wanted)
+    if other_args != argv:
+      show_help(other_args)
       return 0
     with signals.interruptible():
       complete = main(argv)
@@ -262,7 +255,7 @@ def run(argv: list[str]) -> int:
   except (loop.DivergedError, SaveError) as err:
     print(f"stopped: {err}", file=sys.stderr)
     return 1
-  except (KeyboardInterrupt, signals.Interrupted):  # while training, the loop takes it
+  except (KeyboardInterrupt, signals.Interrupted):  # in training the loop handles it
     print("interrupted", file=sys.stderr)
     return 130
   except Exception:

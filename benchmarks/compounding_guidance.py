@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_collections import ConfigDict
 
-from ism_jax import method, path
-from train_jax import mesh as mesh_lib
-from train_jax.checkpointing.checkpoint import Checkpoints
+from ism_jax import path
+from ism_jax.data.from_config import make_source
+from ism_jax.model import Model
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -79,9 +79,9 @@ def compose(finest, merged_guidance, levels: int):
 def fields(apply, params, label, classes: int, w: float):
   """name -> (finest field, guidance at each merge)."""
 
-  def network(x, t, c, strength):
+  def network(x, t, c, scale):
     zero = jnp.zeros(len(x))
-    return apply(params, x, zero + t, zero, jnp.broadcast_to(c, label.shape), zero + strength)
+    return apply(params, x, zero + t, zero, jnp.broadcast_to(c, label.shape), zero + scale)
 
   def once(x, t, guided):
     null = network(x, t, classes, 0.0)
@@ -94,23 +94,17 @@ def fields(apply, params, label, classes: int, w: float):
 
 
 def main(workdir: Path, w: float, num: int, finest: int) -> None:
-  checkpoints = Checkpoints(workdir)
-  saved = checkpoints.require_meta()
-  config, metadata = ConfigDict(saved["config"]), saved["metadata"]
-  init, apply = method.make_network(config, metadata)
-  params, _ = checkpoints.restore_ema(
-    "sample", jax.eval_shape(init, jax.random.key(0)), mesh_lib.make_mesh()
-  )
-  classes = len(metadata["names"])
+  model = Model.from_run(workdir, devices=jax.devices()[:1])
+  classes = len(model.names)
   label = jnp.arange(num) % classes
-  x0 = path.draw_noise(jax.random.key(0), jnp.arange(num), tuple(metadata["shape"]))
-  source, _ = method.make_source(config)
+  x0 = path.draw_noise(jax.random.key(0), jnp.arange(num), model.shape)
+  source, _ = make_source(ConfigDict(model.record["run"]["config"]))
   real = np.sqrt(np.mean(source.images(np.arange(len(source.labels))) ** 2))
 
   rows = []
   for levels in range(finest.bit_length()):
     row = {"N": 2**levels}
-    for name, (field, merged) in fields(apply, params, label, classes, w).items():
+    for name, (field, merged) in fields(model.apply, model.params, label, classes, w).items():
       composed = compose(field, merged, levels)
       image = np.asarray(x0 + jax.jit(composed, static_argnums=2)(x0, 0.0, True))
       row[name] = {

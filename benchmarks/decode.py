@@ -17,8 +17,9 @@ import numpy as np
 from timing import in_turn, show
 
 from seqmatch_jax.actions import tree
-from seqmatch_jax.loss import LossConfig, loss
-from seqmatch_jax.rollout import RolloutConfig, make_rollout, make_stream
+from seqmatch_jax.display.sample import make_stream
+from seqmatch_jax.loss import LossConfig, loss, normalized
+from seqmatch_jax.rollout import RolloutConfig, make_rollout
 from seqmatch_jax.tokens import BACKSPACE, EOS, SPECIAL
 from seqmatch_jax.transformer import TransformerConfig, make_network
 
@@ -113,7 +114,7 @@ def main(args) -> None:
   }
   jobs = {}
   for name, (config, acts) in steps.items():
-    made = jax.tree.map(jnp.asarray, tree(prompt, prompt_length, acts, nodes))
+    made, _ = normalized(jax.tree.map(jnp.asarray, tree(prompt, prompt_length, acts, nodes)))
     jobs[name] = partial(gradient(network, config), params, made)
   times = in_turn(jobs, args.rounds)
   rows = {f"ms/{name}": seconds * 1e3 for name, seconds in times.items()}

@@ -71,7 +71,8 @@ def damage(workdir: Path, result: Path, flips: int, seed: int) -> None:
   """Damages step 2 of a run, again and again; what is restored must be whole, and said so."""
   said, directory = [], workdir / "checkpoints"
   logging.error = lambda text, *args: said.append(text % args)
-  abstract, copy = jax.eval_shape(state_lib.create(*_debug_run(), seed=0)), workdir / "copy"
+  shapes, copy = jax.eval_shape(state_lib.create(*_debug_run(), seed=0)), workdir / "copy"
+  abstract = mesh_lib.abstract_state(shapes, mesh_lib.make_mesh())
   shutil.copytree(directory / "2", copy)
   wanted = {n: stored.read_meta(directory / str(n))["checksums"] for n in (1, 2)}
   good, found, harmless = Counter(), Counter(), 0

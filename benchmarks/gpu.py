@@ -35,7 +35,7 @@ import numpy as np
 from timing import in_turn, keep, matmul_peak, show
 from train_step import Step, get_config, in_loop, model_flops
 
-from configs import ism_digits, seqmatch_text
+from configs import common
 from ism_jax import pairing
 from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.layers import ATTENTION, attend
@@ -57,7 +57,7 @@ ROWS = ";".join(
 
 
 # Objectives that are a part of the method.
-BASELINES = {"flow": ism_digits.flow, "mle": seqmatch_text.mle}
+BASELINES = {"flow": common.flow, "mle": common.mle}
 
 
 def make_config(text: str, row: str):

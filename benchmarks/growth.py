@@ -8,9 +8,10 @@ bends. `counted` are the same of the FLOPs in matrix products. A table for each 
 runs/benchmarks/growth.png has the curves.
 
 One size changes at a time. iSM: the digits config with its blocks scanned, batch 64, depth 4, 16
-tokens (side 8, patch 2); tokens at batch 8. SequenceMatch: the text config with its blocks scanned,
-rows of 128 tokens, batch 8, without the rollouts, which are generation; context at batch 4. The
-pairing: a pool in 64 dimensions, blind or within 10 classes. Generation: tokens, with a cache.
+tokens (8 x 8 pixels, patch 2); tokens at batch 8. SequenceMatch: the text config with its blocks
+scanned, rows of 128 tokens, batch 8, without the rollouts, which are generation; context at batch
+4. The pairing: a pool in 64 dimensions, blind or within 10 classes. Generation: tokens, with a
+cache.
 """
 
 import argparse
@@ -56,12 +57,9 @@ def ism(batch: int = 64, depth: int = 4, image_size: int = 8) -> Case:
 
 def seqmatch(batch: int = 8, context: int = 128) -> Case:
   config = get_config("seqmatch_text", batch)
-  config.data.context, config.eval.max_backspaces, config.model.unroll = (
-    context,
-    context // 8,
-    False,
-  )
-  config.buffer.update(refresh=10**9, rows=batch, rollouts=batch, draw=batch // 4)
+  config.data.context, config.eval.max_backspaces = context, context // 8
+  config.model.unroll = False
+  config.buffer.update(refresh=10**9, size=batch, rollouts=batch, draw=batch // 4)
   return train(config)
 
 

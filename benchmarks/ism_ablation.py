@@ -24,11 +24,11 @@ from matplotlib import pyplot as plt
 
 METRICS = ("fd", "fd_held_out", "accuracy", "precision", "recall")
 NFES = (1, 2, 4, 8, 128)
-GUIDED = "0.5"  # the strength beside 0
+GUIDED = "0.5"  # the guidance beside 0
 
 
 def _no_guidance(config):
-  config.loss.split = (5, 0, 3)
+  config.loss.split.update(velocity=5, guidance=0)
   config.loss.w_max = 0.0
   config.eval.guidance = (0.0,)
 
@@ -80,7 +80,7 @@ def rung_config(rung: str, seed: int, steps: int):
 
 
 def table(summaries: dict[str, dict], times: dict[str, float], n: int) -> str:
-  """A table for each strength, and what a step takes."""
+  """A table for each guidance scale, and what a step takes."""
   text = f"Mean ± spread of {n} seeds; columns by number of steps.\n"
   for w in ("0", GUIDED):
     heads = ["", *(f"held out, {nfe}" for nfe in NFES), *(f"FD, {nfe}" for nfe in NFES)]

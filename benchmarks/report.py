@@ -23,8 +23,8 @@ from train_jax.metrics import table
 # should be at most.
 LINES = {
   "train_step": (
-    ("the training loop, of its step alone, iSM", "loop/ism_digits", 1.03),
-    ("the training loop, of its step alone, SequenceMatch", "loop/seqmatch_arithmetic", 1.03),
+    ("training loop / its step alone, iSM", "loop/ism_digits", 1.03),
+    ("training loop / its step alone, SequenceMatch", "loop/seqmatch_arithmetic", 1.03),
     ("the step, of a bare gradient step, iSM", "engine/ism_digits", None),
     ("iSM step, of the flow step (counted: 1.34)", "ratio/ism_digits", 1.47),
   ),

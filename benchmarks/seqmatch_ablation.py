@@ -20,7 +20,7 @@ import ablation
 import matplotlib
 import numpy as np
 
-from configs import seqmatch_arithmetic
+from configs import common, seqmatch_arithmetic
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -46,7 +46,7 @@ COLUMNS = {
 
 
 def _mle_backspace(config):
-  seqmatch_arithmetic.mle(config)
+  common.mle(config)
   config.loss.backspace = True
 
 
@@ -62,9 +62,9 @@ def _noise(rate):
 
 
 VARIANTS = {
-  "MLE": seqmatch_arithmetic.mle,
+  "MLE": common.mle,
   "MLE + <backspace>": _mle_backspace,
-  "BC": seqmatch_arithmetic.bc,
+  "BC": common.bc,
   "chi2-mixture, no <backspace>": ablation.no_backspace,
   "chi2": _chi2,
   "chi2-mixture": lambda config: None,

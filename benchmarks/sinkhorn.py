@@ -25,6 +25,7 @@ from timing import in_turn, show
 from configs import ism_digits
 from ism_jax import method as ism
 from ism_jax import pairing
+from ism_jax.data.from_config import make_source
 from ism_jax.path import draw_noise
 from train_jax import mesh as mesh_lib
 
@@ -99,7 +100,7 @@ def overlap(pools: int) -> dict[str, float]:
     name: ism.make_method(config, mesh)[0].stream(0, 0)
     for name, config in (("random pairs", random), ("sOT, ahead", full))
   }
-  (source, _), config = ism.make_source(full), pairing.PairingConfig(**full.pairing)
+  (source, _), config = make_source(full), pairing.PairingConfig(**full.pairing)
 
   def between():
     rows = np.arange(size) % len(source.labels)

@@ -20,10 +20,10 @@ import ablation
 import matplotlib
 import numpy as np
 
-from configs import seqmatch_text
+from configs import common, seqmatch_text
 from seqmatch_jax.data import corpus, packing
-from seqmatch_jax.evaluation import features as text_features
 from seqmatch_jax.evaluation import text as evaluate_text
+from seqmatch_jax.model import load_features
 from seqmatch_jax.tasks import text
 
 matplotlib.use("Agg")
@@ -49,14 +49,14 @@ COLUMNS = {
 
 
 def _unlikelihood(config):
-  seqmatch_text.mle(config)
+  common.mle(config)
   config.loss.unlikelihood = 0.1
 
 
 VARIANTS = {
-  "MLE": seqmatch_text.mle,
+  "MLE": common.mle,
   "MLE + unlikelihood": _unlikelihood,
-  "BC": seqmatch_text.bc,
+  "BC": common.bc,
   "chi2-mixture, no <backspace>": ablation.no_backspace,
   "chi2-mixture": lambda config: None,
 }
@@ -93,7 +93,7 @@ def make_config(steps: int, seed: int):
 def make_features(out: Path, part: float):
   """The model that MAUVE's features are of."""
   config = make_config(max(round(FEATURES * part), 1), 0)
-  seqmatch_text.mle(config)
+  common.mle(config)
   config.data.path = str(out / "docstrings.txt")
   config.data.tests = 100
   config.eval.samples = 32
@@ -103,7 +103,7 @@ def make_features(out: Path, part: float):
 def make_pretrained(seed: int, part: float):
   """The model that the variants go on from."""
   config = make_config(max(round(PRETRAINED * part), 1), seed)
-  seqmatch_text.mle(config)
+  common.mle(config)
   config.eval.samples = 32
   return config
 
@@ -134,7 +134,7 @@ def training_text(out: Path) -> dict[str, float]:
   chosen = np.random.default_rng(0).choice(known_begins, config.eval.samples, replace=False)
   real = evaluate_text.real_texts(held, begins)
   drawn = evaluate_text.real_texts(known, chosen)
-  features = text_features.load(str(out / "features_seed0"), vocab)
+  features = load_features(str(out / "features_seed0"), vocab)
   both = [evaluate_text.embed(x, vocab, features) for x in (real, drawn)]
   found = *evaluate_text.variety(drawn, "T=1"), *evaluate_text.closeness(*both, "T=1")
   return dict(found)

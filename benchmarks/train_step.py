@@ -40,9 +40,9 @@ import numpy as np
 import optax
 from timing import change, in_turn, matmul_peak, show
 
-from main import make_optimizer, make_schedule, method_module
+from main import make_optimizer, method_module
 from tools.plan import cost
-from train_jax import loop
+from train_jax import loop, optim
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.step import make_train_step
@@ -89,10 +89,8 @@ class Step:
     self.stream = self.method.stream(0, 0)
     self.batch = mesh_lib.to_global(next(self.stream), self.mesh)
     # As the loop makes it.
-    optim = config.optim
-    step = make_train_step(
-      self.method, self.tx, dict(config.ema), optim.clip, optim.grad_accum_steps
-    )
+    clip, parts = config.optim.clip, config.optim.grad_accum_steps
+    step = make_train_step(self.method, self.tx, dict(config.ema), clip, parts)
     step = mesh_lib.with_mesh(self.mesh, step)
     jitted = jax.jit(step, donate_argnums=mesh_lib.donated(0), out_shardings=(shardings, None))
     trees = self.shapes, *frozen_shapes(self.method)
@@ -195,13 +193,12 @@ def in_loop(step: Step, rounds: int, steps: int) -> float:
           step.run(steps)
 
   total = steps * (rounds + 1) + 1  # the last one ends the last turn
-  optim = step.config.optim
-  settings = loop.LoopConfig(
-    total, steps, 0, total, 1, 0, optim.clip, optim.grad_accum_steps, 10, 0
-  )
+  config = step.config.copy_and_resolve_references()
+  config.update(steps=total, log_every=steps, eval_every=0, save_every=total, keep=1, seed=0)
+  rate = optim.schedule(optim.OptimConfig(**config.optim), config.steps)
   method = step.method._replace(stream=stream, evaluate=lambda *_: ())
   with tempfile.TemporaryDirectory() as top:
-    engine = step.tx, make_schedule(step.config), dict(step.config.ema), settings, step.mesh
+    engine = step.tx, rate, dict(config.ema), loop.LoopConfig.of(config), step.mesh
     loop.train(method, *engine, Path(top), {})
   medians = {name: np.median(times[1:]) for name, times in seconds.items()}
   return float(medians["loop"] / medians["step"])

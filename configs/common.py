@@ -1,13 +1,13 @@
-"""What all configs share: the engine's part, the options after the ':', and the baselines."""
+"""The shared parts of configs: engine, methods, the options after the ':', and the baselines."""
 
 import ml_collections
 
 
 def get_common() -> ml_collections.ConfigDict:
-  """The engine's part of a config; each config file adds its method's part and its own values."""
+  """The engine's part of a config; each file adds its method's part and its own values."""
   config = ml_collections.ConfigDict()
   config.method = ""  # ism or seqmatch
-  config.backend = ""  # cpu, gpu or tpu: refuse to run on another; "" takes what is there
+  config.backend = ""  # cpu, gpu or tpu: refuse to run on another; "" takes any
   config.seed = 0
   config.init_from = ""  # trained parameters for step 0: an exported model, a workdir, or a file
   config.steps = 0
@@ -16,7 +16,7 @@ def get_common() -> ml_collections.ConfigDict:
   config.eval_every = 1000  # 0: only at the end
   config.save_every = 1000
   config.keep = 2  # newest checkpoints
-  config.keep_every = 0  # steps between those that are kept for good as well; 0: none
+  config.keep_every = 0  # steps between checkpoints that are kept for good; 0: none
   config.max_skipped = 10  # non-finite steps in a row before the run goes back, then stops
 
   config.optim = ml_collections.ConfigDict()
@@ -41,15 +41,93 @@ def get_common() -> ml_collections.ConfigDict:
   return config
 
 
+def get_ism_common() -> ml_collections.ConfigDict:
+  """What all iSM configs share: where data come from, how the network computes, what measures it.
+
+  Each file adds its experiment: steps, rates, data, sizes, the objective and the pairing.
+  """
+  config = get_common()
+  config.method = "ism"
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = ""  # folder: data.path/<class name>/<image>; or npz, tfds, latents, digits
+  config.data.path = ""
+  config.data.image_size = 0
+  config.data.channels = 0
+  config.data.flip = False  # mirror images are examples, too: not for digits, letters and the like
+  config.data.held_out = 0.0  # share of each class that is not trained on, to compare samples with
+  config.data.std = (0.5, 2.0)  # of a channel of scaled latents; another set is refused
+  config.data.max_faults = 100  # records that may be unreadable before the run stops
+  config.data.synthetic = 0  # random examples to train on where there is no path
+  config.data.classes = 10  # of the random examples
+
+  config.model = ml_collections.ConfigDict()
+  config.model.time_scale = 1000.0  # the sinusoids see t in [0, 1) times this
+  config.model.qk_norm = False
+  config.model.dtype = "float32"  # or bfloat16
+  config.model.remat = "none"  # or products, block: parts that the backward pass recomputes
+  config.model.unroll = True
+  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.nfe = (1, 2, 4, 8, 128)
+  config.eval.guidance = (0.0, 0.5, 1.0)
+  config.eval.samples = 2000  # of each setting; without metrics, half of it at 128 steps
+  config.eval.metrics = ()  # of fid, sfid, fd_dinov2, is, pr; (): by a classifier of the data
+  config.eval.reference = ""  # of the metrics: an ADM .npz, or a folder of images
+  config.eval.inception = ""  # weights: .safetensors
+  config.eval.dinov2 = ""
+  config.eval.vae = ""  # of latents; without metrics, it draws a grid of them in training
+  config.eval.classes = "balanced"  # or random
+  return config
+
+
+def get_seqmatch_common() -> ml_collections.ConfigDict:
+  """What all SequenceMatch configs share.
+
+  Each file adds its experiment: steps, rates, data, sizes, noise, the objective and the replay.
+  """
+  config = get_common()
+  config.method = "seqmatch"
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = ""  # files, add_or_sub_in_base, two_sum or text
+
+  config.model = ml_collections.ConfigDict()
+  config.model.dtype = "float32"  # or bfloat16
+  config.model.remat = "none"  # or products, block: parts that the backward pass recomputes
+  config.model.unroll = True
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.max_backspaces = 0  # in one generation
+  return config
+
+
+def get_seqmatch_text_common() -> ml_collections.ConfigDict:
+  """What all SequenceMatch configs for text share."""
+  config = get_seqmatch_common()
+  config.data.source = "text"
+  config.data.path = ""  # texts, or a directory that --mode=encode made; "": Python's own
+  config.data.test = ""  # the same, for testing; "": documents of data.path are held out
+  config.data.tests = 500  # documents that are held out
+  config.data.tokenizer = ""  # tokenizer.json; "": that of `pretrained`, or a token a character
+  config.data.context = 0  # tokens of a row, <bos> and wrong ones included
+  config.data.prompt = 0  # tokens at the start of a text that carry no loss
+  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
+  config.eval.samples = 256  # generations
+  config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights
+  return config
+
+
 def apply_options(config, arg: str, options: dict) -> None:
-  """Applies `file.py:one,two` in order; raises ValueError with the known names for another one."""
+  """Applies the options of `file.py:one,two` in order; an unknown name is a ValueError."""
   for name in filter(None, arg.split(",")):
     if name not in options:
       raise ValueError(f"unknown option {name!r} after the ':'; choose from {', '.join(options)}.")
     options[name](config)
 
 
-# iSM's baselines: the same call with another split, guidance and target average.
+# iSM's baselines: the same loss with another split, guidance and target average.
 
 
 def flow(config) -> None:
@@ -89,7 +167,7 @@ def ism_debug(config) -> None:
   config.model.depth = 2
 
 
-# SequenceMatch's baselines: the same call with everything switched off.
+# SequenceMatch's baselines: the same loss without its parts.
 
 
 def mle(config) -> None:
@@ -122,9 +200,9 @@ def seqmatch_debug(config) -> None:
 
 
 def gpu(config) -> None:
-  """NVIDIA GPUs: bfloat16, cuDNN's attention, and nothing is computed again (docs/PERFORMANCE.md).
+  """NVIDIA GPUs: bfloat16, cuDNN's attention, no rematerialization (docs/PERFORMANCE.md).
 
-  256 examples of XL/2 take 102 GiB of an H200 so; --config.model.remat=products takes 58.
+  256 examples of XL/2 take 102 GiB of an H200, and 58 with --config.model.remat=products.
   """
   config.model.dtype = "bfloat16"
   config.model.attention = "cudnn"

@@ -5,57 +5,46 @@
     ./launch.sh configs/ism_folder.py:B --config.data.path=photos      # 131 M parameters
     ./launch.sh configs/ism_folder.py:B,gpu --config.data.path=photos  # faster on NVIDIA GPUs
     ./launch.sh configs/ism_folder.py:flow --config.data.path=photos   # or shortcut: baselines
-    ./launch.sh configs/ism_folder.py:debug  # two steps of everything on a CPU, images made up
+    ./launch.sh configs/ism_folder.py:debug  # two steps of everything on a CPU, synthetic images
 
-photos/CLASS NAME/IMAGE.jpg (or .png, .webp, ...): a sub-folder is a class. Images without classes:
-photos/IMAGE.jpg; numbers need --config.eval.metrics then, else there are only grids. The centre
-square of each image is resized to data.image_size, and all are held in memory: at 64 pixels a
-million take 12 GB.
+photos/CLASS NAME/IMAGE.jpg (or .png, .webp, ...): each sub-folder is a class. Images without
+classes are photos/IMAGE.jpg; their evaluation has only grids unless --config.eval.metrics is set.
+The centre square of each image is resized to data.image_size, and all are held in memory: a million
+take 12 GB at 64 pixels.
 --config.data.source=tfds --config.data.path=NAME_OR_DIR[@SPLIT] reads a prepared TFDS set instead.
-Mirror images are examples too: --config.data.flip=False for digits, letters and the like.
+Mirror images are examples, too: set --config.data.flip=False for digits, letters and the like.
 
 Hardware: one GPU of 16 GB (B: 40 GB). An example costs S 4 forward passes, 48 GFLOP, so 200k steps
 of 128 examples cost 1.2e18 FLOP: 4 hours on an A100 at a quarter of its bfloat16 peak, B 17 hours.
-This is computed, not measured. What quality to expect depends on the images.
+This is computed, not measured. The quality depends on the images.
 """
 
 import ml_collections
 
-from configs.common import DIT_SIZES, ISM_BASELINES, apply_options, get_common, ism_debug
+from configs.common import DIT_SIZES, ISM_BASELINES, apply_options, get_ism_common, ism_debug
 from configs.common import gpu as gpu_options
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = get_common()
-  config.method = "ism"
+  config = get_ism_common()
   config.steps = 200_000
   config.batch = 128
   config.eval_every = 20_000
   config.save_every = 5000
-  config.optim.name = "adamw"
   config.optim.lr = 2e-4
   config.optim.warmup = 2000
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.9999})
 
-  config.data = ml_collections.ConfigDict()
-  config.data.source = "folder"  # data.path/<class name>/<image>; or npz, tfds
-  config.data.path = ""
+  config.data.source = "folder"
   config.data.image_size = 64
   config.data.channels = 3
-  config.data.flip = True  # of each image its mirror image too; not where it means another thing
-  config.data.held_out = 0.0  # share of each class that is not trained on, to compare samples with
-  config.data.max_faults = 100  # records that may be unreadable before the run stops
-  config.data.synthetic = 0  # random images to train on where there is no path
+  config.data.flip = True
 
-  config.model = ml_collections.ConfigDict()
   config.model.patch = 4  # 256 patches at 64 pixels
   config.model.width, config.model.depth, config.model.heads = DIT_SIZES["S"]
-  config.model.time_scale = 1000.0  # t in [0, 1) times this is what the sinusoids see
-  config.model.qk_norm = False
-  config.model.dtype = "bfloat16"  # or float32
-  config.model.remat = "products"  # or none, which needs 24 GB; or block
+  config.model.dtype = "bfloat16"
+  config.model.remat = "products"  # none needs 24 GB
   config.model.unroll = False
-  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.loss = ml_collections.ConfigDict()
   config.loss.split = ml_collections.ConfigDict()  # of every 8 examples
@@ -77,23 +66,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.pairing.pool = 32  # batches in an optimal transport pool; 0: random pairs
   config.pairing.condition = "class"  # or none (the paper)
   config.pairing.solver = "sinkhorn"  # or exact
-
-  config.eval = ml_collections.ConfigDict()
-  config.eval.nfe = (1, 2, 4, 8, 128)
-  config.eval.guidance = (0.0, 0.5, 1.0)
-  config.eval.samples = 2000  # half of it at 128 steps
-  config.eval.metrics = ()  # of fid, sfid, fd_dinov2, is, pr; (): by a classifier of the data
-  config.eval.reference = ""  # of the metrics: an ADM .npz, or a folder of images
-  config.eval.inception = ""  # weights: .safetensors
-  config.eval.dinov2 = ""
-  config.eval.vae = ""  # of latents; without metrics, it draws a grid of them in training
-  config.eval.classes = "balanced"  # or random
   apply_options(config, arg, OPTIONS)
   return config
 
 
 def B(config):
-  """The published base size, 131 M parameters; blocks recomputed to save memory."""
+  """The published base size, 131 M parameters; blocks are recomputed to save memory."""
   config.model.width, config.model.depth, config.model.heads = DIT_SIZES["B"]
   config.model.remat = "block"
 
@@ -105,7 +83,7 @@ def px32(config):
 
 
 def debug(config):
-  """Two steps of everything, in seconds: on made-up images, or on those of --config.data.path."""
+  """Two steps of everything, in seconds, on synthetic images or on those of data.path."""
   ism_debug(config)
   config.batch = 16
   config.model.heads = 4
@@ -115,7 +93,7 @@ def debug(config):
 
 
 def gpu(config):
-  """What was fastest on an H200 (docs/PERFORMANCE.md)."""
+  """The fastest options on an H200 (docs/PERFORMANCE.md)."""
   gpu_options(config)
   config.model.unroll = True
 

@@ -6,7 +6,7 @@
     ./launch.sh configs/ism_imagenet256.py:gpu --config.data.path=latents  # on NVIDIA GPUs
     ./launch.sh configs/ism_imagenet256.py:paper --config.data.path=latents  # see below
     ./launch.sh configs/ism_imagenet256.py:flow --config.data.path=latents  # or shortcut: baselines
-    ./launch.sh configs/ism_imagenet256.py:debug  # two steps of everything on a CPU, data made up
+    ./launch.sh configs/ism_imagenet256.py:debug  # two steps on a CPU, on synthetic data
 
 docs/IMAGENET.md walks through all of it.
 
@@ -14,63 +14,53 @@ Hardware: 8 GPUs of 80 GB or a TPU slice. XL/2 keeps 24 bytes a parameter (weigh
 moments, two averages), 16 GB on each device, and --config.mesh.fsdp=8 splits that over 8.
 Time: an example costs 4 forward passes, 0.95 TFLOP. One H200 takes 480 examples a second with the
 option `gpu` (measured, docs/PERFORMANCE.md): 5 days for 800k steps of 256 examples. 8 of them would
-take 15 hours if nothing were lost between them.
+take 15 hours at perfect scaling.
 
-Expected FID-50k, the paper's numbers and not ours: 5.27, 2.44, 2.05, 1.93, 1.88 at 1, 2, 4, 8, 128
-steps; after 250k steps 6.56 and 2.16 at 1 and 4. The paper publishes neither the split of the batch
-nor the warm-up: those are ours. So are three defaults (docs/RESULTS.md says why), and the option
-`paper` has the paper's values in their place. The loss is one mean over all examples (the paper:
-three equal weights). Half of the consistency examples have w = 0 (the paper: 1 of 15). Noise is
-paired within classes (the paper: without regard to them, so that it tells the class).
+Expected FID-50k (the paper's numbers, not ours): 5.27, 2.44, 2.05, 1.93, 1.88 at 1, 2, 4, 8, 128
+steps; after 250k steps 6.56 and 2.16 at 1 and 4. The paper does not publish the split of the batch
+and the warm-up: those are ours. Three defaults differ from the paper (docs/RESULTS.md says why),
+and the option `paper` restores its values:
+- The loss is one mean over all examples (the paper: three equal weights).
+- Half of the consistency examples have w = 0 (the paper: 1 of 15).
+- Noise is paired within classes (the paper: across classes, which makes noise tell the class).
 
-What keeps XL from diverging: the gradient is clipped to norm 1; a step whose loss or gradient is
-not finite is skipped, counted, and after ten in a row the run goes back once; lr warms up;
-parameters, moments, averages, attention's softmax, the norms' statistics and the loss are float32
-and only the products and activations between are bfloat16; blocks, d and w begin at zero effect. If
-`skipped` ever rises after the warm-up, add --config.model.qk_norm=True (queries and keys
-normalised, which the published SiT does not do).
+These measures keep XL from diverging: The gradient is clipped to norm 1. A step with a non-finite
+loss or gradient is skipped and counted, and after ten in a row the run goes back once. lr warms up.
+Only products and the activations between them are bfloat16; parameters, moments, averages,
+attention's softmax, the norms' statistics and the loss are float32. Blocks, d and w begin at zero
+effect. If `skipped` rises after the warm-up, add --config.model.qk_norm=True, which normalises
+queries and keys (the published SiT does not).
 """
 
 import ml_collections
 
-from configs.common import DIT_SIZES, ISM_BASELINES, apply_options, get_common, ism_debug
+from configs.common import DIT_SIZES, ISM_BASELINES, apply_options, get_ism_common, ism_debug
 from configs.common import gpu as gpu_options
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = get_common()
-  config.method = "ism"
+  config = get_ism_common()
   config.steps = 800_000
   config.batch = 256
   config.log_every = 100
   config.eval_every = 50_000
   config.save_every = 5000
   config.keep_every = 250_000  # the paper has numbers of that step, too: --step=250000
-  config.optim.name = "adamw"  # the paper's; Muon's rate is not known at this size
-  config.optim.lr = 1e-4
+  config.optim.lr = 1e-4  # of AdamW, as in the paper; Muon's rate is not known at this size
   config.optim.warmup = 5000
   config.optim.final = 1.0  # constant
   config.optim.b2 = 0.999
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.9999})
 
-  config.data = ml_collections.ConfigDict()
-  config.data.source = "latents"  # mirror images are stored with them
-  config.data.path = ""  # what --mode=encode wrote
+  config.data.source = "latents"  # --mode=encode writes them, with those of mirror images
   config.data.image_size = 32
   config.data.channels = 4
-  config.data.std = (0.5, 2.0)  # of a channel of scaled latents: another set is refused
-  config.data.max_faults = 100  # records that may be unreadable before the run stops
-  config.data.synthetic = 0  # random latents to train on where there is no path
 
-  config.model = ml_collections.ConfigDict()
   config.model.patch = 2
   config.model.width, config.model.depth, config.model.heads = DIT_SIZES["XL"]
-  config.model.time_scale = 1000.0  # t in [0, 1) times this is what the sinusoids see
-  config.model.qk_norm = False
-  config.model.dtype = "bfloat16"  # or float32
-  config.model.remat = "block"  # or none, products: what the backward pass computes again
+  config.model.dtype = "bfloat16"
+  config.model.remat = "block"
   config.model.unroll = False
-  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.loss = ml_collections.ConfigDict()
   config.loss.split = ml_collections.ConfigDict()  # of every 8 examples
@@ -93,22 +83,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.pairing.condition = "class"  # or none (the paper)
   config.pairing.solver = "sinkhorn"  # or exact
 
-  config.eval = ml_collections.ConfigDict()
-  config.eval.nfe = (1, 2, 4, 8, 128)
   config.eval.guidance = (0.0, 1.0)
   config.eval.samples = 50_000
-  config.eval.metrics = ()  # of fid, sfid, fd_dinov2, is, pr; (): by a classifier of the data
-  config.eval.reference = ""  # of the metrics: an ADM .npz, or a folder of images
-  config.eval.inception = ""  # weights: .safetensors
-  config.eval.dinov2 = ""
-  config.eval.vae = ""  # of latents; without metrics, it draws a grid of them in training
-  config.eval.classes = "balanced"  # or random
   apply_options(config, arg, OPTIONS)
   return config
 
 
 def size(name: str):
-  """The option `name`: one of DIT_SIZES, with its patch."""
+  """The option `name`, such as B/2: one of DIT_SIZES and a patch size."""
 
   def apply(config):
     letter, _, patch = name.partition("/")
@@ -119,25 +101,25 @@ def size(name: str):
 
 
 def debug(config):
-  """Two steps of everything, in seconds: on made-up latents, or on those of --config.data.path."""
+  """Two steps of everything, in seconds, on synthetic latents or on those of data.path."""
   ism_debug(config)
   config.batch = 16
   config.model.heads = 4
   config.data.synthetic = 64
-  config.data.std = (0.0, 100.0)  # of any autoencoder, an untrained one too
+  config.data.std = (0.0, 100.0)  # accepts any autoencoder, even an untrained one
 
 
 def paper(config):
-  """The paper's values where it states them and the defaults are others."""
+  """The paper's values where the defaults differ."""
   config.loss.weighting = "by_term"
   config.loss.zero_w_prob = 1 / 15  # w is uniform on 0, 0.25, ..., 3.5
   config.pairing.condition = "none"
 
 
 def gpu(config):
-  """What was fastest on an H200 (docs/PERFORMANCE.md), where 256 examples of XL/2 take 102 GiB.
+  """The fastest options on an H200 (docs/PERFORMANCE.md); 256 examples of XL/2 take 102 GiB.
 
-  For 80 GB a device: --config.model.unroll=False --config.model.remat=products, 58 GiB.
+  For devices of 80 GB, --config.model.unroll=False --config.model.remat=products takes 58 GiB.
   """
   gpu_options(config)
   config.model.unroll = True

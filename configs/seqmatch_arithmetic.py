@@ -13,12 +13,11 @@ Hardware: 2 CPU cores; 8 minutes, first numbers after a minute and a half; two_s
 
 import ml_collections
 
-from configs.common import SEQMATCH_BASELINES, apply_options, get_common, seqmatch_debug
+from configs.common import SEQMATCH_BASELINES, apply_options, get_seqmatch_common, seqmatch_debug
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = get_common()
-  config.method = "seqmatch"
+  config = get_seqmatch_common()
   config.steps = 2500
   config.batch = 64
   config.eval_every = 500
@@ -27,32 +26,27 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.optim.weight_decay = 4.0  # of 5000 questions; with less they are learned by heart
   config.ema.sample = 0.99
 
-  config.data = ml_collections.ConfigDict()
   config.data.source = "files"  # or, generated: add_or_sub_in_base, two_sum
-  config.data.train = ""  # files: question and answer on alternating lines; "": those that come
-  config.data.test = ""  # with the repository, mathematics_dataset's add_or_sub_in_base
+  config.data.train = ""  # files: question and answer on alternating lines; "": the repository's
+  config.data.test = ""  # own files of mathematics_dataset's add_or_sub_in_base
   config.data.examples = 5000  # generated, for training
   config.data.tests = 1000  # generated
-  config.data.seed = 0  # generated: of which questions there are
+  config.data.seed = 0  # of the generated questions
   config.data.max_faults = 100  # records that may be unreadable before the run stops
   config.data.numbers = 6  # two_sum: numbers in a question
   config.data.modulus = 16  # two_sum
   config.data.context = 128  # most tokens of a question with its answer
   config.data.sequences_per_row = 2  # questions that share a row of a batch
 
-  config.model = ml_collections.ConfigDict()
   config.model.width = 128
   config.model.depth = 2
   config.model.heads = 4
   config.model.hidden = 384
-  config.model.dtype = "float32"  # or bfloat16
-  config.model.remat = "none"
-  config.model.unroll = True
 
   config.noise = ml_collections.ConfigDict()
-  config.noise.rate = 0.3  # eta: errors before each action of the answer, typed and erased
+  config.noise.rate = 0.3  # eta: errors before each data action, typed and erased
   config.noise.max_errors = 2  # in one answer
-  config.noise.source = "uniform"  # or prompt: candidates from the question
+  config.noise.source = "uniform"  # or, for questions, prompt: candidates from the question
   config.noise.run = 0.0  # probability that another error follows before the erasing
 
   config.loss = ml_collections.ConfigDict()
@@ -70,8 +64,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.buffer.rollouts = 64  # at a time
   config.buffer.draw = 16  # a step
 
-  config.eval = ml_collections.ConfigDict()
-  config.eval.max_backspaces = 8  # <backspace>s in one generation
+  config.eval.max_backspaces = 8
   apply_options(config, arg, OPTIONS)
   return config
 

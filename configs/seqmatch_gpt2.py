@@ -6,7 +6,7 @@
     ./launch.sh configs/seqmatch_gpt2.py:gpu ...  # in bfloat16, with cuDNN's attention
     ./launch.sh configs/seqmatch_gpt2.py:debug    # a few steps of everything on a CPU, no files
 
-`gpt2` is a folder as Hugging Face lays it out (config.json, model.safetensors, tokenizer.json), of
+`gpt2` is a folder in Hugging Face's layout (config.json, model.safetensors, tokenizer.json), of
 any GPT-2 from 124 M to 1.5 B parameters; its sizes replace config.model's. Texts are .txt, .jsonl
 or .array_record files, or tfds:NAME. Without data.path it trains on Python's own documentation.
 
@@ -21,36 +21,34 @@ each, as long as the steps between them: half an hour for 5000 steps.
 
 import ml_collections
 
-from configs.common import SEQMATCH_BASELINES, apply_options, get_common, gpu, seqmatch_debug
+from configs.common import (
+  SEQMATCH_BASELINES,
+  apply_options,
+  get_seqmatch_text_common,
+  gpu,
+  seqmatch_debug,
+)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = get_common()
-  config.method = "seqmatch"
+  config = get_seqmatch_text_common()
   config.steps = 5000
   config.batch = 8
   config.eval_every = 1000
   config.optim.lr = 2e-4
 
-  config.pretrained = ""  # a folder as Hugging Face lays it out; "": drawn, config.model's sizes
-  config.erase_bias = -5.0  # how far the logit of the new <backspace> is lowered
+  config.pretrained = ""  # a folder in Hugging Face's layout; "": drawn, config.model's sizes
+  config.erase_bias = -5.0  # of the new <backspace>'s logit
   config.lora = ml_collections.ConfigDict()
   config.lora.rank = 16  # 0: all parameters are learned
   config.lora.alpha = 32.0
   config.lora.targets = ("all",)
   config.lora.base = "float32"  # frozen matrices: float32, bfloat16 or int8
 
-  config.data = ml_collections.ConfigDict()
-  config.data.source = "text"
-  config.data.path = ""  # texts, or a directory that --mode=encode made; "": Python's own
-  config.data.test = ""  # the same, for testing; "": documents of data.path are held out
-  config.data.tests = 500  # documents that are held out
-  config.data.tokenizer = ""  # tokenizer.json; "": that of `pretrained`, or a token a character
-  config.data.context = 1024  # tokens of a row, <bos> and wrong ones included
-  config.data.prompt = 50  # tokens that a text begins with and that carry no loss
+  config.data.context = 1024
+  config.data.prompt = 50
   config.data.vocab = 50_260  # of --mode=compile, which reads no tokenizer
 
-  config.model = ml_collections.ConfigDict()
   config.model.family = "gpt2"
   config.model.width = 768
   config.model.depth = 12
@@ -58,16 +56,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.hidden = 3072
   config.model.context = 1024  # learned positions
   config.model.tied = True
-  config.model.erase = True  # the output layer has a bias for <backspace>
-  config.model.dtype = "float32"  # or bfloat16
-  config.model.remat = "block"  # or none, products: what the backward pass computes again
+  config.model.erase = True  # <backspace>'s logit has a row and a bias of its own
+  config.model.remat = "block"
   config.model.unroll = False
-  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.noise = ml_collections.ConfigDict()
-  config.noise.rate = 0.001  # eta: errors before each token, typed and erased
-  config.noise.max_errors = 8  # in one row
-  config.noise.source = "uniform"
+  config.noise.rate = 0.001  # eta: errors before each data action, typed and erased
+  config.noise.max_errors = 8  # in one row of text
+  config.noise.source = "uniform"  # or, for questions, prompt: candidates from the question
   config.noise.run = 0.0  # probability that another error follows before the erasing
 
   config.loss = ml_collections.ConfigDict()
@@ -80,15 +76,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.anneal = 1000  # steps over which alpha grows from 0
 
   config.buffer = ml_collections.ConfigDict()
-  config.buffer.size = 128  # the model's own texts
+  config.buffer.size = 128  # the model's own trajectories
   config.buffer.refresh = 50  # steps between rollouts
   config.buffer.rollouts = 8  # at a time
   config.buffer.draw = 4  # a step
 
-  config.eval = ml_collections.ConfigDict()
-  config.eval.max_backspaces = 64  # in one generation
-  config.eval.samples = 256  # generations
-  config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights
+  config.eval.max_backspaces = 64
   apply_options(config, arg, OPTIONS)
   return config
 

@@ -9,7 +9,7 @@
     python main.py --mode=compile --config=configs/seqmatch_llama7b.py --topology=v5e:4x4 \
          --config.mesh.fsdp=16                      # does it fit? needs no TPU and no files
 
-`llama2` is a folder as Hugging Face lays it out, of any Llama 2 or 3; its sizes replace
+`llama2` is a folder in Hugging Face's layout, of any Llama 2 or 3; its sizes replace
 config.model's. Alpha 0.01, noise 0.001, gamma 0.998, LoRA and 1024 tokens are the paper's; the rank
 of the adapters, the learning rate, the batch and the number of steps are ours.
 
@@ -22,36 +22,33 @@ read every frozen matrix once a token: on 80 GB GPUs leave mesh.fsdp at 1, so th
 
 import ml_collections
 
-from configs.common import SEQMATCH_BASELINES, apply_options, get_common, seqmatch_debug
+from configs.common import (
+  SEQMATCH_BASELINES,
+  apply_options,
+  get_seqmatch_text_common,
+  seqmatch_debug,
+)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = get_common()
-  config.method = "seqmatch"
+  config = get_seqmatch_text_common()
   config.steps = 3000
   config.batch = 32
   config.eval_every = 1000
   config.optim.lr = 2e-4
 
-  config.pretrained = ""  # a folder as Hugging Face lays it out; "": drawn, config.model's sizes
-  config.erase_bias = -5.0  # how far the logit of the new <backspace> is lowered
+  config.pretrained = ""  # a folder in Hugging Face's layout; "": drawn, config.model's sizes
+  config.erase_bias = -5.0  # of the new <backspace>'s logit
   config.lora = ml_collections.ConfigDict()
   config.lora.rank = 16  # 0: all parameters are learned
   config.lora.alpha = 32.0
   config.lora.targets = ("all",)
   config.lora.base = "bfloat16"  # frozen matrices: float32, bfloat16 or int8
 
-  config.data = ml_collections.ConfigDict()
-  config.data.source = "text"
-  config.data.path = ""  # texts, or a directory that --mode=encode made; "": Python's own
-  config.data.test = ""  # the same, for testing; "": documents of data.path are held out
-  config.data.tests = 500  # documents that are held out
-  config.data.tokenizer = ""  # tokenizer.json; "": that of `pretrained`, or a token a character
-  config.data.context = 1024  # tokens of a row, <bos> and wrong ones included
-  config.data.prompt = 50  # tokens that a text begins with and that carry no loss
+  config.data.context = 1024
+  config.data.prompt = 50
   config.data.vocab = 32_002  # of --mode=compile, which reads no tokenizer
 
-  config.model = ml_collections.ConfigDict()
   config.model.family = "llama"
   config.model.width = 4096
   config.model.depth = 32
@@ -59,16 +56,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.model.hidden = 11_008
   config.model.context = 0  # rotary positions
   config.model.tied = False
-  config.model.erase = True  # the output layer has a bias for <backspace>
-  config.model.dtype = "bfloat16"  # or float32
-  config.model.remat = "block"  # or none, products: what the backward pass computes again
+  config.model.erase = True  # <backspace>'s logit has a row and a bias of its own
+  config.model.dtype = "bfloat16"
+  config.model.remat = "block"
   config.model.unroll = False
-  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.noise = ml_collections.ConfigDict()
-  config.noise.rate = 0.001  # eta: errors before each token, typed and erased
-  config.noise.max_errors = 8  # in one row
-  config.noise.source = "uniform"
+  config.noise.rate = 0.001  # eta: errors before each data action, typed and erased
+  config.noise.max_errors = 8  # in one row of text
+  config.noise.source = "uniform"  # or, for questions, prompt: candidates from the question
   config.noise.run = 0.0  # probability that another error follows before the erasing
 
   config.loss = ml_collections.ConfigDict()
@@ -81,15 +77,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.anneal = 500  # steps over which alpha grows from 0
 
   config.buffer = ml_collections.ConfigDict()
-  config.buffer.size = 256  # the model's own texts
+  config.buffer.size = 256  # the model's own trajectories
   config.buffer.refresh = 50  # steps between rollouts
   config.buffer.rollouts = 16  # at a time
   config.buffer.draw = 8  # a step
 
-  config.eval = ml_collections.ConfigDict()
-  config.eval.max_backspaces = 64  # in one generation
-  config.eval.samples = 256  # generations
-  config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights
+  config.eval.max_backspaces = 64
   apply_options(config, arg, OPTIONS)
   return config
 
@@ -105,11 +98,11 @@ def debug(config):
   config.model.depth = 2
   config.model.heads = 2
   config.model.hidden = 32
-  config.model.dtype = "float32"
   config.lora.rank = 2
   config.noise.rate = 0.05
   config.eval.max_backspaces = 4
   config.eval.samples = 16
+  config.model.dtype = "float32"
 
 
 def gpu(config):

@@ -13,12 +13,16 @@ Hardware: 2 CPU cores; about 10 minutes.
 
 import ml_collections
 
-from configs.common import SEQMATCH_BASELINES, apply_options, get_common, seqmatch_debug
+from configs.common import (
+  SEQMATCH_BASELINES,
+  apply_options,
+  get_seqmatch_text_common,
+  seqmatch_debug,
+)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-  config = get_common()
-  config.method = "seqmatch"
+  config = get_seqmatch_text_common()
   config.steps = 1500
   config.batch = 16
   config.eval_every = 500
@@ -26,29 +30,18 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.optim.weight_decay = 0.1
   config.ema.sample = 0.99
 
-  config.data = ml_collections.ConfigDict()
-  config.data.source = "text"
-  config.data.path = ""  # texts, or a directory that --mode=encode made; "": Python's own
-  config.data.test = ""  # the same, for testing; "": documents of data.path are held out
-  config.data.tests = 500  # documents that are held out
-  config.data.tokenizer = ""  # tokenizer.json; "": a token for each character
-  config.data.context = 256  # tokens of a row, <bos> and wrong ones included
-  config.data.prompt = 16  # tokens that a text begins with and that carry no loss
+  config.data.context = 256
+  config.data.prompt = 16
 
-  config.model = ml_collections.ConfigDict()
   config.model.width = 128
   config.model.depth = 3
   config.model.heads = 4
   config.model.hidden = 384
-  config.model.dtype = "float32"  # or bfloat16
-  config.model.remat = "none"
-  config.model.unroll = True
-  config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
 
   config.noise = ml_collections.ConfigDict()
-  config.noise.rate = 0.02  # eta: errors before each token, typed and erased
-  config.noise.max_errors = 8  # in one row
-  config.noise.source = "uniform"
+  config.noise.rate = 0.02  # eta: errors before each data action, typed and erased
+  config.noise.max_errors = 8  # in one row of text
+  config.noise.source = "uniform"  # or, for questions, prompt: candidates from the question
   config.noise.run = 0.0  # probability that another error follows before the erasing
 
   config.loss = ml_collections.ConfigDict()
@@ -61,15 +54,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.anneal = 250  # steps over which alpha grows from 0
 
   config.buffer = ml_collections.ConfigDict()
-  config.buffer.size = 128  # the model's own texts
+  config.buffer.size = 128  # the model's own trajectories
   config.buffer.refresh = 50  # steps between rollouts
   config.buffer.rollouts = 16  # at a time
   config.buffer.draw = 4  # a step
 
-  config.eval = ml_collections.ConfigDict()
-  config.eval.max_backspaces = 32  # <backspace>s in one generation
-  config.eval.samples = 256  # generations
-  config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights
+  config.eval.max_backspaces = 32
   apply_options(config, arg, OPTIONS)
   return config
 

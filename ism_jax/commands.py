@@ -1,4 +1,4 @@
-"""What main.py does with images after training: the flags of each mode, and their checks."""
+"""The modes of main.py for trained image models: their flags and functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train_jax import command
 from train_jax.command import Command, Flag, numbers
 from train_jax.errors import UserError
 
-# Model and all that it needs are imported by what uses them: --help is quick.
+# Functions import Model and its dependencies, so --help is quick.
 NFE = Flag("list", "nfe", None, "Numbers of steps, of 1, 2, 4, ... 128.")
 GUIDANCE = Flag(
   "list", "guidance", None, "Scales w, 0 to the run's loss.w_max; of flow models any."
@@ -20,11 +20,10 @@ GUIDANCE = Flag(
 VAE = Flag("string", "vae", None, "Weights of the autoencoder, for latents.")
 
 
-def _open(flags: FlagValues):
+def _open(flags: FlagValues, vae: str | None = None):
   from ism_jax.model import Model
 
-  model = Model.from_run(flags.workdir, flags.step, flags.vae or "")
-  return model
+  return Model.from_run(flags.workdir, flags.step, vae or "")
 
 
 def sample(flags: FlagValues) -> None:
@@ -32,7 +31,7 @@ def sample(flags: FlagValues) -> None:
   from ism_jax import path
   from ism_jax.evaluation import pictures
 
-  model = _open(flags)
+  model = _open(flags, flags.vae)
   nfe = numbers(flags, "nfe", int) or (1, 4, path.FINEST)
   guidance = numbers(flags, "guidance", float) or (0.0,)
   path.check_settings(nfe, guidance, model.w_max)
@@ -46,32 +45,30 @@ def sample(flags: FlagValues) -> None:
 
 
 def evaluate(flags: FlagValues) -> None:
-  """`--mode=evaluate`: see `Model.evaluate`; what is not given is the run's config.eval."""
-  model = _open(flags)
+  """`--mode=evaluate`: see `Model.evaluate`; flags override the run's config.eval."""
+  model = _open(flags, flags.vae)
   choices = {"nfe": numbers(flags, "nfe", int), "guidance": numbers(flags, "guidance", float)}
   choices |= {"samples": flags.num, "metrics": tuple(flags.metrics or ())}
   choices |= {name: flags[name].value for name in ("reference", "inception", "dinov2", "classes")}
-  chosen = {name: value for name, value in choices.items() if value}
   if flags.save_samples and not flags.metrics:
     raise UserError("--save_samples is for --metrics; add --metrics=fid, or leave it out.")
   out = command.out_directory(flags, "generated")
-  model.evaluate(out, flags.seed, flags.save_samples, **chosen)
+  choices = {name: value for name, value in choices.items() if value}
+  model.evaluate(out, flags.seed, flags.save_samples, **choices)
 
 
 def export(flags: FlagValues) -> None:
   """`--mode=export`: the `sample` average as files that `Model.from_pretrained` reads."""
-  from ism_jax.model import Model
-
-  model = Model.from_run(flags.workdir, flags.step)
+  model = _open(flags)
   out = command.out_directory(flags, "exported")
   model.save_pretrained(out)
   if jax.process_index() == 0:
-    used = f"ism_jax.Model.from_pretrained({str(out)!r}) samples from it"
-    print(f"model: {out} (step {model.step}); {used}")
+    usage = f"ism_jax.Model.from_pretrained({str(out)!r}) samples from it"
+    print(f"model: {out} (step {model.step}); {usage}")
 
 
 def encode(flags: FlagValues) -> None:
-  """`--mode=encode`: images to latents, see `data.encode.encode_images`."""
+  """`--mode=encode`: images to latents, see `data.encode.encode`."""
   from ism_jax.data import encode as encode_lib
 
   for name in ("vae", "out"):
@@ -88,7 +85,7 @@ COMMANDS = {
     GUIDANCE,
     Flag("list", "labels", None, "Classes by name or number, in turn; default: all."),
     VAE,
-    *command.DRAWING,
+    *command.DRAW_FLAGS,
   ),
   "evaluate": Command(
     evaluate,
@@ -108,14 +105,14 @@ COMMANDS = {
     Flag("enum", "classes", None, "Of the samples.", enum_values=["balanced", "random"]),
     Flag("boolean", "save_samples", False, "Also write the samples, as ADM .npz."),
     VAE,
-    *command.DRAWING,
+    *command.DRAW_FLAGS,
   ),
-  "export": Command(export, *command.STORED),
+  "export": Command(export, *command.RUN_FLAGS),
   "encode": Command(
     encode,
     Flag("string", "images", None, "A folder, tars, ArrayRecord files or tfds:NAME."),
     Flag("integer", "image_size", 256, "Pixels of a side."),
     VAE,
-    *command.SHARDED,
+    *command.DATA_FLAGS,
   ),
 }

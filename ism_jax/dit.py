@@ -1,8 +1,8 @@
 """SiT/DiT with inputs (x, t, d, c, w): the network of both papers' shortcut models.
 
-DiT (arXiv 2212.09748) with adaLN-zero blocks, SiT (arXiv 2401.08740), and two more scalars in the
-conditioning: the step size d and the guidance strength w. Their embeddings begin at zero effect, so
-that a plain flow model is a valid starting point.
+This is DiT (arXiv 2212.09748) with adaLN-zero blocks, as in SiT (arXiv 2401.08740). Two scalars are
+new in its conditioning: the step size d and the guidance scale w. Their embeddings begin at zero
+effect, so a plain flow model is a valid starting point.
 
 Dimensions: b batch, h w image, c channel, l patches, k width, n heads, p patch.
 """
@@ -36,7 +36,7 @@ from train_jax.mesh import shard_batch
 
 @dataclass(frozen=True)
 class DiTConfig:
-  """Sizes of a DiT. `classes` excludes the null class, which is the label `classes`."""
+  """Sizes of a DiT. `classes` excludes the null class, whose label is `classes`."""
 
   image_size: int
   channels: int
@@ -48,11 +48,11 @@ class DiTConfig:
   mlp_ratio: int = 4
   qk_norm: bool = False
   dtype: str = "float32"  # of the computation; parameters are float32
-  remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
-  unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
+  remat: str = "none"  # the recomputed part of the backward pass, see layers.REMAT
+  unroll: bool = False  # the loop over blocks: faster if shallow, slower to compile if deep
   attention: str = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
-  time_scale: float = 1000.0  # t in [0, 1) times this is what the sinusoids see; DiT's is 1000
-  shortcuts: bool = True  # steps of any size are trained; else all are Euler steps, of d = 0
+  time_scale: float = 1000.0  # the sinusoids see t in [0, 1) times this; DiT's is 1000
+  shortcuts: bool = True  # False: all steps are Euler steps, and d is ignored
 
   def __post_init__(self):
     # Positions take a sine and a cosine for each of two axes.
@@ -70,7 +70,7 @@ _xavier = nnx.initializers.xavier_uniform()
 
 
 class ScalarEmbedding(nnx.Module):
-  """A number, times `scale`, as sinusoids through an MLP -> [b, k]; zero at first if `zero`."""
+  """Sinusoids of a number times `scale`, through an MLP -> [b, k]; `zero`: initially zero."""
 
   def __init__(self, width: int, scale: float, *, zero: bool, rngs, dtype, features: int = 256):
     self.scale, self.features = scale, features
@@ -160,7 +160,7 @@ class DiT(nnx.Module):
       t: [b] time in [0, 1).
       d: [b] step size: 0 for the instantaneous velocity, else a power of two from 1/64 to 1.
       label: [b] int32, `classes` for the null class.
-      w: [b] guidance strength, 0 for none.
+      w: [b] guidance scale, 0 for none.
 
     Returns:
       [b, h, w, c] float32.
@@ -192,13 +192,8 @@ class DiT(nnx.Module):
 
 
 def make_network(config: DiTConfig) -> tuple[Callable, Callable]:
-  """Returns (init, apply): `init(key) -> params` and `apply(params, x, t, d, label, w)`.
-
-  `params` is a nested dict of arrays; the module is only the recipe between them.
+  """Returns (init, apply): `init(key) -> params`, a nested dict of arrays, and
+  `apply(params, x, t, d, label, w) -> step direction`, see `DiT`.
   """
   init, merge = recipe(lambda rngs: DiT(config, rngs=rngs))
-
-  def apply(params, x, t, d, label, w) -> jax.Array:
-    return merge(params)(x, t, d, label, w)
-
-  return init, apply
+  return init, lambda params, *inputs: merge(params)(*inputs)

@@ -3,9 +3,9 @@
     L = mean of |s(x, t, d, c, w) - target|^2 over the examples of all terms
 
 (arXiv 2510.21250, algorithm 1; |.| is the wavelet distance.) The batch is split among the terms of
-`TERMS`. Each says what the network sees and what it must answer, a constant (stop-gradient).
-Flow matching and the original shortcut objective (arXiv 2410.12557) are the same function with
-another `split` and `bootstrap_guidance`.
+`TERMS`. Each term makes examples: inputs of the network, and targets with stopped gradients. Flow
+matching and the original shortcut objective (arXiv 2410.12557) are the same function with another
+`split` and `bootstrap_guidance`.
 
 A new term is a function here, an entry of `TERMS`, and its name in the config's `loss.split`.
 
@@ -25,16 +25,21 @@ import jax
 import jax.numpy as jnp
 
 from ism_jax import path, wavelet
-from train_jax.errors import UserError, check_fraction, check_one_of
+from train_jax.errors import (
+  UserError,
+  check_above_zero,
+  check_at_least,
+  check_fraction,
+  check_one_of,
+)
 
 
 @dataclass(frozen=True)
 class LossConfig:
-  """Which terms there are and how the batch is split among them.
+  """The terms of the loss, and the split of the batch among them.
 
   Attributes:
-    split: examples of each term in every group of sum(split) neighbours, by name; a term that is
-      left out has 0.
+    split: number of each term's examples in every group of sum(split) neighbours; 0 by default.
     weighting: 'by_example', one mean over all examples; or 'by_term', the sum of each term's mean
       (the paper).
     class_dropout: probability that a velocity example loses its class.
@@ -61,7 +66,7 @@ class LossConfig:
   def __post_init__(self):
     if unknown := [name for name in self.split if name not in TERMS]:
       raise UserError(f"loss.split has no term {unknown[0]!r}; choose from {', '.join(TERMS)}.")
-    # In the order of TERMS: the one that a checkpoint's JSON has is another.
+    # In the order of TERMS, as a checkpoint's JSON has another.
     split = {name: self.split.get(name, 0) for name in TERMS}
     object.__setattr__(self, "split", split)
     if any(not isinstance(n, int) or n < 0 for n in split.values()) or not split["velocity"]:
@@ -75,11 +80,9 @@ class LossConfig:
         f"loss.split.guidance={split['guidance']} but loss.w_max={self.w_max:g}: a guidance scale "
         "is learned from guidance examples, so set both or neither to 0."
       )
-    if not 0 <= self.interval_start < 1 or not self.bootstrap_guidance >= 0:
-      raise UserError(
-        f"loss.interval_start={self.interval_start:g} must be at least 0 and below 1, where images "
-        f"are whole, and loss.bootstrap_guidance={self.bootstrap_guidance:g} at least 0."
-      )
+    check_fraction("loss.interval_start", self.interval_start, inclusive=False)
+    check_at_least("loss.bootstrap_guidance", self.bootstrap_guidance, 0)
+    check_above_zero("loss.level_decay", self.level_decay)
     for name in ("class_dropout", "zero_w_prob"):
       check_fraction(f"loss.{name}", getattr(self, name))
     if not self.class_dropout and (self.w_max or self.bootstrap_guidance):
@@ -97,27 +100,27 @@ class LossConfig:
 
   @property
   def group(self) -> int:
-    """Neighbours of the batch that are dealt out together: the sum of `split`."""
+    """The number of neighbouring examples that are dealt together: the sum of `split`."""
     return sum(self.split.values())
 
   @property
   def is_flow_matching(self) -> bool:
     """Whether the model learns velocities only, with and without a class.
 
-    It is guided at sampling time then, see `sample.classifier_free`.
+    Such a model is guided at sampling time, see `sample.classifier_free`.
     """
     return self.group == self.split["velocity"] and self.class_dropout > 0
 
   @property
   def weights(self) -> dict[str, float]:
-    """What each term's mean distance is multiplied by in the loss."""
+    """The weight of each term's mean distance in the loss."""
     if self.weighting == "by_term":
       return dict.fromkeys(self.split, 1.0)
     return {name: n / self.group for name, n in self.split.items()}
 
 
 class Examples(NamedTuple):
-  """Inputs of the network (see `dit.DiT`) and the target of its output, one by one."""
+  """Inputs of the network (see `dit.DiT`) and targets of its outputs."""
 
   x: jax.Array  # [b, h, w, c]
   t: jax.Array  # [b]
@@ -128,11 +131,11 @@ class Examples(NamedTuple):
 
 
 class Networks(NamedTuple):
-  """What targets are made with."""
+  """The networks that make targets."""
 
   apply: Callable
-  params: Any  # the trained ones, which make the guidance targets
-  target_params: Any  # their fast average, which makes the consistency targets
+  params: Any  # trained; for guidance targets
+  target_params: Any  # the fast average; for consistency targets
   null: int  # the label of no class
 
 
@@ -165,7 +168,7 @@ def guidance_examples(
   """d = 0, w > 0: the target is v + w_eff (s(x, t, 0, c, 0) - s(x, t, 0, null, 0)).
 
   Interval guidance: w_eff is 0 for t < interval_start (high noise) and w elsewhere. The interval
-  belongs to the target and not to the network's input, since a one-step sample starts at t = 0
+  applies to the target and not to the network's input, because a one-step sample starts at t = 0
   with its w.
   """
   x = path.interpolate(x0, x1, t)
@@ -182,9 +185,9 @@ def consistency_examples(
 
       target = (s(x_t, t, d, c, w) + s(x', t + d, d, c, w)) / 2,    x' = x_t + d s(x_t, t, d, c, w)
 
-  with the target network's parameters. No guidance is added here, so none compounds.
-  `bootstrap_guidance` > 0 is the original shortcut model instead, as released: its two finest steps
-  carry the guidance `bootstrap_guidance (s(c) - s(null))`, and the step above them inherits it.
+  with the target network's parameters. No guidance is added here, so none compounds. With
+  `bootstrap_guidance` > 0 this is the original shortcut model, as released: its two finest steps
+  have the guidance `bootstrap_guidance (s(c) - s(null))`, and the step above them inherits it.
   """
   d = step / 2
   x = path.interpolate(x0, x1, t)
@@ -236,30 +239,31 @@ TERMS = {"velocity": _velocity, "guidance": _guidance, "consistency": _consisten
 def deal(split: Mapping[str, int], *arrays: jax.Array) -> dict[str, tuple[jax.Array, ...]]:
   """Deals a batch to the terms: of every sum(split) neighbours the first go to the first term, ...
 
-  Dealing inside small groups of neighbours keeps each device's examples on that device, if these
-  are whole groups. Else XLA moves and pads them: at 4, 2 and 1 examples a device a group of 8 costs
-  1.19, 1.76 and 2.77 times its FLOPs (`method.py` warns).
+  So each device keeps its examples, if they are whole groups. Otherwise XLA moves and pads them: at
+  4, 2 and 1 examples a device a group of 8 costs 1.19, 1.76 and 2.77 times its FLOPs (`method.py`
+  warns).
   """
-  group, start, dealt = sum(split.values()), 0, {}
+  group, start, parts = sum(split.values()), 0, {}
   for name, n in split.items():
     grouped = (a.reshape(-1, group, *a.shape[1:])[:, start : start + n] for a in arrays)
-    dealt[name] = tuple(a.reshape(-1, *a.shape[2:]) for a in grouped)
+    parts[name] = tuple(a.reshape(-1, *a.shape[2:]) for a in grouped)
     start += n
-  return dealt
+  return parts
 
 
 def gather(split: Mapping[str, int], parts: Mapping[str, jax.Array]) -> jax.Array:
   """The inverse of `deal` for one array."""
   grouped = [parts[name].reshape(-1, n, *parts[name].shape[1:]) for name, n in split.items()]
-  whole = jnp.concatenate(grouped, axis=1)
-  return whole.reshape(-1, *whole.shape[2:])
+  batch = jnp.concatenate(grouped, axis=1)
+  return batch.reshape(-1, *batch.shape[2:])
 
 
 def distance(config: LossConfig, error: jax.Array) -> jax.Array:
   """Wavelet distance per element of error [b, h, w, c] -> [b]."""
   weights = wavelet.level_weights(config.wavelet_levels, config.level_decay)
-  of_each = wavelet.l2_distance if config.norm == "l2" else wavelet.charbonnier_distance
-  return of_each(error, weights)
+  if config.norm == "l2":
+    return wavelet.l2_distance(error, weights)
+  return wavelet.charbonnier_distance(error, weights)
 
 
 def make_examples(
@@ -267,9 +271,9 @@ def make_examples(
 ) -> dict[str, Examples]:
   """The examples of every term in the split, from noise and images [b, h, w, c], label [b]."""
   keys = jax.random.split(key, (len(TERMS), 2))
-  dealt = deal(config.split, x0, x1, label)
+  parts = deal(config.split, x0, x1, label)
   return {
-    name: TERMS[name](config, networks, *dealt[name], keys[i])
+    name: TERMS[name](config, networks, *parts[name], keys[i])
     for i, name in enumerate(TERMS)
     if config.split[name]
   }
@@ -292,19 +296,18 @@ def loss(
     key: for t, d, w and the dropped classes.
 
   Returns:
-    The scalar loss, each term's mean distance, and `curvature`, E|s - v|^2 / E|v|^2 of the velocity
-    examples (in the loss's distance): 0 where noise and image determine each other along straight
-    lines.
+    The scalar loss, each term's mean distance, and `curvature`: E|s - v|^2 / E|v|^2 of the velocity
+    examples (in the loss's distance), which is 0 for straight, non-crossing paths.
   """
   networks = Networks(apply, params, target_params, null)
   terms = make_examples(config, networks, x0, x1, label, key)
   split = {name: config.split[name] for name in terms}
   fields = zip(*terms.values(), strict=True)
-  whole = Examples(*(gather(split, dict(zip(terms, field, strict=True))) for field in fields))
-  output = apply(params, whole.x, whole.t, whole.d, whole.label, whole.w)
-  of_each = deal(split, distance(config, output - whole.target))
+  batch = Examples(*(gather(split, dict(zip(terms, field, strict=True))) for field in fields))
+  output = apply(params, batch.x, batch.t, batch.d, batch.label, batch.w)
+  distances = deal(split, distance(config, output - batch.target))
 
-  means = {name: jnp.mean(distances) for name, (distances,) in of_each.items()}
+  means = {name: jnp.mean(values) for name, (values,) in distances.items()}
   total = sum(config.weights[name] * mean for name, mean in means.items())
   straight = jnp.mean(distance(config, terms["velocity"].target))
   return total, {**means, "curvature": means["velocity"] / straight}

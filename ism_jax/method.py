@@ -25,8 +25,6 @@ from train_jax.warm_start import WarmStart
 
 def _check(config, loss_config: LossConfig, shape: tuple[int, int, int]) -> None:
   wavelet.check_levels(*shape[:2], loss_config.wavelet_levels)
-  if not loss_config.level_decay > 0:
-    raise UserError(f"loss.level_decay={loss_config.level_decay} must be above 0.")
   group, parts = loss_config.group, config.optim.grad_accum_steps
   if config.batch % (group * parts):
     times = f" times optim.grad_accum_steps={parts}" if parts > 1 else ""
@@ -37,7 +35,7 @@ def _check(config, loss_config: LossConfig, shape: tuple[int, int, int]) -> None
 
 
 def _warn_of_split_groups(config, group: int, mesh: jax.sharding.Mesh) -> None:
-  """Says so, once, where the examples of a device are no whole groups of loss.split."""
+  """Warns if the examples of a device are not whole groups of loss.split."""
   parts = mesh_lib.batch_parts(mesh) * config.optim.grad_accum_steps
   examples = config.batch // parts
   if examples % group and jax.process_index() == 0:
@@ -50,10 +48,10 @@ def _warn_of_split_groups(config, group: int, mesh: jax.sharding.Mesh) -> None:
 
 
 def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
-  """The method, and the metadata of its data that sampling needs (class names, shape).
+  """The method, and the metadata of its data (see `from_config.make_metadata`).
 
   Raises:
-    UserError: the config does not fit itself or the data.
+    UserError: the config contradicts itself or the data.
   """
   loss_config = LossConfig(**config.loss)
   pair_config = pairing.PairingConfig(**config.pairing)
@@ -62,12 +60,12 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   spec = registry.make_spec(config)
   pairing.check_size(pair_config, config.batch, from_config.share_of_largest_class(source))
   _warn_of_split_groups(config, loss_config.group, mesh)
-  if not config.data.get("synthetic"):
+  if not config.data.synthetic:
     from_config.describe(config, source, len(held_out.labels) if held_out else 0)
   classes, metadata = len(source.names), from_config.make_metadata(source)
   in_latents = isinstance(source, latents.Latents)
   init, apply = make_network(config, metadata)
-  # With metrics, the evaluation decodes by itself.
+  # The evaluation with metrics has its own decoder.
   vae = config.eval.vae if in_latents and not spec.metrics else ""
   model = Model.make(make_record(config.to_dict(), metadata), dict, mesh, vae)
   path.check_settings(spec.nfe, spec.guidance, model.w_max)
@@ -83,17 +81,17 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
     return value, {**metrics, "pair_cost": pairing.relative_cost(x0, x1)}
 
   def stream(seed: int, position: int):
-    mine = mesh_lib.process_rows(config.batch, mesh)
+    rows = mesh_lib.process_rows(config.batch, mesh)
     noise = functools.partial(pairs.noise_of_pool, seed)
-    return sources.stream(source, config.batch, mine, seed, position, noise, pairs.pool)
+    return sources.stream(source, config.batch, rows, seed, position, noise, pairs.pool)
 
   def leak() -> Iterator[tuple[str, float]]:
     if np.isfinite(value := pairs.class_leak(config.seed)):
       yield "class_leak", value
 
-  # On latents the leak would take longer to fit than the run: thousands of inputs and classes.
-  measured = leak if pair_config.pool and classes > 1 and not in_latents else None
-  run = registry.make_evaluate(spec, model, source, held_out, measured, mesh)
+  # On latents, with thousands of inputs and classes, the leak would take longer than the run.
+  has_leak = pair_config.pool and classes > 1 and not in_latents
+  run = registry.make_evaluate(spec, model, source, held_out, leak if has_leak else None, mesh)
   method = Method(
     init=lambda key: (init(key), ()),
     loss=loss_fn,
@@ -105,30 +103,26 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
 
 def warm_start(config, metadata: dict) -> WarmStart:
-  """What `init_from` may be for a run of `config`: another run, or SiT's published weights."""
+  """`init_from` of a run may be another run, or SiT's published weights."""
   del metadata
   return WarmStart(
     must_match=("config.model.heads",),
-    # They may be missing there, or of another size.
+    # These may be missing or of another size.
     reinitialized=("embed_class", "embed_guidance", "embed_step"),
     convert=functools.partial(sit.convert, config=config),
   )
 
 
 def without_data(config) -> tuple[ConfigDict, int]:
-  """For `--mode=compile`: `config` on synthetic images, and the number of a batch.
+  """For `--mode=compile`: `config` with synthetic data, and the step to compile.
 
-  Where classes come from the data, there are a thousand. Pairing is a part of the data stream.
+  Classes of the data become a thousand. Pairing is off, as it is a part of the data stream.
   """
   config = config.copy_and_resolve_references()
   config.pairing.pool = 0
   if config.data.source != "digits":
-    config.data.path = ""
-    with config.unlocked():
-      config.data.synthetic, config.data.classes = 2000, 1000
-      if config.data.get("held_out"):
-        config.data.held_out = 0.0
-      config.eval.metrics, config.eval.vae = (), ""
+    config.data.update(path="", synthetic=2000, classes=1000, held_out=0.0)
+    config.eval.update(metrics=(), vae="")
   return config, 0
 
 

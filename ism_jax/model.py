@@ -1,14 +1,14 @@
-"""A trained network, opened once and used everywhere: to sample, to evaluate, to hand on.
+"""A trained network, which samples, is evaluated, and is exported.
 
     import ism_jax
     model = ism_jax.Model.from_run("runs/ism_digits")       # a run's newest good checkpoint
-    model = ism_jax.Model.from_pretrained("exported")       # what save_pretrained wrote
+    model = ism_jax.Model.from_pretrained("exported")       # files of save_pretrained
     images = model.sample(labels=["cat", 3], steps=4, guidance=1.0, seed=0)
     numbers = model.evaluate(nfe=[1, 4])
     model.save_pretrained("exported")
 
-`from_pretrained` and `sample` need jax, flax, numpy and safetensors, and import nothing else. The
-files: see train_jax/storage/exported.py.
+`from_pretrained` and `sample` import jax, flax, numpy and safetensors only.
+train_jax/storage/exported.py describes the exported files.
 
 Dimensions: n samples, h w image, c channel.
 """
@@ -35,27 +35,27 @@ METHOD = "ism"
 
 
 def make_sizes(config: Mapping, metadata: Mapping) -> dit.DiTConfig:
-  """Sizes of the network of a run: its config's, and what `metadata` says of its data."""
+  """The sizes of a run's network, from its config and the metadata of its data."""
   image_size, _, channels = metadata["shape"]
   return dit.DiTConfig(
     image_size,
     channels,
     classes=len(metadata["names"]),
-    shortcuts=bool(config["loss"]["split"]["consistency"]),  # learned in consistency examples
+    shortcuts=bool(config["loss"]["split"]["consistency"]),  # these examples train large steps
     **config["model"],
   )
 
 
 def make_network(config: Mapping, metadata: Mapping) -> tuple[Callable, Callable]:
-  """(init, apply) of the network of a run, see `dit.make_network`."""
+  """(init, apply) of a run's network, see `dit.make_network`."""
   return dit.make_network(make_sizes(config, metadata))
 
 
 def make_record(config: Mapping, metadata: Mapping, step: int = 0) -> dict:
-  """What a `Model` is made of beside its parameters, as JSON: config.json of an export.
+  """Everything but the parameters of a `Model`, as JSON: config.json of an export.
 
   Args:
-    config, metadata: those saved with a checkpoint, nested dicts.
+    config, metadata: the nested dicts of a checkpoint.
   """
   sizes = dataclasses.asdict(make_sizes(config, metadata))
   run = {"config": dict(config), "metadata": dict(metadata)}
@@ -68,11 +68,11 @@ class Model:
 
   Attributes:
     record: sizes, step, and the config and metadata of the run (see `make_record`).
-    load: () -> the network's parameters, nested dicts of float32 arrays; called when they are first
-      needed, so that a wrong request is refused before.
-    mesh: of the devices that share the images out; None for one.
-    vae: the autoencoder's file, for a model that makes latents; "" for none.
-    apply: (params, x, t, d, label, w) -> step direction, as samplers call it.
+    load: () -> the network's parameters, nested dicts of float32 arrays; called at the first use of
+      the parameters, after the checks of a request.
+    mesh: the devices that share the images; None for one device.
+    vae: the autoencoder's file, for a model of latents; "" for none.
+    apply: (params, x, t, d, label, w) -> step direction, for samplers.
     sampler: see `sample.make_sampler`; with `vae` its samples are decoded.
   """
 
@@ -94,7 +94,7 @@ class Model:
     """The model of a record and the parameters that `load` reads.
 
     Raises:
-      UserError: an autoencoder for a model that makes images, or another one than the model's.
+      UserError: the autoencoder is another one than the model's, or the model makes images.
     """
     _, apply = dit.make_network(dit.DiTConfig(**record["network"]))
     metadata = record["run"]["metadata"]
@@ -106,7 +106,7 @@ class Model:
         raise UserError(f"vae={str(vae)!r} decodes latents, but this model makes images; omit it.")
       from ism_jax.networks import autoencoder
 
-      sampler = autoencoder.decoding(sampler, str(vae), metadata["vae"])
+      sampler = autoencoder.with_decoder(sampler, str(vae), metadata["vae"])
     return cls(record, load, mesh, str(vae), apply, sampler)
 
   @classmethod
@@ -119,29 +119,29 @@ class Model:
   ) -> Model:
     """The `sample` average of a run, on a mesh of the devices at hand.
 
-    The mesh shares parameters by `fsdp` only, as far as the run does, so that every device has its
-    own images: decoders and the networks of metrics are not split by `tensor`.
+    The mesh shards parameters by `fsdp` only, so every device has its own images: decoders and the
+    networks of metrics are not sharded by `tensor`.
 
     Args:
       step: of the checkpoint; None for the newest good one.
-      vae: safetensors file of the autoencoder, for a run on latents: samples are decoded.
-      devices: all, by default.
+      vae: the autoencoder's safetensors file, which decodes the samples of a run on latents.
+      devices: None for all.
 
     Raises:
-      UserError: no such checkpoint, of another method, or an autoencoder that is not the run's.
+      UserError: the checkpoint is missing or of another method; or as `make`.
     """
     from train_jax.checkpointing.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(workdir)
-    config, metadata, found = checkpoints.require_run(METHOD, step)
+    config, metadata, step = checkpoints.require_run(METHOD, step)
     mesh = mesh_lib.mesh_for_inference("fsdp", **config["mesh"], devices=devices)
 
     def load() -> dict:
       init, _ = make_network(config, metadata)
       abstract = jax.eval_shape(init, jax.random.key(0))
-      return checkpoints.restore_ema("sample", abstract, mesh, found)[0]
+      return checkpoints.restore_ema("sample", abstract, mesh, step)[0]
 
-    return cls.make(make_record(config, metadata, found), load, mesh, vae)
+    return cls.make(make_record(config, metadata, step), load, mesh, vae)
 
   @classmethod
   def from_pretrained(cls, directory: str | Path, vae: str | Path = "") -> Model:
@@ -152,15 +152,15 @@ class Model:
       vae: as in `from_run`.
 
     Raises:
-      UserError: no such model, or an autoencoder that is not the model's.
+      UserError: the model is missing; or as `make`.
     """
-    record, stored = exported.load(directory, METHOD)
+    record, tensors = exported.load(directory, METHOD)
     init, _ = dit.make_network(dit.DiTConfig(**record["network"]))
-    params = exported.fill(stored, jax.eval_shape(init, jax.random.key(0)))
+    params = exported.fill(tensors, jax.eval_shape(init, jax.random.key(0)))
     return cls.make(record, lambda: params, vae=vae)
 
   def with_params(self, params, step: int) -> Model:
-    """The same model with other parameters, those of `step`; nothing is compiled again."""
+    """The same model with the parameters of another step; nothing is compiled again."""
     record = {**self.record, "step": step}
     return dataclasses.replace(self, record=record, load=lambda: params)
 
@@ -171,17 +171,17 @@ class Model:
 
   @property
   def step(self) -> int:
-    """The training step that the parameters are of."""
+    """The training step of the parameters."""
     return self.record["step"]
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Of the classes, by label."""
+    """The classes' names, by label."""
     return tuple(self.record["run"]["metadata"]["names"])
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """(h, w, c) of what the network makes."""
+    """(h, w, c) of the network's samples."""
     return tuple(self.record["run"]["metadata"]["shape"])
 
   @property
@@ -191,24 +191,25 @@ class Model:
 
   @property
   def w_max(self) -> float:
-    """The strongest guidance that was trained; inf for a plain flow model."""
+    """The largest trained guidance; inf for a plain flow model."""
     config = LossConfig(**self.record["run"]["config"]["loss"])
     return math.inf if config.is_flow_matching else config.w_max
 
   def labels(self, classes: int | str | Sequence[int | str]) -> np.ndarray:
-    """Labels int32 [n] of classes by name or number; a string that is a name is that name.
+    """Labels int32 [n] of classes by name or number; "3" is the name before the number.
 
     Raises:
-      UserError: one is neither.
+      UserError: a class is unknown.
     """
     classes = [classes] if isinstance(classes, str | int | np.integer) else list(classes)
-    index = {name: i for i, name in enumerate(self.names)}
-    found = [index.get(c, c) if isinstance(c, str) else c for c in classes]
-    for each in (c for c in found if isinstance(c, str) and not c.lstrip("-").isdecimal()):
-      some = ", ".join(f"{i} {name}" for i, name in enumerate(self.names[:20]))
-      more = ", ..." if len(self.names) > 20 else ""
-      raise UserError(f"labels: {each!r} is no number or name of a class; they are {some}{more}.")
-    labels = [int(c) if isinstance(c, str) else c for c in found]
+    index, labels = {name: i for i, name in enumerate(self.names)}, []
+    for name in classes:
+      label = index.get(name, name) if isinstance(name, str) else name
+      if isinstance(label, str) and not label.lstrip("-").isdecimal():
+        some = ", ".join(f"{i} {name}" for i, name in enumerate(self.names[:20]))
+        more = ", ..." if len(self.names) > 20 else ""
+        raise UserError(f"labels: {name!r} is no number or name of a class; they are {some}{more}.")
+      labels.append(int(label) if isinstance(label, str) else label)
     path.check_labels(labels, len(self.names))
     return np.array(labels, np.int32)
 
@@ -220,22 +221,19 @@ class Model:
     seed: int = 0,
     batch: int = sample.BATCH,
   ) -> np.ndarray:
-    """One image for each label, those of `--mode=sample` at the same seed.
-
-    Bit for bit where that draws as many, on one device; else they may be rounded otherwise.
+    """One image for each label: the images of `--mode=sample` at the same seed, up to rounding.
 
     Args:
       labels: [n] classes, by name or number.
       steps: a power of two up to 128.
       guidance: scale w, 0 for none.
-      batch: images at a time, at most; less takes less memory.
+      batch: images at a time at most; fewer take less memory.
 
     Returns:
-      float32 [n, h, w, c], around [-1, 1]; latents, if that is what the model makes and no
-      autoencoder was given.
+      float32 [n, h, w, c], around [-1, 1]; latents of a model of latents without `vae`.
 
     Raises:
-      UserError: the model was not trained for what is asked.
+      UserError: the model has no such classes, or was not trained for these steps or this scale.
     """
     path.check_settings((steps,), (guidance,), self.w_max)
     return self.sampler(self.params, seed, self.labels(labels), guidance, steps, batch)
@@ -243,24 +241,24 @@ class Model:
   def evaluate(
     self, out: str | Path | None = None, seed: int = 0, save_samples: bool = False, **choices
   ) -> dict[str, float]:
-    """Numbers by name, such as "fd/nfe4_w0"; docs/METRICS.md says what is what.
+    """Numbers by name, such as "fd/nfe4_w0"; docs/METRICS.md explains them.
 
-    Small images are judged by a classifier fitted to the data, which are read again; with `metrics`
-    the pretrained networks' statistics are compared, and none of the data is read.
+    Without `metrics`, the data are read again, and a classifier of small images is fitted to them.
+    With `metrics`, pretrained networks compare the samples with a reference.
 
     Args:
-      out: also prints the numbers, and writes them and pictures into this directory.
+      out: if set, the numbers are printed, and written with pictures into this directory.
       seed: of the noise, and of random classes.
-      save_samples: with metrics, leave the samples in `out` as ADM .npz.
-      choices: fields of `evaluation.spec.EvaluationSpec`, in place of the run's config.eval.
+      save_samples: with metrics, also write the samples to `out`, as ADM .npz.
+      choices: fields of `evaluation.spec.EvaluationSpec` that override the run's config.eval.
 
     Raises:
-      UserError: the model was not trained for it, or the data or files are not there.
+      UserError: the model was not trained for these settings, or data or files are missing.
     """
     from ism_jax.evaluation import registry
 
     return registry.evaluate(self, out, seed, save_samples, choices)
 
   def save_pretrained(self, directory: str | Path) -> None:
-    """Writes files that `from_pretrained` reads; all processes must call it, the first writes."""
+    """Writes files for `from_pretrained`; all processes must call it, and the first writes."""
     exported.save(Path(directory), self.params, self.record)

@@ -1,17 +1,17 @@
-"""Scaling optimal transport, sOT (arXiv 2510.21250, section 4): which noise goes with which image.
+"""Scaling optimal transport, sOT (arXiv 2510.21250, section 4): pairs noise with images.
 
-K batches are pooled, one optimal transport plan between their images and as many noise samples is
-solved on the squared Euclidean cost, and the pairs are dealt back to the K batches. Images and
-labels stay where they are; the noise moves, as int32 indices into `path.draw_noise`.
+K batches form a pool. Its images are paired with as many noise samples by an optimal transport plan
+for the squared Euclidean cost. Then the pairs return to the K batches: images and labels stay where
+they are, and the noise moves, as int32 indices into `path.draw_noise`.
 
-The plan must be a pairing: taking each row's best column uses only a part of the noise, whose
-marginal is then no longer Gaussian. So the Sinkhorn plan (ott-jax) is rounded to a permutation.
+The plan must be a pairing. If each image took its best noise, some noise would be unused, and the
+rest would not be Gaussian. So the Sinkhorn plan (ott-jax) is rounded to a permutation.
 
-A pairing that is blind to the labels writes the class into the noise, and a model trained on it is
-wrong on fresh noise ("the curse of conditions", arXiv 2503.10636). So by default pairs are made
-within each class: a noise sample keeps the class of the row that it was drawn for.
+A pairing across classes makes the noise tell the class, and a model trained on it is wrong on fresh
+noise ("the curse of conditions", arXiv 2503.10636). So by default pairs are within classes: a noise
+sample keeps the class of the image that it was drawn for.
 
-Dimensions: n pool, g groups (classes), m rows of a group, h w image, c channel, k = h w c.
+Dimensions: n pool, g groups (classes), m members of a group, h w image, c channel, k = h w c.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from scipy.optimize import linear_sum_assignment
 from ism_jax.path import draw_noise
 from train_jax.errors import UserError, check_at_least, check_one_of
 
-PAIR_BYTES = 8  # of a pair in a problem while it is solved: XLA holds two float32 matrices
+PAIR_BYTES = 8  # memory of a solver for each pair: XLA holds two float32 matrices
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PairingConfig:
     pool: K, batches in a pool; 0 leaves the pairing random.
     condition: 'class' pairs within each class; 'none' ignores classes (the paper).
     solver: 'sinkhorn', rounded; or 'exact', SciPy's assignment on the costs reduced by Sinkhorn's
-    duals.
+      duals.
   """
 
   pool: int
@@ -59,23 +59,24 @@ class PairingConfig:
 
 
 def check_size(config: PairingConfig, batch: int, largest: float) -> None:
-  """Raises UserError if one problem of a pool takes over half of the first device's memory.
+  """Raises UserError if one group of a pool needs over half of the first device's memory.
 
-  The other half is for the step, beside which it is solved. 16 GiB where the size is not known.
+  The other half is for the train step, which runs at the same time. Without a known size, the
+  memory counts as 16 GiB.
 
   Args:
-    largest: share of the images that the most frequent class has.
+    largest: the share of the images in the most frequent class.
   """
   share = largest if config.condition == "class" else 1.0
   n = math.ceil(share * config.pool * batch)
   size = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**34) // 2
   if PAIR_BYTES * n**2 > size:
-    most = int(math.isqrt(size // PAIR_BYTES) / (share * batch))
+    limit = int(math.isqrt(size // PAIR_BYTES) / (share * batch))
     other = ", or pairing.condition=class where there are classes" if share == 1 else ""
     raise UserError(
-      f"pairing.pool={config.pool} batches of {batch} rows have a problem of {n} with "
+      f"pairing.pool={config.pool} batches of {batch} examples have a problem of {n} with "
       f"pairing.condition={config.condition!r}, which takes {PAIR_BYTES * n**2 / 2**30:.0f} GiB on "
-      f"one device and may take {size / 2**30:.0f}; choose pairing.pool={most} or less (0 is "
+      f"one device and may take {size / 2**30:.0f}; choose pairing.pool={limit} or less (0 is "
       f"random pairing){other}."
     )
 
@@ -103,16 +104,16 @@ def duals(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
 def round_to_permutation(score: jax.Array, valid: jax.Array) -> jax.Array:
   """A permutation that follows the largest scores [m, m], in parallel.
 
-  Until none is free: each free row proposes to its best free column, each column takes its best
-  proposer. Every round settles at least the best pair left, so at most m are needed; a few dozen
-  are usual.
+  In each round, every free row proposes to its best free column, and every column takes its best
+  proposer. A round settles at least the best remaining pair, so at most m rounds are needed; a few
+  dozen are usual.
 
   Returns:
-    int32 [m], the column of each row; rows that are not valid keep their own.
+    int32 [m], the column of each row; invalid rows keep their own.
   """
   m = len(valid)
   rows = jnp.arange(m)
-  score = jnp.nan_to_num(score)  # a row of NaN (a broken image) would propose for ever
+  score = jnp.nan_to_num(score)  # a row of NaN (a broken image) would propose forever
 
   def propose(carry):
     column, free_row, free_column = carry
@@ -120,21 +121,21 @@ def round_to_permutation(score: jax.Array, valid: jax.Array) -> jax.Array:
     best = jnp.argmax(open_score, axis=1)  # each row's column
     value = jnp.where(free_row, open_score[rows, best], -jnp.inf)
     highest = jnp.full(m, -jnp.inf).at[best].max(value)
-    # Equal scores: the lowest row wins, so that a column never takes two.
+    # The lowest of equal rows wins: a column never takes two.
     proposer = jnp.full(m, m).at[best].min(jnp.where(free_row & (value == highest[best]), rows, m))
     wins = free_row & (proposer[best] == rows)
     column = jnp.where(wins, best, column)
-    taken = jnp.zeros(m, bool).at[best].max(wins)
-    return column, free_row & ~wins, free_column & ~taken
+    occupied = jnp.zeros(m, bool).at[best].max(wins)
+    return column, free_row & ~wins, free_column & ~occupied
 
   column, _, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), propose, (rows, valid, valid))
   return column.astype(jnp.int32)
 
 
-def _solve(config: PairingConfig, together: int, x, z, label, table):
-  """Pairs x and z [n, ...] in every group of `table` [g, m] (rows, -1 where a group has fewer).
+def _solve(config: PairingConfig, elements: int, x, z, table):
+  """Pairs x and z [n, ...] in every group of `table` [g, m] (indices, padded with -1).
 
-  As many groups are solved at once as have `together` numbers; at least one.
+  Groups are solved together as long as their arrays have at most `elements` elements.
 
   Returns the column of each row [g, m] and the reduced costs [g, m, m].
   """
@@ -150,37 +151,37 @@ def _solve(config: PairingConfig, together: int, x, z, label, table):
     return round_to_permutation(-reduced, valid), jnp.zeros(())
 
   m = table.shape[1]
-  count = min(together // (m * max(m, x.shape[1])), len(table))
+  count = min(elements // (m * max(m, x.shape[1])), len(table))
   return jax.lax.map(group, table, batch_size=count if count > 1 else None)
 
 
 @cache
 def _solver(config: PairingConfig, devices: int) -> Callable:
-  """`_solve`, jitted, the groups shared out over the first `devices` of this process.
+  """`_solve`, jitted, with the groups spread over the first `devices` of this process.
 
-  A group is solved whole on one device, so that the pairs do not depend on their number.
+  One device solves a whole group, so the pairs do not depend on the number of devices.
   """
   mesh = Mesh(np.array(jax.local_devices()[:devices]), ("group",))
-  specs = (P(), P(), P(), P("group"))
-  # A thousand small classes one by one are a thousand loops over small arrays: on a GPU 3.7 s for
-  # 8192 rows of 1000 classes, together 0.11 s. A CPU takes twice as long for them together.
+  specs = (P(), P(), P("group"))
+  # On a GPU 1000 small classes take 3.7 s one by one (8192 images in all), and 0.11 s together. A
+  # CPU takes twice as long for them together.
   solve = partial(_solve, config, 0 if mesh.devices[0].platform == "cpu" else 2**25)
-  # check_vma: the loops inside start from constants, which are the same on every device.
+  # check_vma: the loops inside start from constants, which do not vary over devices.
   return jax.jit(
     jax.shard_map(solve, mesh=mesh, in_specs=specs, out_specs=P("group"), check_vma=False)
   )
 
 
 def _groups(label: np.ndarray, classes: int) -> np.ndarray:
-  """Rows of each class -> int32 [classes, m], filled up with -1.
+  """The indices of each class -> int32 [classes, m], padded with -1.
 
-  m is rounded up to a power of two, so that pools of about the same make-up share a compilation.
+  m is a power of two, so pools with similar class sizes share a compilation.
   """
   order = np.argsort(label, kind="stable").astype(np.int32)
   size = np.bincount(label, minlength=classes)
   m = 2 ** int(size.max() - 1).bit_length()
-  members = np.split(order, np.cumsum(size)[:-1])
-  return np.stack([np.pad(rows, (0, m - len(rows)), constant_values=-1) for rows in members])
+  groups = np.split(order, np.cumsum(size)[:-1])
+  return np.stack([np.pad(group, (0, m - len(group)), constant_values=-1) for group in groups])
 
 
 def match(
@@ -191,19 +192,19 @@ def match(
   classes: int = 1,
   devices: int | None = None,
 ) -> np.ndarray:
-  """Which noise goes with which image, for any of both.
+  """Pairs images with noise.
 
   Args:
     x, z: float32 [n, ...], images and noise of one shape.
-    label: int32 [n], the class of a row of both; None where there are none.
-    classes: how many there are, if more than in `label`: pools then share a compilation.
-    devices: how many of this process's devices to use; None for all of them.
+    label: int32 [n], the class of x[i] and z[i]; None for no classes.
+    classes: the number of classes, if `label` may lack some: pools then share a compilation.
+    devices: the number of this process's devices to use; None for all.
 
   Returns:
     int32 [n], a permutation: x[i] goes with z[result[i]].
 
   Raises:
-    UserError: the arrays are not of one shape.
+    UserError: the arrays do not have the same shape.
   """
   label = np.zeros(len(x), np.int32) if label is None else np.asarray(label)
   if np.shape(x) != np.shape(z) or label.shape != (len(x),):
@@ -211,20 +212,21 @@ def match(
       f"images {np.shape(x)}, noise {np.shape(z)} and labels {label.shape} do not go together; "
       "give as much noise as images, of their shape, and a label for each."
     )
-  blind = config.condition != "class"
-  table = np.arange(len(label), dtype=np.int32)[None] if blind else _groups(label, classes)
-  devices = min(devices or jax.local_device_count(), len(table))
-  idle = np.full((-len(table) % devices, table.shape[1]), -1, np.int32)  # an equal share for each
-  shares = np.concatenate([table, idle])
-  column, reduced = jax.device_get(_solver(config, devices)(x, z, label, shares))
   order = np.arange(len(label), dtype=np.int32)
-  for i, rows in enumerate(table):
-    size = int(np.sum(rows >= 0))
-    mine = column[i, :size]
+  table = _groups(label, classes) if config.condition == "class" else order[None]
+  devices = min(devices or jax.local_device_count(), len(table))
+  padding = np.full((-len(table) % devices, table.shape[1]), -1, np.int32)
+  columns, reduced = jax.device_get(
+    _solver(config, devices)(x, z, np.concatenate([table, padding]))
+  )
+  pairs = order.copy()
+  for i, group in enumerate(table):
+    size = int(np.sum(group >= 0))
+    column = columns[i, :size]
     if config.solver == "exact":
-      _, mine = linear_sum_assignment(reduced[i, :size, :size])
-    order[rows[:size]] = rows[mine]
-  return order
+      _, column = linear_sum_assignment(reduced[i, :size, :size])
+    pairs[group[:size]] = group[column]
+  return pairs
 
 
 _draw = jax.jit(draw_noise, static_argnums=2)
@@ -239,17 +241,17 @@ def pair(
   classes: int,
   devices: int | None = None,
 ) -> np.ndarray:
-  """Re-deals the noise of one pool, see `match`.
+  """Permutes the noise of one pool, see `match`.
 
-  Every process solves the pool for itself, its groups in parallel on its own devices: the answer is
-  the same everywhere, and nothing is sent.
+  Every process solves the pool on its own devices. The result is the same everywhere, and nothing
+  is sent.
 
   Args:
     rng: key of `path.draw_noise`.
     pixels: float32 [n, h, w, c].
     label: int32 [n], below `classes`.
-    noise: int32 [n], the noise index that each row was drawn with.
-    devices: how many of this process's devices to use; None for all of them.
+    noise: int32 [n], the noise index that each image was drawn with.
+    devices: the number of this process's devices to use; None for all.
 
   Returns:
     int32 [n], a permutation of `noise`.
@@ -259,16 +261,16 @@ def pair(
 
 
 def class_leak(noise: np.ndarray, label: np.ndarray) -> float:
-  """How well the class can be read from the paired noise: a number that should be at chance.
+  """How well paired noise tells the class: an accuracy that should be at chance.
 
-  Two-fold cross-validated accuracy of a logistic regression from noise [n, k] to label [n]; NaN
-  where there are no two classes with two rows, of which alone it is taken.
+  This is the two-fold cross-validated accuracy of a logistic regression from noise [n, k] to label
+  [n], over classes of at least two examples; NaN if there are fewer than two such classes.
   """
   from sklearn.linear_model import LogisticRegression
   from sklearn.model_selection import cross_val_score
 
-  kept = np.isin(label, np.flatnonzero(np.bincount(label) > 1))
-  noise, label = noise[kept], label[kept]
+  mask = np.isin(label, np.flatnonzero(np.bincount(label) > 1))
+  noise, label = noise[mask], label[mask]
   if len(np.unique(label)) < 2:
     return math.nan
   return float(np.mean(cross_val_score(LogisticRegression(max_iter=300), noise, label, cv=2)))
@@ -277,10 +279,10 @@ def class_leak(noise: np.ndarray, label: np.ndarray) -> float:
 def relative_cost(x0: jax.Array, x1: jax.Array) -> jax.Array:
   """Mean |x1_i - x0_i|^2 over the mean for random pairs: 1 without pairing, lower is straighter.
 
-  The denominator pairs each image with its neighbours' noise: every pair (i, j) of the batch.
+  The denominator is the mean over all pairs (i, j) of the batch.
   """
   flat0, flat1 = x0.reshape(len(x0), -1), x1.reshape(len(x1), -1)
   paired = jnp.mean(jnp.sum((flat1 - flat0) ** 2, -1))
   norms = jnp.mean(jnp.sum(flat0**2 + flat1**2, -1))
-  # Of all pairs the mean of 2 x_i z_j is that of the means.
+  # The mean of x_i z_j over all pairs is the product of the means.
   return paired / (norms - 2 * jnp.mean(flat0, 0) @ jnp.mean(flat1, 0))

@@ -1,4 +1,4 @@
-"""The time convention, stated once, and the samplers of t, d and w (arXiv 2510.21250).
+"""The time convention, and the random draws of noise, t, d and w (arXiv 2510.21250).
 
 t = 0 is noise and t = 1 is data, on the straight line between a noise sample x0 and an image x1:
 
@@ -8,8 +8,8 @@ One network s(x_t, t, d, c, w) is trained for steps of any size d (0 is the inst
 
     x_{t+d} = x_t + d s(x_t, t, d, c, w).
 
-Step sizes are powers of two, 1/128 to 1, and a step of size d starts at a multiple of d. A step of
-the finest size is an Euler step of the instantaneous field: the network sees it as d = 0.
+Step sizes are powers of two from 1/128 to 1, and a step of size d starts at a multiple of d. A step
+of the finest size is an Euler step of the velocity: the network sees d = 0.
 
 Dimensions: b batch, h w image, c channel.
 """
@@ -40,13 +40,13 @@ def velocity(x0: jax.Array, x1: jax.Array) -> jax.Array:
 
 
 def min_step_is_zero(d: jax.Array) -> jax.Array:
-  """The step size as the network is told it: 0 for the finest step, d otherwise."""
+  """The step size as the network sees it: 0 for the finest step, d otherwise."""
   return jnp.where(d <= 1 / FINEST, 0.0, d)
 
 
 def both_fields(apply: Callable, params, x, t, label, null: int) -> tuple[jax.Array, jax.Array]:
   """s(x, t, 0, c, 0) and s(x, t, 0, null, 0), from one call."""
-  # The two of a row are neighbours in the call: both stay on the row's device.
+  # An example's two inputs are neighbours, so both stay on its device.
   x, t = jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2)
   zero = jnp.zeros_like(t)
   labels = jnp.stack([label, jnp.full_like(label, null)], axis=1).reshape(-1)
@@ -56,12 +56,13 @@ def both_fields(apply: Callable, params, x, t, label, null: int) -> tuple[jax.Ar
 
 
 def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) -> None:
-  """Raises UserError unless the network was trained for these steps and strengths."""
+  """Raises UserError unless the network was trained for these numbers of steps and scales."""
+  choices = ", ".join(map(str, NFES))
   if not nfe:
-    raise UserError(f"nfe has no value; choose from {', '.join(map(str, NFES))}.")
+    raise UserError(f"nfe has no value; choose from {choices}.")
   for steps in nfe:
     if steps not in NFES:
-      raise UserError(f"nfe={steps} was not trained; choose from {', '.join(map(str, NFES))}.")
+      raise UserError(f"nfe={steps} was not trained; choose from {choices}.")
   for w in guidance:
     if not isinstance(w, (int, float)):
       raise UserError(f"guidance={w!r} must be a number.")
@@ -70,7 +71,7 @@ def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) 
 
 
 def check_labels(labels: Sequence[int], classes: int) -> None:
-  """Raises UserError unless there are labels, and every one is a class."""
+  """Raises UserError unless there is a label, and each is a class."""
   labels = np.asarray(labels)
   if not labels.size or labels.dtype.kind not in "iu":
     raise UserError(
@@ -83,21 +84,21 @@ def check_labels(labels: Sequence[int], classes: int) -> None:
 
 
 def draw_noise(rng: jax.Array, index: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-  """x0 [b, h, w, c]: row i is a standard normal that depends on `rng` and `index[i]` only.
+  """x0 [b, h, w, c]: x0[i] is a standard normal that depends on `rng` and `index[i]` only.
 
-  Named by number, a noise sample can be drawn again wherever it is needed: in the pairing, on
-  another host, after a restart. Only int32 indices ever move.
+  So a noise sample can be drawn again anywhere: in the pairing, on another host, after a restart.
+  Only int32 indices move.
   """
   return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(rng, i), shape))(index)
 
 
 def sample_times(key: jax.Array, n: int) -> jax.Array:
-  """t [n], uniform on the finest grid {0, 1/128, ..., 127/128}: where a sampler asks for v."""
+  """t [n], uniform on the finest grid {0, 1/128, ..., 127/128}, at which samplers use v."""
   return jax.random.randint(key, (n,), 0, FINEST) / FINEST
 
 
 def sample_steps(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-  """(t, 2d), both [n], for the consistency rows.
+  """(t, 2d), both [n], for consistency examples.
 
   2d is uniform on {1/64, 1/32, ..., 1} and t on the multiples of 2d below 1 (Frans et al.,
   arXiv 2410.12557, section 3.2).

@@ -1,7 +1,7 @@
 """One-, few- and many-step sampling from the same network (arXiv 2510.21250, section 2).
 
-Guidance is an input: each step is one forward pass, whatever w. Only a plain flow model, which has
-not learned that input, takes two for w > 0.
+Guidance is an input of the network, so each step is one forward pass for any w. A plain flow model
+has not learned this input and takes two passes for w > 0.
 
 Dimensions: b batch, h w image, c channel, n samples.
 """
@@ -20,27 +20,27 @@ from ism_jax.path import both_fields, draw_noise, min_step_is_zero
 from train_jax import mesh as mesh_lib
 from train_jax.multihost.signals import pause
 
-BATCH = 256  # images at a time, at most
+BATCH = 256  # images at a time at most
 
 
-def batch_size(n: int, most: int) -> int:
-  """How many of n to make at a time: the power of two that holds them, if it is not above `most`.
+def batch_size(n: int, limit: int) -> int:
+  """The batch size for n images: the next power of two, or `limit` if that is less.
 
-  So a few cost little, and all numbers share few compilations.
+  So few images are cheap, and all numbers share few compilations.
   """
-  return min(most, 1 << (n - 1).bit_length())
+  return min(limit, 1 << (n - 1).bit_length())
 
 
 def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Array:
   """x0 [b, h, w, c] noise -> images, in `nfe` equal steps x <- x + d s(x, t, d, c, w).
 
-  `nfe` may be traced (one compilation serves every number of steps); w and label are [b].
+  `nfe` may be traced: one compilation serves every number of steps. w and label are [b].
   """
   d = 1.0 / nfe
 
   def step(i, x):
-    t, seen = (jnp.full(x.shape[:1], value, jnp.float32) for value in (i * d, min_step_is_zero(d)))
-    return x + d * apply(params, x, t, seen, label, w)
+    t, size = (jnp.full(x.shape[:1], value, jnp.float32) for value in (i * d, min_step_is_zero(d)))
+    return x + d * apply(params, x, t, size, label, w)
 
   return jax.lax.fori_loop(0, nfe, step, x0)
 
@@ -48,8 +48,8 @@ def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Arra
 def classifier_free(apply: Callable, null: int) -> Callable:
   """A flow model's `apply` for sampling: w is classifier-free guidance (arXiv 2207.12598).
 
-  Its steps are s(c) + w (s(c) - s(null)), two passes in one call over twice the rows; one pass
-  where no w of a batch is above 0. Others write the scale 1 + w.
+  A step is s(c) + w (s(c) - s(null)): two passes in one call of twice the batch, or one pass if no
+  w in the batch is above 0. Other authors call 1 + w the scale.
   """
 
   def guided(params, x, t, d, label, w):
@@ -68,11 +68,11 @@ def make_sampler(
 ) -> Callable:
   """Returns `sample(params, seed, labels, w, nfe, batch, progress)` for images of `shape`.
 
-  Image i depends on (seed, i, label, w, nfe) only: but for rounding, not on the batch size nor on
-  how many are asked for. The same i starts from the same noise at every nfe and w.
+  Image i depends only on (seed, i, label, w, nfe), and up to rounding on nothing else. It starts
+  from the same noise at every nfe and w.
 
   Args:
-    mesh: of the devices that share the images out; None for one.
+    mesh: the devices that share the images; None for one device.
   """
 
   def chunk(params, rng, index, label, w, nfe):
@@ -85,9 +85,9 @@ def make_sampler(
   def sample(
     params, seed: int, labels, w, nfe: int, batch: int = BATCH, progress=None
   ) -> np.ndarray:
-    """labels [n] int, w a number or [n] -> float32 images [n, h, w, c], in [-1, 1] by training.
+    """labels int [n], w a number or [n] -> float32 images [n, h, w, c], around [-1, 1].
 
-    They are made `batch` at a time; fewer, at once, see `batch_size`.
+    They are drawn in batches of at most `batch`, see `batch_size`.
     """
     labels = np.asarray(labels, np.int32)
     batch = batch_size(len(labels), batch)
@@ -95,9 +95,9 @@ def make_sampler(
     rng, images = jax.random.key(seed), []
     for start in range(0, len(labels), batch):
       index = np.arange(start, start + batch, dtype=np.int32)
-      rows = np.minimum(index, len(labels) - 1)  # the last batch is filled up
-      out = chunk(params, rng, index, labels[rows], w[rows], nfe)
-      images.append(np.asarray(out)[: len(labels) - start])
+      rows = np.minimum(index, len(labels) - 1)  # pads the last batch
+      x = chunk(params, rng, index, labels[rows], w[rows], nfe)
+      images.append(np.asarray(x)[: len(labels) - start])
       if progress is not None:
         progress(len(images[-1]))
       pause()
@@ -111,13 +111,13 @@ def make_image_sampler(
 ) -> Callable:
   """Returns `draw(params, labels, w, nfe, first)`: samples first, first + 1, ... as 8-bit images.
 
-  They are those of `make_sampler`, spread over the devices of all processes: arrays of the samples'
-  numbers int32 [b], the images uint8 [b, h, w, 3] (grey is three equal channels), and which of them
-  were finite before the rounding, bool [b].
+  The samples are those of `make_sampler`, spread over the devices of all processes. `draw` returns
+  their numbers int32 [b], the images uint8 [b, h, w, 3] (grey ones have three equal channels), and
+  whether each was finite before rounding, bool [b].
 
   Args:
-    shape: of what the network makes.
-    decoder: (parameters, decode) of what makes images in [-1, 1] of it; None where it does itself.
+    shape: (h, w, c) of the network's output.
+    decoder: (parameters, decode) from latents to images in [-1, 1]; None for a model of images.
   """
   rows = mesh_lib.batch_sharding(mesh)
   split = functools.partial(jax.lax.with_sharding_constraint, shardings=rows)
@@ -140,5 +140,5 @@ def make_image_sampler(
 
 
 def to_uint8(images):
-  """[-1, 1] -> uint8, rounded to nearest (not truncated) after clipping; NumPy or JAX arrays."""
+  """[-1, 1] -> uint8, clipped and rounded to nearest (not truncated); NumPy or JAX arrays."""
   return ((images.clip(-1, 1) + 1) * 127.5).round().astype("uint8")

@@ -1,4 +1,4 @@
-"""The multi-level wavelet loss (arXiv 2510.21250, section 4): a hand-written Haar pyramid.
+"""The multi-level wavelet loss (arXiv 2510.21250, section 4), on a Haar pyramid.
 
 The orthonormal Haar transform of each 2x2 block (a b; c d) is
 
@@ -6,9 +6,9 @@ The orthonormal Haar transform of each 2x2 block (a b; c d) is
     vertical = (a + b - c - d) / 2,    diagonal = (a - b - c + d) / 2,
 
 and it recurses on `low`. Level 1 is the finest. The transform preserves the squared norm
-(Parseval), so a plain L2 over all bands is the pixel MSE and changes nothing: what makes a wavelet
-loss is the weight of each level, or a norm that is not L2. Any fixed positive weighting of an L2
-keeps the minimiser, the conditional mean; the Charbonnier norm moves it.
+(Parseval), so a plain L2 over all bands is the pixel MSE. A wavelet loss differs from it by the
+weights of the levels, or by another norm. Any fixed positive weights of an L2 keep the minimiser,
+the conditional mean; the Charbonnier norm moves it.
 
 Dimensions: b batch, h w image, c channel, L levels.
 """
@@ -33,22 +33,17 @@ def check_levels(height: int, width: int, levels: int) -> None:
     )
 
 
-def _blocks(x: jax.Array) -> tuple[jax.Array, ...]:
-  """[b, h, w, c] -> the four corners a, b, c, d of its 2x2 blocks, each [b, h/2, w/2, c]."""
-  return x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2]
-
-
 def analyse(x: jax.Array, levels: int) -> tuple[jax.Array, list[jax.Array]]:
   """Haar pyramid of x [b, h, w, c].
 
   Returns:
-    The low band [b, h/2^L, w/2^L, c], and the detail bands, finest first: level l holds horizontal,
-    vertical and diagonal as [3, b, h/2^l, w/2^l, c].
+    The low band [b, h/2^L, w/2^L, c], and the detail bands, finest first: horizontal, vertical and
+    diagonal of level l as [3, b, h/2^l, w/2^l, c].
   """
   check_levels(x.shape[1], x.shape[2], levels)
   details = []
   for _ in range(levels):
-    a, b, c, d = _blocks(x)
+    a, b, c, d = x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2]
     details.append(jnp.stack([a - b + c - d, a + b - c - d, a - b - c + d]) / 2)
     x = (a + b + c + d) / 2
   return x, details
@@ -57,9 +52,9 @@ def analyse(x: jax.Array, levels: int) -> tuple[jax.Array, list[jax.Array]]:
 def level_weights(levels: int, decay: float) -> list[float]:
   """Weight of a squared orthonormal coefficient at levels 1..L and, last, in the low band.
 
-  `decay^(l - 1)`, normalised so that white noise costs what it costs under the MSE. decay = 1 is
-  the MSE; 0.5 stresses high frequencies mildly; 4 gives each level the same sum of weights, and the
-  low band four times what a mean per band would.
+  The weights are decay^(l - 1), normalised such that white noise has the same loss as under the
+  MSE. decay = 1 is the MSE; 0.5 stresses high frequencies mildly; 4 gives all levels the same sum
+  of weights, and the low band four times that of a mean per band.
   """
   raw = [decay**level for level in range(levels + 1)]
   share = [3 / 4 ** (level + 1) for level in range(levels)] + [1 / 4**levels]  # of the coefficients
@@ -71,8 +66,8 @@ def l2_distance(error: jax.Array, weights: list[float]) -> jax.Array:
   """Weighted squared norm of error [b, h, w, c] per element -> [b].
 
   By Parseval the details of level l have the energy E_{l-1} - E_l, where E_l is the energy of the
-  low band after l levels. So the detail bands are never formed: sum_l w_l (E_{l-1} - E_l) + w_low
-  E_L needs the low bands alone, a third of one pass over the image.
+  low band after l levels. So sum_l w_l (E_{l-1} - E_l) + w_low E_L needs no detail bands, only the
+  low bands: a third of one pass over the image.
   """
   check_levels(error.shape[1], error.shape[2], len(weights) - 1)
   size = error[0].size
@@ -81,8 +76,8 @@ def l2_distance(error: jax.Array, weights: list[float]) -> jax.Array:
   total, previous = 0.0, 0.0
   for level, weight in enumerate(weights):
     if level:
-      # As sums over reshaped blocks: their gradient is one broadcast, that of the strided corners
-      # four padded images.
+      # Sums over reshaped blocks have one broadcast as their gradient; strided corners have four
+      # padded images.
       b, h, w, c = low.shape
       low = low.reshape(b, h // 2, 2, w // 2, 2, c).sum(axis=(2, 4)) / 2
     total += (weight - previous) * jnp.sum(low**2, axis=(1, 2, 3))

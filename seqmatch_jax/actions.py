@@ -1,9 +1,9 @@
-"""What a <backspace> does: actions in time -> a tree of tokens that one masked pass can read.
+"""What a <backspace> does: actions in time become a tree of tokens, which one masked pass can read.
 
-The state is the text so far; a token appends, <backspace> removes the last token
-(arXiv 2306.05426). A token that was erased stays in the row as a node, for its logits are those of
-a state that was visited; a <backspace> takes no place. Which nodes a node sees is an interval, so
-that the logits of every state of the trajectory come out of one pass.
+The state is the text so far. A token appends itself, and <backspace> removes the last token
+(arXiv 2306.05426). A token that was erased stays in the row as a node, because its logits are those
+of a state that was visited. A <backspace> takes no place. The nodes that see a node are an
+interval, so one pass gives the logits of every state of a trajectory.
 
 Dimensions: b batch, p prompt, n data actions, v vocabulary, g trajectories of one prompt,
 a actions of one, s nodes. A trajectory is its actions, <eos> last, then PAD.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_fraction, check_one_of
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Noise:
   """Wrong tokens that are typed and erased again before a data action.
 
   Attributes:
-    rate: eta, the probability of an error before each data action; 0 for data as they are.
-    max_errors: wrong tokens in one answer at most; where more are drawn, a random part is kept.
+    rate: eta, the probability of an error before each data action; 0 leaves the data as they are.
+    max_errors: most wrong tokens in one answer; where more are drawn, a random part is kept.
     source: wrong tokens are drawn from all characters of the answers ("uniform"), or from the
       candidates in the prompt ("prompt").
     run: the probability that a wrong token is followed by another before the erasing begins.
@@ -39,17 +39,14 @@ class Noise:
   run: float = 0.0
 
   def __post_init__(self):
-    if not 0 <= self.rate <= 1:
-      raise UserError(f"noise.rate={self.rate} must lie in [0, 1].")
-    if not 0 <= self.run < 1:
-      raise UserError(f"noise.run={self.run} must lie in [0, 1).")
+    check_fraction("noise.rate", self.rate)
+    check_fraction("noise.run", self.run, inclusive=False)
+    check_one_of("noise.source", self.source, ("uniform", "prompt"))
     if self.max_errors < (self.rate > 0):
       raise UserError(
         f"noise.max_errors={self.max_errors} leaves no room for errors; with noise.rate="
         f"{self.rate} it must be at least {int(self.rate > 0)}."
       )
-    if self.source not in ("uniform", "prompt"):
-      raise UserError(f"noise.source={self.source!r} is unknown; choose 'uniform' or 'prompt'.")
 
 
 def corrupt(
@@ -65,19 +62,19 @@ def corrupt(
     actions int32 [b, n + 2 max_errors], and weight float32 of that shape: 1 at data actions and
     <backspace>s, 0 at wrong tokens and PAD.
   """
-  n, most = answer.shape[1], noise.max_errors
-  right = np.take_along_axis(wrong, answer, 1)  # is the right token among those to draw from?
-  choices = wrong.sum(1, keepdims=True) - right  # [b, n]
+  n, limit = answer.shape[1], noise.max_errors
+  includes_right = np.take_along_axis(wrong, answer, 1)
+  choices = wrong.sum(1, keepdims=True) - includes_right  # [b, n]
   draw = np.where((answer != PAD) & (choices > 0), rng.random(answer.shape), 1.0)
-  hit = (draw < noise.rate) & (draw.argsort(1).argsort(1) < most)
-  more = hit * (rng.geometric(1 - noise.run, answer.shape) - 1)
-  room = most - hit.sum(1, keepdims=True) - (more.cumsum(1) - more)
-  errors = hit + np.clip(room, 0, more)  # [b, n] wrong tokens before each data action
+  begins = (draw < noise.rate) & (draw.argsort(1).argsort(1) < limit)
+  more = begins * (rng.geometric(1 - noise.run, answer.shape) - 1)
+  room = limit - begins.sum(1, keepdims=True) - (more.cumsum(1) - more)
+  errors = begins + np.clip(room, 0, more)  # [b, n] wrong tokens before each data action
 
   # Each time belongs to the data action that it leads up to: `errors` wrong tokens, as many
   # <backspace>s, and the action itself at `left` = 0.
   when = np.arange(n) + 2 * errors.cumsum(1)
-  time = np.arange(n + 2 * most)
+  time = np.arange(n + 2 * limit)
   done = np.zeros((len(answer), len(time)), int)
   np.put_along_axis(done, when, 1, 1)
   action = np.minimum(done.cumsum(1) - done, n - 1)  # [b, a]
@@ -86,10 +83,10 @@ def corrupt(
     return np.take_along_axis(x, action, 1)
 
   left = at(when) - time
-  # The candidates in order, but for the right one, which is stepped over.
+  # An index into the candidates in order. It steps over the right one.
   pick = (rng.random(left.shape) * at(choices)).astype(int)
   place = np.take_along_axis(wrong.cumsum(1) - 1, answer, 1)
-  pick += at(right) & (pick >= at(place))
+  pick += at(includes_right) & (pick >= at(place))
   mistake = np.take_along_axis(np.argsort(~wrong, 1, kind="stable"), pick, 1)
 
   erase = (left > 0) & (left <= at(errors))
@@ -106,18 +103,18 @@ def _put(array, index, value):
   return jnp.put_along_axis(array, index, value, 1, inplace=False)
 
 
-def _tops(depth, push, node, root):
-  """The last token of the text after each action, as a node.
+def _last_nodes(depth, push, node, root):
+  """The node [m, a] of the last token of the text after each action.
 
-  At any depth of the stack, the token is the last one that was put there.
+  That token is the one that was last put at this depth of the stack.
 
   Args:
     depth: [m, a], answer tokens in the text after each action.
-    push, node: [m, a], whether the action is a token, and which node that is.
+    push, node: [m, a], whether the action is a token, and its node.
     root: [m], the last node of the prompt.
   """
   xp, actions = depth.__array_namespace__(), depth.shape[1]
-  spare = actions + 1  # where writes go that must not be seen
+  spare = actions + 1  # a slot that is never read
   stack = xp.repeat(root[:, None], spare + 1, 1)
 
   def step(stack, now):
@@ -144,15 +141,15 @@ def tree(prompt, prompt_length, actions, nodes: int) -> dict:
     nodes: s, at least the prompt and all tokens typed.
 
   Returns:
-    Of each node [b, s]:
+    For each node [b, s]:
       token: int32, PAD where there is none.
       position: int32, its place in the text.
-      end: int32, the number of nodes there were when it was erased: see `visible`.
+      end: int32, the number of nodes when it was erased: see `visible`.
       erasable: bool, False at the prompt, where <backspace> is illegal.
-    Of each action [b, g a]:
+    For each action [b, g a]:
       action: int32.
       read: int32, the node whose logits are pi(. | s_i).
-      next: int32, the node of the state after it; that of <eos> is `read`.
+      next: int32, the node of the state after it; for <eos> it is `read`.
       time: int32, i.
       weight: float32, 1, or 0 at PAD.
 
@@ -172,19 +169,19 @@ def tree(prompt, prompt_length, actions, nodes: int) -> dict:
 
   root = xp.broadcast_to(first - 1, count[..., :1].shape)
   flat = [x.reshape(-1, a) for x in (depth, push, count - 1)]
-  top = _tops(*flat, root.reshape(-1)).reshape(acts.shape)
-  read = xp.concatenate([root, top[..., :-1]], 2)
+  last = _last_nodes(*flat, root.reshape(-1)).reshape(acts.shape)
+  read = xp.concatenate([root, last[..., :-1]], 2)
 
-  # One node more than asked for takes the writes of actions that make none.
+  # One spare node takes the writes of actions that make none.
   index, length = np.arange(nodes + 1, dtype=np.int32), prompt_length[:, None]
   inside = index < length
-  made, gone = (xp.where(m, i, nodes).reshape(b, -1) for m, i in ((push, count - 1), (pop, read)))
+  new, gone = (xp.where(m, i, nodes).reshape(b, -1) for m, i in ((push, count - 1), (pop, read)))
   token = xp.pad(prompt, ((0, 0), (0, nodes + 1 - prompt.shape[1])))
-  token = _put(xp.where(inside, token, PAD), made, acts.reshape(b, -1))
-  position = _put(xp.where(inside, index, 0), made, (first - 1 + depth).reshape(b, -1))
-  # What a trajectory leaves alive ends with it; what it erased, at that moment.
-  last = xp.broadcast_to(count[..., -1:], acts.shape)
-  end = _put(xp.where(inside, used, index + 1), made, last.reshape(b, -1))
+  token = _put(xp.where(inside, token, PAD), new, acts.reshape(b, -1))
+  position = _put(xp.where(inside, index, 0), new, (first - 1 + depth).reshape(b, -1))
+  # A node that is never erased ends with its trajectory, the others end when they are erased.
+  final = xp.broadcast_to(count[..., -1:], acts.shape)
+  end = _put(xp.where(inside, used, index + 1), new, final.reshape(b, -1))
   end = _put(end, gone, count.reshape(b, -1))
 
   real = acts != PAD
@@ -197,93 +194,13 @@ def tree(prompt, prompt_length, actions, nodes: int) -> dict:
   by_action = {
     "action": acts,
     "read": xp.where(real, read, 0),
-    "next": xp.where(real, top, 0),
+    "next": xp.where(real, last, 0),
     "time": xp.where(real, np.arange(a, dtype=np.int32), 0),
     "weight": real.astype(np.float32),
   }
   return {name: x[:, :nodes] for name, x in by_node.items()} | {
     name: x.reshape(b, -1) for name, x in by_action.items()
   }
-
-
-def group_into_rows(size: np.ndarray, sequences_per_row: int) -> np.ndarray:
-  """Deals trees to rows of about equal size: the largest beside the smallest.
-
-  Args:
-    size: [b], nodes of each tree.
-    sequences_per_row: g, trees in a row; divides b.
-
-  Returns:
-    [b / g, g], the trees of each row.
-  """
-  if sequences_per_row == 1:
-    return np.arange(len(size))[:, None]
-  order = np.argsort(-size, kind="stable").reshape(
-    sequences_per_row, -1
-  )  # one lane after the other,
-  order[1::2] = order[1::2, ::-1]  # there and back
-  return order.T
-
-
-def _before(size: np.ndarray, row: np.ndarray) -> np.ndarray:
-  """size [b], row [b] ascending -> the sum of the sizes before each in its row, [b, 1]."""
-  before = size.cumsum() - size
-  return (before - before[np.searchsorted(row, row)])[:, None]
-
-
-def _put_rows(trees: dict, row: np.ndarray, count: np.ndarray, nodes: int, actions: int) -> dict:
-  """Trees in rows, one behind the other; of each tree [b] its nodes and `count` actions."""
-  size = trees["end"][:, 0]  # the first node lives to the end of its tree
-  before, rows = _before(size, row), row[-1] + 1
-  if np.bincount(row, size).max() > nodes:
-    raise ValueError(f"{int(np.bincount(row, size).max())} nodes do not fit into {nodes}")
-
-  def put(values, size, before, padding):
-    used = np.arange(values.shape[1]) < size[:, None]
-    out = np.broadcast_to(np.asarray(padding, values.dtype), (rows, np.shape(padding)[-1])).copy()
-    place = (np.arange(values.shape[1]) + before)[used]
-    out[np.broadcast_to(row[:, None], used.shape)[used], place] = values[used]
-    return out
-
-  empty, index = np.zeros(nodes, np.int32), np.arange(1, nodes + 1)
-  by_node = {n: put(trees[n], size, before, empty) for n in ("token", "position", "erasable")}
-  by_node["end"] = put(trees["end"] + before.astype(np.int32), size, before, index)
-  real, empty = trees["action"] != PAD, np.zeros(actions, np.int32)
-  by_action = {name: trees[name] for name in ("action", "time", "weight")}
-  for name in ("read", "next"):
-    by_action[name] = np.where(real, trees[name] + before, 0).astype(np.int32)
-  earlier = _before(count, row)
-  return by_node | {name: put(x, count, earlier, empty) for name, x in by_action.items()}
-
-
-def pack(trees: dict, sequences_per_row: int, nodes: int) -> dict:
-  """Packs every `sequences_per_row` neighbours of a batch of trees into one row (NumPy).
-
-  They do not see each other: what the nodes of a tree see ends with the tree.
-
-  Args:
-    trees: what `tree` returns, [b, ...].
-
-  Returns:
-    The same with [b / sequences_per_row, nodes] and [b / sequences_per_row, sequences_per_row a].
-
-  Raises:
-    ValueError: a row's trees have more nodes.
-  """
-  b, a = trees["action"].shape
-  return _put_rows(
-    trees, np.arange(b) // sequences_per_row, np.full(b, a), nodes, sequences_per_row * a
-  )
-
-
-def pack_rows(trees: dict, row: np.ndarray, nodes: int, actions: int) -> dict:
-  """As `pack`, with any number of trees in a row, and no PAD between their actions.
-
-  Args:
-    row: int [b], ascending, the row of each tree.
-    actions: of a row of the result; what is left is PAD.
-  """
-  return _put_rows(trees, row, np.sum(trees["action"] != PAD, axis=1), nodes, actions)
 
 
 def visible(end):
@@ -294,9 +211,7 @@ def visible(end):
 
 
 def replay(prompt, actions) -> list[int]:
-  """The text that is left when the actions are done: the prompt's tokens, then the answer's.
-
-  Stops at <eos> or PAD.
+  """The text after `actions`, up to <eos> or PAD: the prompt's tokens, then the answer's.
 
   Raises:
     ValueError: <backspace> at the prompt.

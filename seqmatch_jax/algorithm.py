@@ -1,13 +1,13 @@
 """The paper's algorithm box: what a train step does with a batch (arXiv 2306.05426, algorithm 1).
 
     steps 0 to warmup      maximum likelihood, on data without noise
-    the `anneal` after it  errors are typed and erased in the data, and alpha grows from 0
+    the next `anneal`      errors are typed and erased in the data, and alpha grows from 0
     then                   the whole objective
 
-Where the divergence needs the model's own trajectories, it writes some into a replay buffer every
-`refresh` steps from the end of the warm-up on, and each step draws from there.
+A divergence may need the model's own trajectories. From the end of the warm-up on, the model writes
+some into a replay buffer every `refresh` steps, and each step draws from there.
 
-Pure functions of the state, a batch and a key: all that they read besides is a `Learner`.
+These are pure functions of the state, a batch and a key. All else that they read is a `Learner`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from train_jax import lora
 
 
 class Learner(NamedTuple):
-  """What a train step is made of.
+  """The constants of a train step.
 
   Attributes:
-    generate: see `rollout.make_rollout`; it is traced inside the step.
-    nodes: of the tree of a trajectory: what is typed either stays in the text or is erased.
-    multiple: what numbers of rows are padded to: all devices would compute all of those that they
-      cannot share out.
+    generate: the function of `rollout.make_rollout`, traced inside the step.
+    nodes: of a trajectory's tree: all that is typed, whether it stays in the text or is erased.
+    multiple: the drawn trajectories are padded to this multiple; every device would compute all of
+      those that the devices cannot share.
   """
 
   loss: LossConfig
@@ -47,14 +47,14 @@ class Learner(NamedTuple):
 
 
 def alpha_scale(config: LossConfig, step: jax.Array) -> jax.Array:
-  """What alpha is multiplied by: 0 until the end of the warm-up, 1 after the annealing."""
+  """The factor of alpha: 0 until the end of the warm-up, 1 after the annealing."""
   return jnp.clip((step - config.warmup) / max(config.anneal, 1), 0.0, 1.0)
 
 
 def stream(
   config: LossConfig, noise: Noise, batches: Callable, seed: int, position: int
 ) -> Iterator[dict]:
-  """The batches from `position` on: without noise during the warm-up.
+  """The batches from `position` on, without noise during the warm-up.
 
   Args:
     batches: (noise, seed, position) -> iterator of batches.
@@ -65,19 +65,19 @@ def stream(
 
 
 def roll_out(learner: Learner, memory: buffer.Buffer, params, batch: dict, key) -> buffer.Buffer:
-  """The buffer with trajectories of the current policy, which goes on from the batch's prompts."""
+  """The buffer with new trajectories: the current policy continues the batch's prompts."""
   prompt, length = (batch[name][: learner.buffer.rollouts] for name in ("prompt", "prompt_length"))
   row, erases = jnp.arange(len(prompt)), learner.loss.backspace
-  # Of the policy itself: temperature 1, no token excluded.
-  found = learner.generate(params, prompt, length, key, row, 1.0, erases, allow_retype=True)
-  return buffer.insert(memory, prompt, length, found.actions)
+  # The policy itself: temperature 1, no token excluded.
+  rollout = learner.generate(params, prompt, length, key, row, 1.0, erases, allow_retype=True)
+  return buffer.insert(memory, prompt, length, rollout.actions)
 
 
 def replay(learner: Learner, memory: buffer.Buffer, key: jax.Array) -> dict:
   """Trajectories drawn from the buffer, as a batch of trees; of weight 0 while it is empty."""
   drawn = buffer.draw(memory, key, learner.buffer.draw, learner.multiple)
-  rows = tree(drawn["prompt"], drawn["length"], drawn["actions"], learner.nodes)
-  return {**rows, "weight": rows["weight"] * drawn["weight"][:, None]}
+  trees = tree(drawn["prompt"], drawn["length"], drawn["actions"], learner.nodes)
+  return {**trees, "weight": trees["weight"] * drawn["weight"][:, None]}
 
 
 def augment(learner: Learner, state, batch: dict, key: jax.Array, *frozen):
@@ -99,17 +99,17 @@ def augment(learner: Learner, state, batch: dict, key: jax.Array, *frozen):
 
 
 def batch_loss(learner: Learner, params, ema, batch: dict, key: jax.Array, *frozen):
-  """`Method.loss` of what `augment` returned."""
+  """`Method.loss` of the batch that `augment` returned."""
   del ema, key
   params, scale = lora.join(params, *frozen), batch["alpha_scale"]
 
-  def logits(params, rows):
-    return learner.network.apply(params, rows["token"], rows["position"], rows["end"])
+  def logits(params, trees):
+    return learner.network.apply(params, trees["token"], trees["position"], trees["end"])
 
-  model, own = batch.get("model"), None
+  model, model_logits = batch.get("model"), None
   if model is not None:
-    # As long as alpha is 0 their penalty is, too: the pass is saved.
+    # Their penalty is 0 while alpha is 0, and the pass is saved.
     shape = jax.eval_shape(logits, params, model)
-    zeros = lambda params, rows: jnp.zeros(shape.shape, shape.dtype)  # noqa: E731
-    own = jax.lax.cond(scale > 0, logits, zeros, params, model)
-  return loss.loss(learner.loss, logits(params, batch), batch, model, own, scale)
+    zeros = lambda params, trees: jnp.zeros(shape.shape, shape.dtype)  # noqa: E731
+    model_logits = jax.lax.cond(scale > 0, logits, zeros, params, model)
+  return loss.loss(learner.loss, logits(params, batch), batch, model, model_logits, scale)

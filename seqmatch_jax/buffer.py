@@ -1,6 +1,6 @@
 """Replay buffer of the model's own trajectories: plain arrays in the state's `aux_state`.
 
-Saved, resumed and sharded with the state, so that a resumed run replays exactly.
+The buffer is saved, resumed and sharded with the state, so a resumed run replays exactly.
 
 Dimensions: r rows of the buffer, b batch, p prompt, a actions.
 """
@@ -20,7 +20,7 @@ Buffer = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class BufferConfig:
-  """How much is replayed, and how often it is made anew.
+  """The size of the buffer, and the pace of its rollouts.
 
   Attributes:
     size: trajectories that are kept, r.
@@ -56,24 +56,23 @@ def create(size: int, prompt_length: int, max_actions: int) -> Buffer:
 
 
 def insert(buffer: Buffer, prompt: jax.Array, length: jax.Array, actions: jax.Array) -> Buffer:
-  """Writes prompt [b, p], length [b], actions [b, a] over the b oldest rows."""
-  rows, b = len(buffer["length"]), len(length)
-  if b > rows:
-    raise UserError(f"buffer.size={rows} cannot take {b} trajectories at once; use at least {b}.")
-  index = (buffer["next"] + jnp.arange(b)) % rows
+  """Writes prompt [b, p], length [b] and actions [b, a], b <= r, over the b oldest rows."""
+  size, b = len(buffer["length"]), len(length)
+  assert b <= size, (b, size)
+  index = (buffer["next"] + jnp.arange(b)) % size
   new = {"prompt": prompt, "length": length, "actions": actions}
   return {
     **{name: buffer[name].at[index].set(values) for name, values in new.items()},
-    "next": (buffer["next"] + b) % rows,
-    "filled": jnp.minimum(buffer["filled"] + b, rows),
+    "next": (buffer["next"] + b) % size,
+    "filled": jnp.minimum(buffer["filled"] + b, size),
   }
 
 
 def draw(buffer: Buffer, key: jax.Array, batch: int, multiple: int = 1) -> dict[str, jax.Array]:
   """`batch` filled rows, uniform with replacement: prompt, length, actions, and weight [b] float32.
 
-  The weight is 1, or 0 as long as the buffer is empty. Rows without actions, of weight 0, come
-  after them up to the next `multiple`.
+  The weight is 1, or 0 as long as the buffer is empty. Rows without actions, of weight 0, follow up
+  to the next `multiple`.
   """
   index = jax.random.randint(key, (batch,), 0, jnp.maximum(buffer["filled"], 1))
   index = jnp.pad(index, (0, -batch % multiple))

@@ -1,4 +1,4 @@
-"""What main.py does with text after training: the flags of each mode, and their checks."""
+"""The modes of main.py after training: their flags, and what they do with a trained model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from train_jax import command
 from train_jax.command import Command, Flag
 from train_jax.errors import UserError
 
-# Model and all that it needs are imported by what uses them: --help is quick.
+# The functions import Model and all that it needs, which keeps --help quick.
+FRACTION = {"lower_bound": 0, "upper_bound": 1}
 PRETRAINED = Flag("string", "pretrained", None, "Where the run's config.pretrained is now.")
 
 
@@ -23,11 +24,11 @@ def _open(flags: FlagValues):
 
 
 def sample(flags: FlagValues) -> None:
-  """`--mode=sample`: goes on from prompts, erasures visible, see `display.sample.write`."""
+  """`--mode=sample`: continues prompts, with visible erasures, see `display.sample.write`."""
   from ml_collections import ConfigDict
 
-  from seqmatch_jax import rollout
   from seqmatch_jax.display import sample as display
+  from seqmatch_jax.model import sampling_options
   from seqmatch_jax.tasks.from_config import find_task
 
   if flags.stream and jax.process_count() > 1:
@@ -36,25 +37,27 @@ def sample(flags: FlagValues) -> None:
   config, metadata = (model.record["run"][name] for name in ("config", "metadata"))
   config = ConfigDict(config)
   task, count = find_task(config), flags.num or 1
-  given = display.read_prompts(flags.prompt or [], flags.prompts or "", count)
-  asked = task.ask(config, metadata, given, flags.num or 64)
+  texts = display.read_prompts(flags.prompt or [], flags.prompts or "", count)
+  prompts = task.make_prompts(config, metadata, texts, flags.num or 64)
   temperature = task.TEMPERATURE if flags.temperature is None else flags.temperature
-  if not temperature and count > 1 and given:
+  if not temperature and count > 1 and texts:
     raise UserError(
       f"--num={count} of each prompt would all be the same at temperature 0; set --temperature."
     )
   erases = config.loss.backspace and flags.backspace
-  cut = {name: flags[name].value for name in ("top_k", "top_p", "max_actions")}
-  settings = rollout.sampling_options(temperature, task.RETYPE, erases, **cut)
+  limits = {name: flags[name].value for name in ("top_k", "top_p", "max_actions")}
+  settings = sampling_options(temperature, task.RETYPE, erases, **limits)
   out = command.out_directory(flags, "generated")
   show = display.live if flags.stream else display.together
-  typed, seconds = show(model, asked, jax.random.key(flags.seed), settings, task.GAP, config.batch)
+  typed, seconds = show(
+    model, prompts, jax.random.key(flags.seed), settings, task.GAP, config.batch
+  )
   if jax.process_index():  # every process has all of it
     return
   if not flags.stream:
-    display.print_lines(asked, typed, task.GAP, sys.stdout)
-  chosen = {"step": model.step, "temperature": temperature, **cut, "seed": flags.seed}
-  display.write(out, chosen, asked, typed, task.GAP)
+    display.print_lines(prompts, typed, task.GAP, sys.stdout)
+  chosen = {"step": model.step, "temperature": temperature, **limits, "seed": flags.seed}
+  display.write(out, chosen, prompts, typed, task.GAP)
   print(display.speed(typed, seconds))
 
 
@@ -71,18 +74,18 @@ def export(flags: FlagValues) -> None:
   out = command.out_directory(flags, "exported")
   model.save_pretrained(out)
   if jax.process_index() == 0:
-    used = f"seqmatch_jax.Model.from_pretrained({str(out)!r}) generates with it"
-    begun = f", --config.pretrained={out} begins from it" if model.source else ""
-    print(f"exported: {out} (step {model.step}); {used}{begun}")
+    use = f"seqmatch_jax.Model.from_pretrained({str(out)!r}) generates with it"
+    start = f", --config.pretrained={out} begins from it" if model.source else ""
+    print(f"exported: {out} (step {model.step}); {use}{start}")
 
 
 def encode(flags: FlagValues) -> None:
-  """`--mode=encode`: texts to tokens, see `data.encode.encode_texts`."""
-  from seqmatch_jax.data import encode as encode_lib
+  """`--mode=encode`: texts to tokens, see `data.encode.encode`."""
+  from seqmatch_jax.data.encode import encode
 
   if not flags.out:
     raise UserError("--out is missing; --mode=encode needs --texts and --out.")
-  encode_lib.encode(flags.texts, flags.tokenizer or "", flags.shards, Path(flags.out))
+  encode(flags.texts, flags.tokenizer or "", flags.shards, Path(flags.out))
 
 
 COMMANDS = {
@@ -92,44 +95,29 @@ COMMANDS = {
     Flag("multi_string", "prompt", None, "A prompt; may be given again."),
     Flag("string", "prompts", None, "A file of prompts, one a line."),
     Flag(
-      "float",
-      "temperature",
-      None,
-      "0 is greedy; default: 0 for questions, 1 for text.",
-      lower_bound=0,
+      "float", "temperature", None, "0: greedy; default: 0 (questions), 1 (text).", lower_bound=0
     ),
-    Flag("integer", "top_k", None, "Only of so many likeliest tokens.", lower_bound=1),
+    Flag("integer", "top_k", None, "Draw from so many likeliest tokens.", lower_bound=1),
+    Flag("float", "top_p", None, "Draw from the likeliest of this probability.", **FRACTION),
     Flag(
-      "float",
-      "top_p",
-      None,
-      "Only of the likeliest that have this probability.",
-      lower_bound=0,
-      upper_bound=1,
-    ),
-    Flag(
-      "integer",
-      "max_actions",
-      None,
-      "Tokens typed, erased ones and <backspace>s too; default: what the run learned.",
-      lower_bound=1,
+      "integer", "max_actions", None, "Most tokens typed; default: the run's limit.", lower_bound=1
     ),
     Flag("boolean", "backspace", True, "Whether it may erase."),
     Flag("boolean", "stream", False, "Show each as it is typed and erased."),
     PRETRAINED,
-    *command.DRAWING,
+    *command.DRAW_FLAGS,
   ),
   "evaluate": Command(
     evaluate,
     Flag("string", "features", None, "A run or a folder, whose features MAUVE compares."),
     PRETRAINED,
-    *command.DRAWING,
+    *command.DRAW_FLAGS,
   ),
-  "export": Command(export, PRETRAINED, *command.STORED),
+  "export": Command(export, PRETRAINED, *command.RUN_FLAGS),
   "encode": Command(
     encode,
     Flag("string", "texts", None, ".txt, .jsonl or .array_record files, or tfds:NAME."),
     Flag("string", "tokenizer", None, "tokenizer.json, or its folder; default: characters."),
-    *command.SHARDED,
+    *command.DATA_FLAGS,
   ),
 }

@@ -5,23 +5,23 @@ reward of an action that leads from s to s' is r = l(a|s) - gamma V(s'). The pap
 
     J = E_data[ sum_i gamma^i phi(alpha r_i) / alpha ] - V(s_0)
 
-for the divergence of phi less alpha times the causal entropy. Along every trajectory r_i - log pi_i
-= V_i - gamma V_{i+1} telescopes to V(s_0), so J is the discounted log-likelihood with a penalty on
-large rewards, value and gradient:
+for the divergence of phi less alpha times the causal entropy. Along every trajectory the difference
+r_i - log pi_i = V_i - gamma V_{i+1} telescopes to V(s_0). So J is the discounted log-likelihood
+with a penalty on large rewards, in value and in gradient:
 
-    J = E_data[ sum_i gamma^i (log pi_i + penalty(r_i)) ],  penalty(r) = phi(alpha r) / alpha - r,
+    J = E_data[ sum_i gamma^i (log pi_i + penalty(r_i)) ],  penalty(r) = phi(alpha r) / alpha - r.
 
-and for chi2_mixture + E_model[ sum_i gamma^i penalty(r_i) ], on trajectories of the model that pass
-no gradient as samples. Maximum likelihood is alpha = 0, gamma = 1; behavioural cloning is the same
-on noised data. Only actions of weight 1 are summed, while the time i counts all: once noise actions
-are left out nothing telescopes, and the first form of J would be wrong, this one is right.
+chi2_mixture adds E_model[ sum_i gamma^i penalty(r_i) ] on trajectories of the model, whose sampling
+passes no gradient. Maximum likelihood is alpha = 0, gamma = 1. Behavioural cloning is the same on
+noised data. The sum is over the actions of weight 1, while the time i counts all actions: without
+the noise actions nothing telescopes, so only the second form of J is right.
 
-After <eos> the absorbing state repeats <eos> for ever. With its value tied to l(eos|s), which costs
-nothing at the optimum, all of these actions have the reward (1 - gamma) l(eos|s), and their
-geometric series weighs 1 / (1 - gamma).
+After <eos> the absorbing state repeats <eos> for ever. Its value is tied to l(eos|s), which costs
+nothing at the optimum. Then all of these actions have the reward (1 - gamma) l(eos|s), and the
+weight of their geometric series is 1 / (1 - gamma).
 
-A baseline, unlikelihood training (Welleck et al., arXiv 1908.04319), can be added: every token that
-the text before an action holds already, but for the action itself, is made less likely there.
+Unlikelihood training (Welleck et al., arXiv 1908.04319) can be added as a baseline. It lowers the
+probability of each token that the text before an action holds already, except the action itself.
 
 Dimensions: b batch, s node, a action, v vocabulary. A batch is described in `actions.py`; several
 trajectories may share a row.
@@ -46,7 +46,7 @@ ILLEGAL = -1e9  # exp of it is 0 beside any logit, and nothing becomes infinite 
 
 @dataclass(frozen=True)
 class LossConfig:
-  """Which divergence, and how it is weighed.
+  """The divergence and its weights.
 
   Attributes:
     divergence: one of `divergence.DIVERGENCES`.
@@ -70,18 +70,13 @@ class LossConfig:
     check_one_of("loss.divergence", self.divergence, divergence.DIVERGENCES)
     for name in ("warmup", "anneal"):
       check_at_least(f"loss.{name}", getattr(self, name), 0)
-    if not 0 <= self.alpha < math.inf:
-      raise UserError(
-        f"loss.alpha={self.alpha} must be finite and at least 0; 0 is maximum likelihood."
-      )
+    for name in ("alpha", "unlikelihood"):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise UserError(
+          f"loss.{name}={getattr(self, name)} must be finite and at least 0; 0 leaves it out."
+        )
     if not 0 < self.gamma <= 1:
-      raise UserError(
-        f"loss.gamma={self.gamma} must lie in (0, 1]; 1 does not discount, the paper has 0.998."
-      )
-    if not 0 <= self.unlikelihood < math.inf:
-      raise UserError(
-        f"loss.unlikelihood={self.unlikelihood} must be finite and at least 0; 0 leaves it out."
-      )
+      raise UserError(f"loss.gamma={self.gamma} must lie in (0, 1]; 1 does not discount.")
 
   @property
   def on_policy(self) -> bool:
@@ -108,15 +103,20 @@ def legal_logits(logits: jax.Array, erasable: jax.Array, backspace: bool) -> jax
   return jnp.where(legal, logits, ILLEGAL)
 
 
-def terms(config: LossConfig, logits: jax.Array, batch: dict, alpha_scale=1.0) -> Terms:
-  """Log-probability, penalty and reward of each action of the batch; logits [b, s, v].
-
-  One value per node and one logit per action: nothing of shape [b, a, v] is made.
-  """
+def _soft_q(config: LossConfig, logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array]:
+  """Legal logits [b, s, v], and their values V [b, s]."""
   # In at least float32: 16-bit logits would leave logsumexp two digits.
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   logits = legal_logits(logits, batch["erasable"], config.backspace)
-  value = jax.nn.logsumexp(logits, axis=-1)  # [b, s]
+  return logits, jax.nn.logsumexp(logits, axis=-1)
+
+
+def terms(config: LossConfig, logits: jax.Array, batch: dict, alpha_scale=1.0) -> Terms:
+  """Log-probability, penalty and reward of each action of the batch; logits [b, s, v].
+
+  It reads one value per node and one logit per action. No array has the shape [b, a, v].
+  """
+  logits, value = _soft_q(config, logits, batch)
   chosen = jax.vmap(lambda l, read, action: l[read, action])(logits, batch["read"], batch["action"])
   log_prob = chosen - jnp.take_along_axis(value, batch["read"], axis=1)  # [b, a]
   after = jnp.take_along_axis(value, batch["next"], axis=1)
@@ -130,7 +130,7 @@ def terms(config: LossConfig, logits: jax.Array, batch: dict, alpha_scale=1.0) -
 
 
 def log_likelihood(logits: jax.Array, batch: dict, backspace: bool) -> jax.Array:
-  """Of each row [b], in nats: the sum over its actions that carry weight; logits [b, s, v].
+  """The log-likelihood [b] of each row's actions with weight, in nats; logits [b, s, v].
 
   `backspace` is whether the policy may erase.
   """
@@ -142,59 +142,50 @@ def unlikelihood(config: LossConfig, logits: jax.Array, batch: dict) -> jax.Arra
   """sum_c -log(1 - pi(c | s_i)) of each action i [b, a], over the tokens c of the text s_i.
 
   The prompt is a part of the text. Each token counts once, and the action itself does not. No
-  array is larger than [b, a, s].
-
-  Args:
-    logits: [b, s, v], any float type.
+  array is larger than [b, a, s]. The logits are [b, s, v].
   """
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  logits = legal_logits(logits, batch["erasable"], config.backspace)
-  value = jax.nn.logsumexp(logits, axis=-1)  # [b, s]
 
   @jax.vmap
   def row(logits, value, token, end, read, action):
     sees = visible(end)  # [s, s]
     same = (token[:, None] == token) & ~jnp.eye(len(token), dtype=bool)
-    # A node's text is the same for all that see it: whether it repeats a token is its own affair.
+    # All nodes that see a node see the same text before it. So "new" is a property of the node.
     new = ~(sees & same).any(1)
     candidate = sees[read] & new & (token != action[:, None])  # [a, s]
     log_p = logits[read[:, None], token] - value[read, None]
-    # 1 - p is 0 at a p that rounds to 1, and its logarithm's gradient infinite.
+    # At a p that rounds to 1 the logarithm of 1 - p would have an infinite gradient.
     log_rest = jnp.log(-jnp.expm1(jnp.minimum(log_p, -1e-6)))
     return -jnp.sum(jnp.where(candidate, log_rest, 0.0), axis=1)
 
   names = ("token", "end", "read", "action")
-  return row(logits, value, *(batch[name] for name in names))
+  return row(*_soft_q(config, logits, batch), *(batch[name] for name in names))
 
 
 def trajectories(batch: dict) -> jax.Array:
-  """How many trajectories the batch holds, at least 1."""
+  """The number of trajectories in the batch, at least 1."""
   return jnp.maximum(jnp.sum((batch["time"] == 0) & (batch["action"] != PAD)), 1)
 
 
 def normalized(batch: dict, model: dict | None = None) -> tuple[dict, dict | None]:
-  """Both with weights scaled so that `loss` is a mean over rows, and so of equal parts of them.
+  """Both batches with scaled weights: then `loss` is a mean over rows, or over equal parts of them.
 
-  Each of the objective's terms is a mean over trajectories, divided by the mean number of data
-  actions that carry loss in one: together, by the number of those actions.
+  Each term of the objective is a mean over trajectories, divided by the mean number of data actions
+  with weight in one. Together that divides by the number of these actions.
 
   Args:
     batch: the data, a batch of trees (see `actions.tree`) of any number of rows.
     model: the model's own trajectories, another such batch.
   """
+
+  def scaled(batch: dict, scale) -> dict:
+    return {**batch, "weight": batch["weight"] * scale}
+
   per_action = 1 / jnp.maximum(jnp.sum(batch["weight"]), 1.0)
-  rows = len(batch["weight"])
-  data = {**batch, "weight": batch["weight"] * (rows * per_action)}
+  data = scaled(batch, len(batch["weight"]) * per_action)
   if model is None:
     return data, None
   share = trajectories(batch) / trajectories(model)
-  rows = len(model["weight"])
-  return data, {**model, "weight": model["weight"] * (share * rows * per_action)}
-
-
-def _discounted(config: LossConfig, batch: dict) -> jax.Array:
-  """gamma^time where an action carries loss [b, a]."""
-  return batch["weight"] * jnp.power(config.gamma, batch["time"])
+  return data, scaled(model, share * len(model["weight"]) * per_action)
 
 
 def loss(
@@ -205,43 +196,46 @@ def loss(
   model_logits: jax.Array | None = None,
   alpha_scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """-J per data action, so that maximum likelihood is the mean negative log-likelihood per token.
+  """-J per data action, so maximum likelihood is the mean negative log-likelihood per token.
 
   Args:
     logits: [b, s, v] of the data `batch`, any float type.
-    batch, model: what `normalized` returns, or equal parts of their rows; the mean of the parts'
-      losses is then that of the whole. `model` is used by chi2_mixture only.
+    batch, model: the outputs of `normalized`, or equal parts of their rows; the mean of the parts'
+      losses is then that of the whole. Only chi2_mixture uses `model`.
     model_logits: those of `model`.
     alpha_scale: multiplies alpha, from 0 to 1; may be traced.
 
   Returns:
-    The loss and metrics over the data actions that carry loss: `nll`, the mean negative
-    log-likelihood; `penalty` and `penalty_model`, what they add to the loss; `reward` and
-    `reward_max`, the mean reward and the largest in size; `accuracy` of the likeliest action;
-    `unlikelihood`, before its weight. With gamma = 1 and without unlikelihood the loss is
+    The loss, and metrics over the data actions with weight: `nll`, the mean negative
+    log-likelihood; `penalty` and `penalty_model`, as parts of the loss; `reward` and `reward_max`,
+    the mean reward and the largest in size; `accuracy` of the likeliest action; `unlikelihood`,
+    before its weight. With gamma = 1 and without unlikelihood the loss is
     nll + penalty + penalty_model.
   """
-  carries, discounted = batch["weight"], _discounted(config, batch)
 
   def mean(weights, x):
     return jnp.sum(weights * x) / len(weights)
 
+  def discounted(batch: dict) -> jax.Array:
+    return batch["weight"] * jnp.power(config.gamma, batch["time"])
+
+  weight, discount = batch["weight"], discounted(batch)
   log_prob, penalty, reward = terms(config, logits, batch, alpha_scale)
   guess = jnp.argmax(legal_logits(logits, batch["erasable"], config.backspace), axis=-1)  # [b, s]
   right = jnp.take_along_axis(guess, batch["read"], axis=1) == batch["action"]
   metrics = {
-    "nll": -mean(carries, log_prob),
-    "penalty": -mean(discounted, penalty),
-    "reward": mean(carries, reward),
-    "reward_max": jnp.max(jnp.where(carries > 0, jnp.abs(reward), 0.0)),
-    "accuracy": mean(carries, right),
+    "nll": -mean(weight, log_prob),
+    "penalty": -mean(discount, penalty),
+    "reward": mean(weight, reward),
+    "reward_max": jnp.max(jnp.where(weight > 0, jnp.abs(reward), 0.0)),
+    "accuracy": mean(weight, right),
   }
-  total = metrics["penalty"] - mean(discounted, log_prob)
+  total = metrics["penalty"] - mean(discount, log_prob)
   if config.on_policy and model is not None:
-    own = terms(config, model_logits, model, alpha_scale).penalty
-    metrics["penalty_model"] = -mean(_discounted(config, model), own)
+    model_penalty = terms(config, model_logits, model, alpha_scale).penalty
+    metrics["penalty_model"] = -mean(discounted(model), model_penalty)
     total += metrics["penalty_model"]
   if config.unlikelihood:
-    metrics["unlikelihood"] = mean(discounted, unlikelihood(config, logits, batch))
+    metrics["unlikelihood"] = mean(discount, unlikelihood(config, logits, batch))
     total += config.unlikelihood * metrics["unlikelihood"]
   return total, metrics

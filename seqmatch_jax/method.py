@@ -8,27 +8,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmatch_jax import algorithm, buffer, rollout, tokens
+from seqmatch_jax import algorithm, buffer, rollout
 from seqmatch_jax.actions import Noise
 from seqmatch_jax.algorithm import Learner
 from seqmatch_jax.buffer import BufferConfig
-from seqmatch_jax.huggingface import decoder
+from seqmatch_jax.huggingface import decoder, tokenizer
 from seqmatch_jax.huggingface.decoder import make_network
 from seqmatch_jax.loss import LossConfig
-from seqmatch_jax.model import Model, load_features, make_record
-from seqmatch_jax.rollout import RolloutConfig
+from seqmatch_jax.model import Model, load_features, make_limits, make_record
 from seqmatch_jax.tasks.from_config import find_task
 from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError, check_at_least
 from train_jax.step import AbstractCall, Method
 from train_jax.warm_start import WarmStart
-
-
-def make_limits(config, metadata: dict) -> RolloutConfig:
-  """The limits of a generation, and how the task's texts end."""
-  numbers = {name: metadata[name] for name in ("max_length", "max_actions", "max_backspaces")}
-  return RolloutConfig(**numbers, open_ended=find_task(config).OPEN_ENDED)
 
 
 def _check(config) -> None:
@@ -49,21 +42,21 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
   """The method, and the metadata that sampling needs: the characters, the lengths of rows.
 
   Raises:
-    UserError: the config does not fit itself or the data.
+    UserError: the config contradicts itself or the data.
   """
   _check(config)
   loss_config, noise = LossConfig(**config.loss), Noise(**config.noise)
   memory = BufferConfig(**config.buffer)
-  config, find = decoder.with_tokenizer(config), find_task(config)
-  task = find.make_task(config, mesh)
+  config, task_module = decoder.with_tokenizer(config), find_task(config)
+  task = task_module.make_task(config, mesh)
   metadata = decoder.make_metadata(config, task.metadata)
-  decoder.read(config, metadata)  # what does not fit is refused before anything is computed
-  network, limits = make_network(config, metadata), make_limits(config, metadata)
+  decoder.read(config, metadata)  # refuses wrong files before anything is computed
+  network = make_network(config, metadata)
   learner = Learner(
     loss_config,
     memory,
     network,
-    rollout.make_rollout(network, limits),
+    rollout.make_rollout(network, make_limits(metadata, task_module)),
     nodes=metadata["max_length"] + metadata["max_backspaces"],
     multiple=mesh_lib.batch_parts(mesh) * config.optim.grad_accum_steps,
   )
@@ -73,8 +66,8 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
       return network.init(key), ()
     return network.init(key), buffer.create(memory.size, task.prompt, metadata["max_actions"])
 
-  record = make_record(config, metadata, decoder.make_sizes(config, metadata), find)
-  vocab, features = tokens.from_metadata(metadata), config.eval.get("features", "")
+  record = make_record(config, metadata, decoder.make_sizes(config, metadata), task_module)
+  vocab, features = tokenizer.from_metadata(metadata), config.eval.get("features", "")
   model = Model.make(record, vocab, network, dict, mesh)
   evaluate = task.evaluate(model, load_features(features, vocab) if features else None)
 
@@ -93,7 +86,7 @@ def make_method(config, mesh: jax.sharding.Mesh) -> tuple[Method, dict]:
 
 
 def warm_start(config, metadata: dict) -> WarmStart:
-  """What `init_from` may be for a run of `config`; without it, its pretrained weights are read."""
+  """The start of a run of `config`: what `init_from` must match, or its pretrained weights."""
   keys = ("config.model.heads", "metadata.symbols", "metadata.tokenizer.sha256")
   if config.get("lora") and config.lora.rank:
     # Adapters belong to the matrices that they were learned on.
@@ -104,10 +97,10 @@ def warm_start(config, metadata: dict) -> WarmStart:
 
 
 def without_data(config) -> tuple[ConfigDict, int]:
-  """For `--mode=compile`: a config that reads nothing but the files here, and a batch's number.
+  """For `--mode=compile`: a config that needs no files but the repository's, and a batch's number.
 
-  Texts are Python's own, and a pretrained decoder is drawn: it has the sizes in `config.model` and
-  `data.vocab` tokens. The batch is the first with noise: rows of questions are wider then.
+  The texts are Python's own. A pretrained decoder is drawn, with the sizes in `config.model` and
+  `data.vocab` tokens. The batch is the first with noise, because rows of questions are wider then.
   """
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -122,8 +115,9 @@ def sampler_program(config, metadata: dict, mesh) -> AbstractCall:
   """For `--mode=compile`: generation as `--mode=sample` does it, `config.batch` rows at a time."""
   mesh = decoder.mesh_of(config, list(mesh.devices.flat))
   network = make_network(config, metadata)
-  prompt = find_task(config).ask(config, metadata, [], 1).prompt
-  generate = rollout.make_rollout(network, make_limits(config, metadata))
+  task = find_task(config)
+  prompt = task.make_prompts(config, metadata, [], 1).prompt
+  generate = rollout.make_rollout(network, make_limits(metadata, task))
   key = jax.eval_shape(jax.random.key, 0)
   shapes = jax.eval_shape(lambda key: lora.join(network.init(key), network.frozen(key)), key)
   params = mesh_lib.abstract_state(shapes, mesh)

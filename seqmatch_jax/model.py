@@ -1,4 +1,4 @@
-"""A trained model, opened once and used everywhere: to generate, to evaluate, to hand on.
+"""A trained model, opened once and used everywhere: to generate, to evaluate, to export.
 
     import seqmatch_jax
     model = seqmatch_jax.Model.from_run("runs/seqmatch_text")   # a run's newest good checkpoint
@@ -8,8 +8,8 @@
     model.save_pretrained("exported")
 
 `from_pretrained` and `generate` need jax, flax, numpy and safetensors, and tokenizers for a model
-that has a tokenizer. A run from nothing is saved as train_jax/storage/exported.py says, its
-tokenizer.json beside it; one from pretrained weights as a Hugging Face folder
+that has a tokenizer. A network that was drawn is saved as train_jax/storage/exported.py says, with
+its tokenizer.json beside it. A pretrained one is saved as a Hugging Face folder
 (huggingface/export.py), whose config.json has the same record as an entry.
 
 Dimensions: b prompts.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,33 +29,35 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from seqmatch_jax import loss, rollout, tokens, transformer
 from seqmatch_jax.actions import tree
 from seqmatch_jax.display import show
-from seqmatch_jax.huggingface import pretrained
+from seqmatch_jax.huggingface import pretrained, tokenizer
+from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.loss import LossConfig
-from seqmatch_jax.rollout import RolloutConfig
-from seqmatch_jax.tokens import EOS, TextVocab, Vocab
+from seqmatch_jax.rollout import Rollout, RolloutConfig
+from seqmatch_jax.tokens import EOS, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora
 from train_jax import mesh as mesh_lib
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least, check_fraction
 from train_jax.files import read_json
+from train_jax.multihost.signals import pause
 from train_jax.storage import exported
 
 METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
 
 
 class Generation(NamedTuple):
-  """What a model has made of a prompt.
+  """A model's continuation of a prompt.
 
   Attributes:
-    text: what is left after the prompt, nothing of what was erased.
-    typed: what was typed, key by key: text, "\\b" for <backspace>, "\\x04" for <eos>. Characters
-      that would move a cursor are shown as pictures, as in the terminal; see `show.line`.
-    finished: whether <eos> came, before there was no more room.
+    text: the text after the prompt, without the erased tokens.
+    typed: the keys: text, "\\b" for <backspace>, "\\x04" for <eos>. Characters that would move a
+      cursor are shown as pictures, as in the terminal; see `show.line`.
+    finished: whether <eos> came before the room was used up.
   """
 
   text: str
@@ -62,24 +65,58 @@ class Generation(NamedTuple):
   finished: bool
 
 
+def make_limits(metadata: dict, task) -> RolloutConfig:
+  """The limits of a generation; `task` is a module of the form in tasks/task.py."""
+  numbers = {name: metadata[name] for name in ("max_length", "max_actions", "max_backspaces")}
+  return RolloutConfig(**numbers, open_ended=task.OPEN_ENDED)
+
+
 def make_record(config, metadata: dict, sizes: TransformerConfig, task, step: int = 0) -> dict:
-  """What a `Model` is made of beside its parameters, as JSON: what is saved with an export.
+  """All of a `Model` but its parameters, as JSON: it is saved with an export.
 
   Args:
     config, metadata: those saved with a checkpoint; `config` a ConfigDict.
-    task: the module of what is written, see task.py.
+    task: a module of the form in tasks/task.py.
   """
-  limits = {name: metadata[name] for name in ("max_length", "max_actions", "max_backspaces")}
   generation = {
-    **limits,
-    "open_ended": task.OPEN_ENDED,
+    **dataclasses.asdict(make_limits(metadata, task)),
     "temperature": task.TEMPERATURE,
     "allow_retype": task.RETYPE,
     "backspace": config.loss.backspace,
   }
-  run = {"config": config.to_dict(), "metadata": metadata}
-  known = {"method": METHOD, "step": step, "network": dataclasses.asdict(sizes)}
-  return {**known, "generation": generation, "run": run}
+  return {
+    "method": METHOD,
+    "step": step,
+    "network": dataclasses.asdict(sizes),
+    "generation": generation,
+    "run": {"config": config.to_dict(), "metadata": metadata},
+  }
+
+
+def sampling_options(
+  temperature: float,
+  allow_retype: bool,
+  backspace: bool,
+  top_k: int | None,
+  top_p: float | None,
+  max_actions: int | None,
+) -> dict:
+  """The last arguments of `rollout.make_settings` for samples; UserError if one is out of range."""
+  if not 0 <= temperature < math.inf:
+    raise UserError(f"temperature={temperature} must be finite and at least 0; 0 is greedy.")
+  for name, value in (("top_k", top_k), ("max_actions", max_actions)):
+    if value is not None:
+      check_at_least(name, value, 1)
+  if top_p is not None:
+    check_fraction("top_p", top_p)
+  return {
+    "temperature": temperature,
+    "allow_retype": allow_retype and temperature > 0,  # a greedy one would repeat itself
+    "allow_backspace": backspace,
+    "top_k": top_k,
+    "top_p": top_p,
+    "max_actions": max_actions,
+  }
 
 
 @dataclass(frozen=True)
@@ -91,9 +128,9 @@ class Model:
       `make_record`).
     vocab: its tokens.
     network: functions of its parameters (see transformer.py).
-    load: () -> all of the network's parameters, nested dicts of arrays; called when they are first
-      needed, so that a wrong request is refused before.
-    mesh: of the devices that share the work; None for one.
+    load: () -> all of the network's parameters, nested dicts of arrays. It is called when they are
+      first needed, so a wrong request is refused before.
+    mesh: the devices that share the work; None for one device.
     rollout: see `rollout.make_rollout`.
     source: the Hugging Face folder that the network comes from; "" for one that was drawn.
   """
@@ -132,11 +169,8 @@ class Model:
 
     Args:
       step: of the checkpoint; None for the newest good one.
-      pretrained: where the folder of the run's config.pretrained is now; "" where it was.
+      pretrained: the folder of the run's config.pretrained, if it was moved.
       devices: all, by default.
-
-    Raises:
-      UserError: no such checkpoint, of another method, or other pretrained weights than the run's.
     """
     from ml_collections import ConfigDict
 
@@ -145,35 +179,31 @@ class Model:
     from train_jax.checkpointing.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(workdir)
-    saved, metadata, found = checkpoints.require_run(METHOD, step)
-    config = ConfigDict(saved)
+    config, metadata, step = checkpoints.require_run(METHOD, step)
+    config = ConfigDict(config)
     if pretrained:
       config, metadata = decoder.moved(config, metadata, pretrained)
     mesh = decoder.mesh_of(config, devices)
     sizes = decoder.make_sizes(config, metadata)
     network = transformer.make_network(sizes)
-    record = make_record(config, metadata, sizes, find_task(config), found)
+    record = make_record(config, metadata, sizes, find_task(config), step)
 
     def load() -> dict:
       abstract = jax.eval_shape(network.init, jax.random.key(0))
-      params, _ = checkpoints.restore_ema("sample", abstract, mesh, found)
+      params, _ = checkpoints.restore_ema("sample", abstract, mesh, step)
       return decoder.with_frozen(config, metadata, params, mesh)
 
-    vocab, source = tokens.from_metadata(metadata), config.get("pretrained", "")
+    vocab, source = tokenizer.from_metadata(metadata), config.get("pretrained", "")
     return cls.make(record, vocab, network, load, mesh, source)
 
   @classmethod
   def from_pretrained(cls, directory: str | Path) -> Model:
-    """The model that `save_pretrained` wrote, on one device.
-
-    Raises:
-      UserError: no such model.
-    """
+    """The model that `save_pretrained` wrote, on one device."""
     folder = Path(directory).expanduser()
     try:
       record = read_json(folder / exported.CONFIG).get(METHOD)
     except (OSError, ValueError):
-      record = None  # exported.load says what is wrong
+      record = None  # exported.load raises the error
     if record is None:
       record, vocab, network, params = _read_exported(folder)
       return cls.make(record, vocab, network, lambda: params)
@@ -191,25 +221,25 @@ class Model:
 
   @property
   def step(self) -> int:
-    """The training step that the parameters are of."""
+    """The training step of the parameters."""
     return self.record["step"]
 
   @property
   def limits(self) -> RolloutConfig:
-    """Of a generation."""
+    """The limits of a generation."""
     return _limits(self.record)
 
   @property
   def loss_config(self) -> LossConfig:
-    """The objective that it was trained with."""
+    """The objective of its training."""
     return LossConfig(**self.record["run"]["config"]["loss"])
 
   def generate(self, prompts: str | Sequence[str], **settings) -> list[str]:
-    """What is left after each prompt, nothing erased; the arguments are those of `generations`.
+    """The text after each prompt, without the erased tokens; arguments as in `generations`.
 
-    It breaks off where there is no more room: `Generation.finished` says so.
+    A text breaks off where there is no more room: `Generation.finished` says so.
     """
-    return [made.text for made in self.generations(prompts, **settings)]
+    return [generation.text for generation in self.generations(prompts, **settings)]
 
   def generations(
     self,
@@ -222,43 +252,64 @@ class Model:
     backspace: bool = True,
     batch: int = 64,
   ) -> list[Generation]:
-    """Goes on from each prompt, as `--mode=sample` does with the same prompts, settings and seed.
+    """Continues each prompt, as `--mode=sample` does with the same prompts, settings and seed.
 
-    Up to rounding: where several devices or other batches round otherwise, a draw may fall the
-    other way.
+    Several devices or other batch sizes may round otherwise, and then a draw may fall otherwise.
 
     Args:
       prompts: [b].
       temperature: 0 is greedy; None is 0 for questions and 1 for text.
       seed: of the draws, which depend on a prompt's place among the prompts.
-      top_k, top_p: only of so many likeliest, only of the likeliest that have this probability.
-      max_actions: tokens typed after a prompt, at most, <backspace>s and <eos> among them; None, or
-        more than there is room for: until there is no more.
+      top_k, top_p: draw from the `top_k` likeliest, and from the likeliest of probability `top_p`.
+      max_actions: most tokens typed after a prompt, <backspace>s among them; None: until there is
+        no more room, which is also the limit.
       backspace: whether a model that has learned to erase may.
-      batch: prompts at a time, at most.
-
-    Raises:
-      UserError: a prompt is too long or has characters that the model does not know, or a setting
-        is out of range.
+      batch: most prompts at a time.
     """
-    prompts, how = _listed(prompts), self.record["generation"]
-    temperature = how["temperature"] if temperature is None else temperature
-    erases = how["backspace"] and backspace
-    settings = rollout.sampling_options(
-      temperature, how["allow_retype"], erases, top_k, top_p, max_actions
+    prompts, defaults = _listed(prompts), self.record["generation"]
+    settings = sampling_options(
+      defaults["temperature"] if temperature is None else temperature,
+      defaults["allow_retype"],
+      defaults["backspace"] and backspace,
+      top_k,
+      top_p,
+      max_actions,
     )
-    prompt, length = tokens.encode_prompts(prompts, self.vocab, how["max_length"])
+    prompt, length = tokens.encode_prompts(prompts, self.vocab, self.limits.max_length)
     size, key = min(batch, len(prompts)), jax.random.key(seed)
-    made = rollout.in_batches(self.rollout, self.params, prompt, length, size, key, **settings)
+    outputs = self.roll_out(prompt, length, size, key, **settings)
 
-    def generation(begin: int, actions, text, end: int, finished) -> Generation:
+    def generation(start: int, actions, text, end: int, finished) -> Generation:
       text = text[:end].tolist()
-      left = "".join(self.vocab.pieces(text)[begin:])
-      return Generation(
-        left, show.strokes(actions.tolist(), self.vocab, text[:begin]), bool(finished)
-      )
+      rest = "".join(self.vocab.pieces(text)[start:])
+      keys = show.Typist(self.vocab, text[:start]).keys(actions.tolist())
+      return Generation(rest, keys, bool(finished))
 
-    return [generation(*row) for row in zip(length, *made, strict=True)]
+    return [generation(*row) for row in zip(length, *outputs, strict=True)]
+
+  def roll_out(
+    self,
+    prompt: np.ndarray,
+    length: np.ndarray,
+    batch: int,
+    key: jax.Array,
+    forced: np.ndarray | None = None,
+    **settings,
+  ) -> Rollout:
+    """Continues any number of encoded prompts [m, p], `batch` at a time; NumPy arrays.
+
+    `forced` [m, a] and `settings` are the last arguments of `rollout.make_settings`.
+    """
+    outputs, m = [], len(prompt)
+    for start in range(0, m, batch):
+      row = np.arange(start, start + batch)
+      index = row % m  # the last batch is filled: one shape, one compilation
+      played = None if forced is None else forced[index]
+      prompts = prompt[index], length[index], key, row
+      output = self.rollout(self.params, *prompts, forced=played, **settings)
+      outputs.append([mesh_lib.to_host(x) for x in output])
+      pause()
+    return Rollout(*(np.concatenate(parts)[:m] for parts in zip(*outputs, strict=True)))
 
   def log_likelihoods(
     self,
@@ -275,60 +326,53 @@ class Model:
       backspace: whether a model that has learned to erase may. Then each token counts without the
         probability of <backspace> in its place, which no text holds; see `questions.policies`.
       finished: whether <eos> after the text counts too.
-      batch: pairs at a time, at most.
+      batch: most pairs at a time.
 
     Returns:
       float32 [b].
-
-    Raises:
-      UserError: not as many texts as prompts, one that is too long with its prompt, or one that has
-        characters that the model does not know.
     """
     prompts, texts = _listed(prompts), _listed(texts)
     if len(prompts) != len(texts):
       raise UserError(f"there are {len(prompts)} prompts and {len(texts)} texts; give one of each.")
-    how = self.record["generation"]
-    prompt, length = tokens.encode_prompts(prompts, self.vocab, how["max_length"])
-    typed = [self.vocab.encode(text) for text in texts]
-    size = length + np.array([len(text) for text in typed])
-    if size.max() > how["max_length"]:
-      worst = int(size.argmax())
+    limit, n = self.limits.max_length, len(texts)
+    prompt, length = tokens.encode_prompts(prompts, self.vocab, limit)
+    answers = [self.vocab.encode(text) for text in texts]
+    size = length + np.array([len(answer) for answer in answers])
+    if size.max() > limit:
+      longest = int(size.argmax())
       raise UserError(
-        f"{tokens.short(texts[worst])} and its prompt take {size[worst]} tokens, and the model's "
-        f"context holds {how['max_length']}; shorten one of them."
+        f"{tokens.short(texts[longest])} and its prompt take {size[longest]} tokens, and the "
+        f"model's context holds {limit}; shorten one of them."
       )
-    actions = tokens.padded([[*text, EOS] for text in typed])
-    rows, found = tree(prompt, length, actions, int(size.max())), []
-    rows["weight"] *= finished | (rows["action"] != EOS)
-    for start in range(0, len(texts), batch):
-      index = np.arange(start, start + min(batch, len(texts))) % len(texts)  # one shape
-      part = {name: x[index] for name, x in rows.items()}
-      found.append(self._score(self.params, part, how["backspace"] and backspace))
-    return np.concatenate(found)[: len(texts)]
+    actions = tokens.padded([[*answer, EOS] for answer in answers])
+    trees = tree(prompt, length, actions, int(size.max()))
+    trees["weight"] *= finished | (trees["action"] != EOS)
+    erases, scores = self.record["generation"]["backspace"] and backspace, []
+    for start in range(0, n, batch):
+      index = np.arange(start, start + min(batch, n)) % n  # one shape
+      part = {name: x[index] for name, x in trees.items()}
+      scores.append(mesh_lib.to_host(self._score[erases](self.params, part)))
+    return np.concatenate(scores)[:n]
 
   @cached_property
-  def _score(self) -> Callable:
-    """(params, rows of a tree, backspace) -> each row's log-likelihood, float32 [b]."""
+  def _score(self) -> dict[bool, Callable]:
+    """Whether it may erase -> the function (params, trees) -> log-likelihoods, float32 [b]."""
 
-    def score(backspace: bool, params, rows):
-      logits = self.network.apply(params, rows["token"], rows["position"], rows["end"])
-      return loss.log_likelihood(logits, rows, backspace)
+    def score(backspace: bool, params, trees):
+      logits = self.network.apply(params, trees["token"], trees["position"], trees["end"])
+      return loss.log_likelihood(logits, trees, backspace)
 
-    jitted = {may: mesh_lib.jit(functools.partial(score, may), self.mesh) for may in (True, False)}
-    return lambda params, rows, backspace: mesh_lib.to_host(jitted[backspace](params, rows))
+    return {may: mesh_lib.jit(functools.partial(score, may), self.mesh) for may in (True, False)}
 
   def evaluate(
     self, out: str | Path | None = None, seed: int = 0, features: str = ""
   ) -> dict[str, float]:
-    """Every metric on all test examples, by name; docs/METRICS.md says what is what.
+    """Every metric on all test examples, by name; docs/METRICS.md explains them.
 
     Args:
       out: also prints the numbers, and writes them into this directory.
       features: the workdir of a text run or a folder of GPT-2's weights, whose features MAUVE
         compares; "" for the run's config.eval.features.
-
-    Raises:
-      UserError: the run's data are not there, or are others now.
     """
     from ml_collections import ConfigDict
 
@@ -346,23 +390,20 @@ class Model:
     features = features or config.eval.get("features", "")
     embed = load_features(features, self.vocab) if features else None
     run, examples = task.make_evaluate(config, metadata, self, seed, embed)
-    found = run(self, True)
+    metrics = run(self, True)
     if out is None:
-      return {name: value for name, value in found if not np.ndim(value)}
-    return report({"step": self.step, "seed": seed, "examples": examples}, found, Path(out))
+      return {name: value for name, value in metrics if not np.ndim(value)}
+    return report({"step": self.step, "seed": seed, "examples": examples}, metrics, Path(out))
 
   def save_pretrained(self, directory: str | Path) -> None:
     """Writes files that `from_pretrained` reads; all processes must call it, the first writes.
 
-    A model from pretrained weights becomes a folder as Hugging Face lays it out, adapters merged.
-
-    Raises:
-      UserError: the directory is what the model began from, or has its tokenizer.
+    A pretrained model becomes a folder in Hugging Face's layout, with its adapters merged.
     """
     out, vocab = Path(directory), self.vocab
-    taken = [self.source] if self.source else []
-    taken += [Path(vocab.path).parent] if isinstance(vocab, TextVocab) else []
-    if out.resolve() in (Path(path).expanduser().resolve() for path in taken):
+    sources = [self.source] if self.source else []
+    sources += [Path(vocab.path).parent] if isinstance(vocab, TextVocab) else []
+    if out.resolve() in (Path(path).expanduser().resolve() for path in sources):
       raise UserError(
         f"--out={out} is what the run began from or has its tokenizer; choose another directory."
       )
@@ -381,19 +422,17 @@ def load_features(path: str, vocab: Vocab | TextVocab) -> Callable:
   """The network at `path` as texts -> float32 [m, k], see `evaluation.features.Features`.
 
   Args:
-    path: the workdir of a run on text, or a folder of GPT-2's or Llama's weights as Hugging Face
-      lays it out.
-    vocab: of what texts will be made of.
-
-  Raises:
-    UserError: there is none, or it does not know all characters of `vocab`.
+    path: the workdir of a run on text, or a folder of GPT-2's or Llama's weights in Hugging Face's
+      layout.
+    vocab: the tokens of the texts; UserError if the network does not know all their characters.
   """
   from seqmatch_jax.evaluation import features
   from train_jax.checkpointing.checkpoint import Checkpoints
 
-  if not Checkpoints(Path(path).expanduser()).steps():
+  workdir = Path(path).expanduser()
+  if not Checkpoints(workdir).steps():
     return features.of_folder(path)
-  model = Model.from_run(Path(path).expanduser())
+  model = Model.from_run(workdir)
   features.check_vocabulary(path, model.vocab, vocab)
   hidden = model.network.features
   return features.make_features(hidden, model.params, model.vocab, last=False, mesh=model.mesh)
@@ -409,12 +448,12 @@ def _limits(record: dict) -> RolloutConfig:
 
 
 def _sizes(record: dict) -> TransformerConfig:
-  sizes = dict(record["network"])
+  sizes = record["network"]
   return TransformerConfig(**{**sizes, "lora": sizes["lora"] and lora.LoraConfig(**sizes["lora"])})
 
 
 def _read_exported(folder: Path) -> tuple:
-  """(record, vocabulary, network, parameters) of a run from nothing."""
+  """(record, vocabulary, network, parameters) of a network that was drawn."""
   record, stored = exported.load(folder, METHOD)
   metadata = record["run"]["metadata"]
   if "tokenizer" in metadata:
@@ -425,17 +464,11 @@ def _read_exported(folder: Path) -> tuple:
     return lora.join(network.init(key), network.frozen(key))
 
   params = exported.fill(stored, jax.eval_shape(whole, jax.random.key(0)))
-  return record, tokens.from_metadata(metadata), network, params
+  return record, tokenizer.from_metadata(metadata), network, params
 
 
 def _read_hugging_face(folder: Path, record: dict) -> tuple:
-  """(vocabulary, network, parameters) of a run from pretrained weights, its adapters merged."""
+  """(vocabulary, network, parameters) of a pretrained network, its adapters merged."""
   sizes = TransformerConfig(**{**record["network"], "lora": None})
-  vocab = TextVocab.from_file(folder)
-  network = transformer.make_network(sizes)
-  shapes = jax.eval_shape(network.init, jax.random.key(0))
-  device = SingleDeviceSharding(jax.local_devices()[0])
-  shardings = jax.tree.map(lambda _: device, shapes)
-  # The bias of <backspace> is there: an export has the tensor.
-  params = pretrained.to_device(pretrained.read(folder, sizes, vocab, 0.0), shapes, shardings)
-  return vocab, network, params
+  vocab, mesh = TextVocab.from_file(folder), mesh_lib.make_mesh(devices=jax.local_devices()[:1])
+  return vocab, *pretrained.load(folder, sizes, vocab, mesh)

@@ -1,8 +1,8 @@
 """Generation with <backspace>: batched, on a cache that rewinds, in one while_loop or in chunks.
 
-The cache is a stack. A <backspace> takes one off the length; the next step feeds the token that is
-then on top, at its position, over an equal entry, and nothing else is recomputed. So that greedy
-decoding does not allow_retype what it has just erased, and that every trajectory ends:
+The cache is a stack. A <backspace> takes one off the length. The next step feeds the token that is
+then on top, at its position, over an equal entry, and nothing else is recomputed. Three rules keep
+greedy decoding from retyping what it has just erased, and make every trajectory end:
 
 - a token that was erased in a state is not typed again in that state;
 - after `max_backspaces` of them a trajectory has no more <backspace>s;
@@ -13,8 +13,7 @@ Dimensions: b batch, p prompt, l text, a actions, e erasures, v vocabulary.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +25,7 @@ from jax.sharding import Mesh
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from seqmatch_jax.transformer import TransformerFunctions
 from train_jax import mesh as mesh_lib
-from train_jax.errors import UserError
-from train_jax.multihost.signals import pause
+from train_jax.errors import UserError, check_at_least
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class RolloutConfig:
     max_length: tokens in the text, prompt included.
     max_actions: tokens typed, <backspace>s and <eos> together.
     max_backspaces: <backspace>s in one trajectory.
-    open_ended: whether a trajectory breaks off, without <eos>, where its row is full. Longer texts
-      are broken off so in training, and what to do there is not learned: a model that may only
-      stop or erase mostly erases, and fills the row again.
+    open_ended: whether a trajectory breaks off, without <eos>, where its row is full. In training
+      longer texts are broken off there, so the model does not learn what to do: if it may only stop
+      or erase, it mostly erases, and fills the row again.
   """
 
   max_length: int
@@ -50,12 +48,11 @@ class RolloutConfig:
 
   def __post_init__(self):
     for name, least in (("max_length", 1), ("max_actions", 1), ("max_backspaces", 0)):
-      if getattr(self, name) < least:
-        raise UserError(f"rollout.{name}={getattr(self, name)} must be at least {least}.")
+      check_at_least(f"rollout.{name}", getattr(self, name), least)
 
 
 class Rollout(NamedTuple):
-  """What was done, and what is left of it.
+  """Trajectories, and the texts that they leave.
 
   Attributes:
     actions: int32 [b, a], PAD after <eos>.
@@ -81,15 +78,64 @@ class State(NamedTuple):
   step: jax.Array
   rollout: Rollout
   cache: list[tuple[jax.Array, jax.Array]]
-  backspaces: jax.Array  # [b] how many there were
+  backspaces: jax.Array  # [b] their number
   erased: jax.Array  # [b, e] the token
-  at: jax.Array  # [b, e] the text's length without it; 0 once that text is gone for good
+  erased_at: jax.Array  # [b, e] the text's length without it; 0 once that text is gone for good
+
+
+class Settings(NamedTuple):
+  """How the next action is chosen; all of it is traced, so one compilation serves all values.
+
+  Attributes:
+    key, row: the randomness: step i of row r draws from fold_in(fold_in(key, r), i); row int32 [b].
+    temperature: 0 is greedy.
+    allow_backspace: whether the model may erase.
+    allow_retype: whether a token may be typed again where it was erased. The policy itself does; a
+      generation that does so wastes its erasures, and a greedy one repeats itself.
+    forced: int32 [b, a], actions that replace the model's choice at these times; PAD where it is
+      free. They obey the rules of `legal`, and may type again what was erased.
+    max_actions: the most actions of a trajectory.
+    nucleus: None, or (top_k, top_p): only the actions of `nucleus` are drawn.
+  """
+
+  key: jax.Array
+  row: jax.Array
+  temperature: jax.Array
+  allow_backspace: jax.Array
+  allow_retype: jax.Array
+  forced: jax.Array
+  max_actions: jax.Array
+  nucleus: tuple[jax.Array, jax.Array] | None
+
+
+def make_settings(
+  config: RolloutConfig,
+  key,
+  row,
+  temperature=1.0,
+  allow_backspace=True,
+  allow_retype=False,
+  forced=None,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  max_actions: int | None = None,
+) -> Settings:
+  """The `Settings` of a rollout; their types do not depend on those of the arguments."""
+  if forced is None:
+    forced = np.full((len(row), config.max_actions), PAD, np.int32)  # jnp's would be compiled
+  best = None
+  if top_k is not None or top_p is not None:
+    best = jnp.int32(top_k or np.iinfo(np.int32).max), jnp.float32(1 if top_p is None else top_p)
+  switches = jnp.float32(temperature), jnp.bool_(allow_backspace), jnp.bool_(allow_retype)
+  limit = jnp.int32(min(max_actions or config.max_actions, config.max_actions))
+  return Settings(key, jnp.asarray(row), *switches, jnp.asarray(forced), limit, best)
 
 
 def legal(length: jax.Array, prompt_length: jax.Array, max_length: int, vocab: int) -> jax.Array:
-  """The rules: which actions there are in texts of length [b] -> bool [b, v].
+  """The legal actions in texts of `length` [b] -> bool [b, v].
 
-  Never PAD or <bos>, <backspace> only behind the prompt, tokens only where there is room.
+  PAD and <bos> are never legal, <backspace> only behind the prompt, tokens only where there is
+  room.
   """
   action, length = jnp.arange(vocab), length[:, None]
   return jnp.select(
@@ -99,34 +145,11 @@ def legal(length: jax.Array, prompt_length: jax.Array, max_length: int, vocab: i
   )
 
 
-class Settings(NamedTuple):
-  """How the next action is chosen; all of it traced, so that one compilation serves all values.
-
-  Attributes:
-    key, row: the randomness: step i of row r draws from fold_in(fold_in(key, r), i); row int32 [b].
-    temperature: 0 is greedy.
-    allow_backspace: whether the model may erase.
-    allow_retype: whether a token may be typed again where it was erased.
-    forced: int32 [b, a], see `make_rollout`.
-    most: actions of a trajectory, at most.
-    nucleus: None, or (top_k, top_p), see `nucleus`.
-  """
-
-  key: jax.Array
-  row: jax.Array
-  temperature: jax.Array
-  allow_backspace: jax.Array
-  allow_retype: jax.Array
-  forced: jax.Array
-  most: jax.Array
-  nucleus: tuple[jax.Array, jax.Array] | None
-
-
 def nucleus(score: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-  """The likeliest actions, bool [b, v], of scores [b, v] up to a constant log-probabilities.
+  """The likeliest actions, bool [b, v], of scores [b, v]: log-probabilities up to a constant.
 
-  The `top_k` best, and of these as many of the best as are needed for the probability `top_p`, at
-  least one (arXiv 1904.09751); more where scores are equal.
+  These are the best of the `top_k` best, as many as the probability `top_p` needs, and at least
+  one (arXiv 1904.09751); more where scores are equal.
   """
   best = jnp.sort(score, axis=-1, descending=True)
   share = jax.nn.softmax(best)
@@ -145,10 +168,10 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
   slots, memory = jnp.arange(config.max_length), jnp.arange(config.max_backspaces)
 
   def act(state: State, logits, noise, prompt_length, settings: Settings) -> jax.Array:
-    """The next action [b]: the one that is forced, or the best of those allowed."""
+    """The next action [b]: the forced one, or the best of those allowed."""
     length, vocab = state.rollout.length, jnp.arange(logits.shape[-1])
     rules = legal(length, prompt_length, config.max_length, len(vocab))
-    here = (state.at == length[:, None])[..., None]
+    here = (state.erased_at == length[:, None])[..., None]
     tried = (here & (state.erased[..., None] == vocab)).any(1) & ~settings.allow_retype  # [b, v]
     may_erase = settings.allow_backspace & (state.backspaces < config.max_backspaces)
     allowed = rules & ~tried & (may_erase[:, None] | (vocab != BACKSPACE))
@@ -161,7 +184,7 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
     return jnp.where(is_over(config, state.rollout), PAD, action)
 
   def update(state: State, action, top, cache) -> State:
-    """The state after action [b]; `top` [b, 1] is what a <backspace> erases."""
+    """The state after action [b]; a <backspace> erases `top` [b, 1]."""
     actions, tokens, before, finished = state.rollout
     push, pop = (action > BACKSPACE)[:, None], (action == BACKSPACE)[:, None]
     length = before[:, None] + push - pop  # [b, 1]
@@ -171,8 +194,8 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
       length[:, 0],
       finished | (action == EOS),
     )
-    # A token begins a text that was not there before, and ends all that went on otherwise.
-    at = jnp.where(push & (state.at >= length), 0, state.at)
+    # A token begins a new text. All erasures in texts that went on otherwise are void.
+    erased_at = jnp.where(push & (state.erased_at >= length), 0, state.erased_at)
     new = pop & (memory == state.backspaces[:, None])
     return State(
       state.step + 1,
@@ -180,7 +203,7 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
       cache,
       state.backspaces + pop[:, 0],
       jnp.where(new, top, state.erased),
-      jnp.where(new, length, at),
+      jnp.where(new, length, erased_at),
     )
 
   def begin(params, prompt, prompt_length) -> State:
@@ -201,7 +224,7 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
       cache=network.read(params, prompt, config.max_length),
       backspaces=jnp.zeros(b, jnp.int32),
       erased=jnp.zeros((b, config.max_backspaces), jnp.int32),
-      at=jnp.zeros((b, config.max_backspaces), jnp.int32),
+      erased_at=jnp.zeros((b, config.max_backspaces), jnp.int32),
     )
 
   def advance(params, state: State, prompt_length, settings: Settings, until) -> State:
@@ -225,102 +248,36 @@ def make_steps(network: TransformerFunctions, config: RolloutConfig) -> tuple[Ca
   return begin, advance
 
 
-def make_settings(
-  config: RolloutConfig,
-  key,
-  row,
-  temperature=1.0,
-  allow_backspace=True,
-  allow_retype=False,
-  forced=None,
-  top_k: int | None = None,
-  top_p: float | None = None,
-  max_actions: int | None = None,
-) -> Settings:
-  """The settings of a rollout, see `make_rollout`; of one type whatever they are given as."""
-  if forced is None:
-    forced = np.full((len(row), config.max_actions), PAD, np.int32)  # jnp's would be compiled
-  best = None
-  if top_k is not None or top_p is not None:
-    best = jnp.int32(top_k or np.iinfo(np.int32).max), jnp.float32(1 if top_p is None else top_p)
-  switches = jnp.float32(temperature), jnp.bool_(allow_backspace), jnp.bool_(allow_retype)
-  most = jnp.int32(min(max_actions or config.max_actions, config.max_actions))
-  return Settings(key, jnp.asarray(row), *switches, jnp.asarray(forced), most, best)
-
-
-def sampling_options(
-  temperature: float,
-  allow_retype: bool,
-  backspace: bool,
-  top_k: int | None,
-  top_p: float | None,
-  max_actions: int | None,
-) -> dict:
-  """How samples are drawn: the last arguments of `make_rollout`'s function.
-
-  Args:
-    allow_retype: whether what is drawn may type again what it has erased.
-    backspace: whether the model has learned to erase, and may.
-
-  Raises:
-    UserError: a temperature below 0, top_k or max_actions below 1, or top_p outside [0, 1].
-  """
-  if not 0 <= temperature < math.inf:
-    raise UserError(f"temperature={temperature} must be finite and at least 0; 0 is greedy.")
-  if top_k is not None and top_k < 1:
-    raise UserError(f"top_k={top_k} must be at least 1; None leaves all tokens.")
-  if top_p is not None and not 0 <= top_p <= 1:
-    raise UserError(f"top_p={top_p} must lie in [0, 1]; None leaves all tokens.")
-  if max_actions is not None and max_actions < 1:
-    raise UserError(f"max_actions={max_actions} must be at least 1; None leaves the model's limit.")
-  return {
-    "temperature": temperature,
-    "allow_retype": allow_retype and temperature > 0,  # a greedy one would repeat itself
-    "allow_backspace": backspace,
-    "top_k": top_k,
-    "top_p": top_p,
-    "max_actions": max_actions,
-  }
-
-
 def make_rollout(
   network: TransformerFunctions, config: RolloutConfig, mesh: Mesh | None = None
 ) -> Callable[..., Rollout]:
-  """Returns `rollout(params, prompt, length, key, row, ...)`: continues prompts in one go.
+  """Returns `rollout(params, prompt, length, key, row, ...)`, which continues prompts in one go.
 
-  It goes on until each is over, see `is_over`, or has its most actions. A row's trajectory depends
-  on its prompt, (key, row) and the settings: not on the batch. One compilation serves all settings,
-  and another one those with `top_k` or `top_p`. The arguments:
+  Each row goes on until it is over, see `is_over`, or has its most actions. Its trajectory depends
+  on its prompt, (key, row) and the settings, but not on the batch. One compilation serves all
+  settings, and another one those with `top_k` or `top_p`. The arguments:
 
     prompt: int32 [b, p], left-aligned; never erased.
     length: int32 [b], of the prompts.
-    key: the randomness; step i of a row draws from fold_in(fold_in(key, row), i).
-    row: int32 [b], a number for each row.
-    temperature: 0 is greedy.
-    allow_backspace: whether the model may erase.
-    allow_retype: whether a token may be typed again where it was erased. The policy itself does; a
-      generation that does so wastes its erasures, and a greedy one repeats itself.
-    forced: int32 [b, a], actions that are played at these times instead of the model's choice;
-      PAD where it is free. The rules hold (`legal`), what the model may not repeat does not.
-    top_k, top_p: what is drawn is among the likeliest actions only, see `nucleus`.
-    max_actions: the most, if not those of `config`, which are also the limit.
+    key, row, ...: the arguments of `make_settings`, which become `Settings`.
 
   Args:
-    mesh: of the devices that share the rows out, each of which then has all that was made; None
-      leaves that to whoever traces it.
+    mesh: its devices share the rows, and each then has all outputs; None leaves that to the caller,
+      who traces `rollout`.
   """
   begin, advance = make_steps(network, config)
 
   def run(params, prompt, prompt_length, settings: Settings) -> Rollout:
-    n, (row, forced) = len(prompt), (settings.row, settings.forced)
-    rows = mesh_lib.fill_rows((prompt, prompt_length, row, forced))
-    prompt, prompt_length, row, forced = rows
+    n = len(prompt)
+    prompt, prompt_length, row, forced = mesh_lib.fill_rows(
+      (prompt, prompt_length, settings.row, settings.forced)
+    )
     settings = settings._replace(row=row, forced=forced)
     state = begin(params, prompt, prompt_length)
-    made = advance(params, state, prompt_length, settings, settings.most).rollout
-    inside = jnp.arange(config.max_length) < made.length[:, None]
-    made = made._replace(tokens=jnp.where(inside, made.tokens, PAD))
-    return jax.tree.map(lambda x: x[:n], made)
+    rollout = advance(params, state, prompt_length, settings, settings.max_actions).rollout
+    inside = jnp.arange(config.max_length) < rollout.length[:, None]
+    rollout = rollout._replace(tokens=jnp.where(inside, rollout.tokens, PAD))
+    return jax.tree.map(lambda x: x[:n], rollout)
 
   run = mesh_lib.jit(run, mesh)
 
@@ -328,55 +285,3 @@ def make_rollout(
     return run(params, prompt, length, make_settings(config, key, row, *args, **kwargs))
 
   return rollout
-
-
-def in_batches(
-  generate: Callable,
-  params,
-  prompt: np.ndarray,
-  length: np.ndarray,
-  batch: int,
-  key: jax.Array,
-  forced: np.ndarray | None = None,
-  **settings,
-) -> Rollout:
-  """Goes on from any number of prompts [m, p], `batch` at a time; NumPy arrays.
-
-  Args:
-    generate: see `make_rollout`; `forced` [m, a] and `settings` are its last arguments.
-  """
-  made, m = [], len(prompt)
-  for start in range(0, m, batch):
-    row = np.arange(start, start + batch)
-    chosen = row % m  # the last batch is filled: one shape, one compilation
-    played = None if forced is None else forced[chosen]
-    out = generate(params, prompt[chosen], length[chosen], key, row, forced=played, **settings)
-    made.append([mesh_lib.to_host(x) for x in out])
-    pause()
-  return Rollout(*(np.concatenate(parts)[:m] for parts in zip(*made, strict=True)))
-
-
-def make_stream(
-  network: TransformerFunctions, config: RolloutConfig, every: int, mesh: Mesh | None = None
-) -> Callable[..., Iterator]:
-  """Returns `stream`: what `make_rollout` returns, but an iterator.
-
-  It yields the new actions int32 [b, n], n <= `every`, as soon as they are made.
-  """
-  begin, advance = make_steps(network, config)
-  if mesh:  # not mesh_lib.jit: the state stays spread over the devices
-    begin, advance = mesh_lib.with_mesh(mesh, begin), mesh_lib.with_mesh(mesh, advance)
-  begin, advance = jax.jit(begin), jax.jit(advance, donate_argnums=1)
-
-  def stream(params, prompt, length, key, row, *args, **kwargs) -> Iterator[np.ndarray]:
-    settings = make_settings(config, key, row, *args, **kwargs)
-    state, done = begin(params, prompt, length), 0
-    while done < (most := int(settings.most)):
-      state = advance(params, state, length, settings, min(done + every, most))
-      step, over = int(state.step), bool(is_over(config, state.rollout).all())
-      yield np.asarray(state.rollout.actions)[:, done:step]  # a slice in JAX would be compiled
-      if over:
-        return
-      done = step
-
-  return stream

@@ -3,8 +3,8 @@
 Two families. `llama` is Llama 2 and 3 (arXiv 2307.09288, 2407.21783): RMSNorm, rotary positions
 (arXiv 2104.09864), SwiGLU (arXiv 2002.05202), grouped-query attention (arXiv 2305.13245) and no
 biases. `gpt2` (Radford et al., 2019) has LayerNorm, learned positions, GELU and biases. Position
-and visibility are inputs, so that one pass gives the logits of every state of a trajectory with
-<backspace>s; in generation a <backspace> is a smaller position.
+and visibility are inputs. So one pass gives the logits of every state of a trajectory with
+<backspace>s, and in generation a <backspace> is a smaller position.
 
 Dimensions: b batch, s nodes, l cached entries, v vocabulary, k width, n heads, m heads of keys and
 values, f head features.
@@ -25,21 +25,9 @@ from jax.sharding import PartitionSpec
 
 from seqmatch_jax.actions import visible
 from seqmatch_jax.tokens import BACKSPACE
-from train_jax import lora
-from train_jax.errors import UserError
-from train_jax.layers import (
-  Dense,
-  Embed,
-  attend,
-  check_network,
-  output,
-  recipe,
-  scan_blocks,
-  stack_blocks,
-)
+from train_jax import layers, lora
+from train_jax.errors import UserError, check_one_of
 from train_jax.mesh import shard_batch
-
-FAMILIES = ("llama", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -52,26 +40,25 @@ class TransformerConfig:
   heads: int
   hidden: int  # of the SwiGLU, or of GPT-2's layer
   dtype: str = "float32"  # of the computation; parameters and logits are float32
-  remat: str = "none"  # what is computed again in the backward pass, see layers.REMAT
+  remat: str = "none"  # the parts that the backward pass computes again, see layers.REMAT
   unroll: bool = False  # of the scan over blocks: faster when shallow, slower to compile when deep
   attention: str = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs; not in generation
   family: str = "llama"  # or gpt2
   kv_heads: int = 0  # of keys and values, which groups of heads share; 0: as many as heads
   theta: float = 10_000.0  # of the rotary positions
-  scaling: tuple[float, ...] = ()  # Llama 3's (factor, low, high, original context) of theirs
+  scaling: tuple[float, ...] = ()  # of the rotary positions, see `frequencies`
   context: int = 0  # of GPT-2's learned positions
   epsilon: float = 1e-5  # of the norms
   tied: bool = False  # the embedding is also the output
   erase: bool = False  # <backspace>'s logit has a row and a bias of its own
-  lora: lora.LoraConfig | None = None  # learn these adapters (and `erase`) only
+  lora: lora.LoraConfig | None = None  # only these adapters (and `erase`) are learned
 
   def __post_init__(self):
     object.__setattr__(self, "scaling", tuple(self.scaling))  # JSON has lists
-    check_network(self, ("vocab", "width", "depth", "heads", "hidden"), 2)  # rotary: in pairs
-    if self.family not in FAMILIES:
-      raise UserError(
-        f"model.family={self.family!r} is unknown; choose from {', '.join(FAMILIES)}."
-      )
+    layers.check_network(
+      self, ("vocab", "width", "depth", "heads", "hidden"), 2
+    )  # rotary: in pairs
+    check_one_of("model.family", self.family, ("llama", "gpt2"))
     if self.kv_heads < 0 or (self.kv_heads and self.heads % self.kv_heads):
       raise UserError(
         f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}, or be 0."
@@ -88,7 +75,7 @@ class TransformerConfig:
 
   @property
   def parts(self) -> dict[str, dict[str, int]]:
-    """The matrices of a block that read the same input, by layer, with their outputs."""
+    """The matrices of a block by layer: those that read the same input, with their output sizes."""
     groups = (self.kv_heads or self.heads) * self.head
     attention = {"qkv": {"q": self.width, "k": groups, "v": groups}, "out": {"o": self.width}}
     if self.family == "gpt2":
@@ -97,7 +84,7 @@ class TransformerConfig:
     return {**attention, "gate_up": gate_up, "down": {"down": self.width}}
 
   def check_length(self, length: int) -> None:
-    """Raises UserError if a text of `length` tokens has no place among learned positions."""
+    """Raises UserError if a text of `length` tokens exceeds the learned positions."""
     if self.family == "gpt2" and length > self.context:
       raise UserError(
         f"a text of {length} tokens does not fit into the {self.context} positions that this model "
@@ -109,18 +96,18 @@ class TransformerFunctions(NamedTuple):
   """A decoder as functions; `params` is a nested dict of float32 arrays.
 
   Attributes:
-    init: key -> params; with LoRA those that are learned, and the functions below take
+    init: key -> params; with LoRA only the learned ones, and the functions below take
       `lora.join(params, frozen)`.
-    frozen: key -> the others, kept as LoraConfig.base says; {} without LoRA.
-    apply: (params, token, position, end) -> logits [b, s, v] float32, where the arguments are
-      int32 [b, s] and node j sees node k iff k <= j < end[k] (see `actions.tree`).
-    features: the same arguments -> what the output layer reads, [b, s, k] float32.
+    frozen: key -> the others, stored as LoraConfig.base says; {} without LoRA.
+    apply: (params, token, position, end) -> logits [b, s, v] float32. The arguments are int32
+      [b, s], and node j sees node k iff k <= j < end[k] (see `actions.tree`).
+    features: the same arguments -> the input of the output layer, [b, s, k] float32.
     read: (params, prompt int32 [b, p], length) -> a cache of `length` slots that begins with the
-      prompts: of each layer, keys and values [b, m, l, f]. Prompts are left-aligned; what follows
-      them is overwritten in time. UserError if GPT-2 has not so many positions.
+      prompts: for each layer, keys and values [b, m, l, f]. Prompts are left-aligned; later tokens
+      overwrite the padding. UserError if GPT-2 has fewer positions.
     extend: (params, cache, token int32 [b], start int32 [b]) -> (logits [b, v] float32, cache). A
-      token is at position `start`, fills that slot, and sees the slots up to it. What lies behind
-      is not seen, and is overwritten in time: to go back is to start earlier.
+      token is at position `start`, fills that slot, and sees the slots up to it. Later slots are
+      not seen, and are overwritten in time: to go back is to start earlier.
   """
 
   init: Callable
@@ -135,9 +122,9 @@ def frequencies(features: int, theta: float, scaling: tuple[float, ...] = ()) ->
   """The rotary frequencies -> float32 [f / 2].
 
   Args:
-    scaling: () or Llama 3's (factor, low, high, original context): waves of which less than `low`
-      fit into the original context become `factor` times as long, those of which more than `high`
-      fit stay, and between the two it is interpolated.
+    scaling: () or Llama 3's (factor, low, high, original context). Waves that fit less than `low`
+      times into the original context become `factor` times as long, those that fit more than `high`
+      times stay, and between the two the frequency is interpolated.
   """
   frequency = theta ** (-np.arange(0, features, 2) / features)
   if scaling:
@@ -149,7 +136,7 @@ def frequencies(features: int, theta: float, scaling: tuple[float, ...] = ()) ->
 
 
 def waves(position: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, jax.Array]:
-  """cos and sin of the rotary angles at position [b, s] -> two of [b, s, 1, f / 2]."""
+  """cos and sin of the rotary angles at position [b, s], each [b, s, 1, f / 2]."""
   angle = position[..., None, None] * frequency
   return jnp.cos(angle), jnp.sin(angle)
 
@@ -167,7 +154,7 @@ def put(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def make_norm(config: TransformerConfig, rngs) -> nnx.Module:
-  """A norm over the width, as the family has it."""
+  """The family's norm over the width."""
   shared = {"epsilon": config.epsilon, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
   if config.family == "gpt2":
     return nnx.LayerNorm(config.width, use_fast_variance=False, **shared)
@@ -182,7 +169,7 @@ class TransformerBlock(nnx.Module):
 
     def layer(name: str) -> nnx.Module:
       parts, inputs = config.parts[name], config.hidden if name == "down" else config.width
-      # What is added to the sum over layers shrinks with their number (GPT-2).
+      # The layers that add to the residual stream begin smaller, by their number (GPT-2).
       depth = 2 * config.depth if name in ("out", "down") else 1
       shared = {
         "use_bias": config.family == "gpt2",
@@ -192,23 +179,21 @@ class TransformerBlock(nnx.Module):
       }
       if config.lora:
         return lora.Linear(inputs, parts, config.lora, **shared)
-      return Dense(inputs, sum(parts.values()), **shared)
+      return layers.Dense(inputs, sum(parts.values()), **shared)
 
     self.norm1 = make_norm(config, rngs)
     self.qkv, self.out = layer("qkv"), layer("out")
     self.norm2 = make_norm(config, rngs)
-    if config.family == "gpt2":
-      self.up = layer("up")
-    else:
-      self.gate_up = layer("gate_up")
+    inner = "up" if config.family == "gpt2" else "gate_up"
+    setattr(self, inner, layer(inner))
     self.down = layer("down")
 
   def __call__(self, x, wave, mask, attention: str, cache=None, start=None):
     """x [b, s, k], mask bool [b, 1, s, s] -> x, (keys, values), these of [b, s, m, f].
 
-    With a `cache`, the layer's keys and values [b, m, l, f], it is one token a row (s = 1): that is
-    written into slot `start` [b] and sees the slots that mask [b, 1, 1, l] says; the new cache is
-    returned. `wave` is None without rotary positions; `attention` is the kind, see `attend`.
+    A `cache` is the layer's keys and values [b, m, l, f]. Then x holds one token a row (s = 1),
+    which is written into slot `start` [b] and sees the slots of mask [b, 1, 1, l], and the new
+    cache is returned. `wave` is None without rotary positions; `attention`: see `attend`.
     """
     (b, s, k), config = x.shape, self.config
     sizes = np.cumsum(list(config.parts["qkv"].values()))[:-1]
@@ -220,39 +205,39 @@ class TransformerBlock(nnx.Module):
     if cache is not None:
       kept = put(cache[0], key, start), put(cache[1], value, start)
       key, value = (part.swapaxes(1, 2) for part in kept)
-    attended = attend(q, key, value, attention, mask)
-    x = x + self.out(attended.reshape(b, s, k))
-    return x + self.down(self._inner(self.norm2(x))), kept
-
-  def _inner(self, x):
-    if self.config.family == "gpt2":
-      return nnx.gelu(self.up(x), approximate=True)
-    gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-    return nnx.silu(gate) * up
+    x = x + self.out(layers.attend(q, key, value, attention, mask).reshape(b, s, k))
+    inner = self.norm2(x)
+    if config.family == "gpt2":
+      inner = nnx.gelu(self.up(inner), approximate=True)
+    else:
+      gate, up = jnp.split(self.gate_up(inner), 2, axis=-1)
+      inner = nnx.silu(gate) * up
+    return x + self.down(inner), kept
 
 
 class Transformer(nnx.Module):
   """The decoder. The blocks are stacked along a leading axis."""
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-    v, k, dtype = config.vocab, config.width, jnp.dtype(config.dtype)
-    normal = nnx.initializers.normal(0.02)
+    v, k, normal = config.vocab, config.width, nnx.initializers.normal(0.02)
     self.config = config
-    kept = config.lora.embedding_dtype if config.lora else jnp.float32
-    shared = {"dtype": dtype, "param_dtype": kept, "rngs": rngs}
-    self.embed = Embed(v, k, embedding_init=normal, **shared)
+    stored = config.lora.embedding_dtype if config.lora else jnp.float32
+    shared = {"dtype": jnp.dtype(config.dtype), "param_dtype": stored, "rngs": rngs}
+    self.embed = layers.Embed(v, k, embedding_init=normal, **shared)
     if config.family == "gpt2":
-      self.place = Embed(config.context, k, embedding_init=normal, **shared)
+      self.place = layers.Embed(config.context, k, embedding_init=normal, **shared)
 
-    self.blocks = stack_blocks(lambda rngs: TransformerBlock(config, rngs=rngs), config.depth, rngs)
+    self.blocks = layers.stack_blocks(
+      lambda rngs: TransformerBlock(config, rngs=rngs), config.depth, rngs
+    )
     self.norm = make_norm(config, rngs)
     if not config.tied:
-      self.out = Dense(k, v, use_bias=False, kernel_init=normal, **shared)
+      self.out = layers.Dense(k, v, use_bias=False, kernel_init=normal, **shared)
     if config.erase:
-      self.erase = Dense(k, 1, kernel_init=normal, rngs=rngs)
+      self.erase = layers.Dense(k, 1, kernel_init=normal, rngs=rngs)
 
   def _begin(self, token, position):
-    """token, position [b, s] -> x [b, s, k], the rotary waves, the blocks as recipe and arrays."""
+    """token, position [b, s] -> x [b, s, k], rotary waves, and the blocks' graphdef and arrays."""
     config, x, wave = self.config, self.embed(token), None
     if config.family == "gpt2":
       x = x + self.place(position)
@@ -261,9 +246,9 @@ class Transformer(nnx.Module):
     return x, wave, *nnx.split(self.blocks)
 
   def __call__(self, token, position, mask, keep=False):
-    """token, position [b, s], mask bool [b, s, s] -> normalised x [b, s, k], kept.
+    """token, position [b, s], mask bool [b, s, s] -> normalised x [b, s, k], (keys, values).
 
-    What is kept, if `keep`, is keys and values of all layers, two of [depth, b, s, m, f].
+    Those are of all layers, [depth, b, s, m, f] each, and None without `keep`.
     """
     config, (x, wave, graphdef, stacked) = self.config, self._begin(token, position)
     attention = "xla" if keep else config.attention  # prompts are short
@@ -272,44 +257,36 @@ class Transformer(nnx.Module):
       x, kept = nnx.merge(graphdef, block)(shard_batch(x), wave, mask[:, None], attention)
       return x, kept if keep else None
 
-    x, kept = scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
+    x, kept = layers.scan_blocks(body, x, stacked, remat=config.remat, unroll=config.unroll)
     return self.norm(x), kept
 
   def extend(self, token, position, mask, cache):
     """token, position [b, 1], mask bool [b, 1, l], caches -> normalised x [b, 1, k], caches."""
     x, wave, graphdef, stacked = self._begin(token, position)
     mask, start, cache = mask[:, None], position[:, 0], list(cache)
-    # Not a scan, which would copy the whole cache twice to write one entry.
+    # A scan would copy the whole cache twice to write one entry.
     for i, layer in enumerate(cache):
       block = nnx.merge(graphdef, jax.tree.map(itemgetter(i), stacked))
-      # One row of scores: reading the cache takes the time, whatever computes them.
+      # A kernel would not help one row of scores: reading the cache takes the time.
       x, cache[i] = block(shard_batch(x), wave, mask, "xla", layer, start)
     return self.norm(x), cache
 
   def logits(self, x):
     """x [b, s, k], normalised -> [b, s, v] float32."""
     matrix = self.embed.embedding[...].T if self.config.tied else self.out.kernel[...]
-    logits = output(x, matrix.astype(x.dtype))
+    logits = layers.output(x, matrix.astype(x.dtype))
     if self.config.erase:
-      own = output(x, self.erase.kernel[...].astype(x.dtype)) + self.erase.bias[...]
-      logits = jnp.where(jnp.arange(self.config.vocab) == BACKSPACE, own, logits)
+      erase = layers.output(x, self.erase.kernel[...].astype(x.dtype)) + self.erase.bias[...]
+      logits = jnp.where(jnp.arange(self.config.vocab) == BACKSPACE, erase, logits)
     return logits
 
 
-def is_learned(name: str) -> bool:
-  """Whether a network with LoRA learns the parameter of that dotted name."""
-  return lora.is_adapter(name) or name.startswith("erase.")
-
-
 def make_network(config: TransformerConfig) -> TransformerFunctions:
-  """The functions of a decoder; the module is only the recipe between parameters and them."""
-  draw, merge = recipe(lambda rngs: Transformer(config, rngs=rngs))
+  """The functions of a decoder."""
+  draw, merge = layers.recipe(lambda rngs: Transformer(config, rngs=rngs))
 
-  def init(key: jax.Array) -> dict:
-    return lora.split(draw(key), is_learned)[0] if config.lora else draw(key)
-
-  def frozen(key: jax.Array) -> dict:
-    return lora.split(draw(key), is_learned)[1] if config.lora else {}
+  def split(key: jax.Array) -> tuple[dict, dict]:
+    return lora.split(draw(key), lambda name: lora.is_adapter(name) or name.startswith("erase."))
 
   def features(params, token, position, end) -> jax.Array:
     return merge(params)(token, position, visible(end))[0].astype(jnp.float32)
@@ -321,8 +298,8 @@ def make_network(config: TransformerConfig) -> TransformerFunctions:
   def read(params, prompt, length: int) -> list[tuple[jax.Array, jax.Array]]:
     config.check_length(length)
     p = prompt.shape[1]
-    position = jnp.broadcast_to(jnp.arange(p), prompt.shape)
-    _, kept = merge(params)(prompt, position, visible(jnp.full_like(prompt, p)), keep=True)
+    position, end = jnp.broadcast_to(jnp.arange(p), prompt.shape), jnp.full_like(prompt, p)
+    _, kept = merge(params)(prompt, position, visible(end), keep=True)
 
     def slots(x):  # [b, p, m, f] -> [b, m, l, f]
       x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - p), (0, 0)))
@@ -336,4 +313,11 @@ def make_network(config: TransformerConfig) -> TransformerFunctions:
     x, cache = module.extend(token[:, None], position, mask, cache)
     return module.logits(x)[:, 0], cache
 
-  return TransformerFunctions(init, frozen, apply, features, read, extend)
+  return TransformerFunctions(
+    init=lambda key: split(key)[0] if config.lora else draw(key),
+    frozen=lambda key: split(key)[1] if config.lora else {},
+    apply=apply,
+    features=features,
+    read=read,
+    extend=extend,
+  )

@@ -68,7 +68,7 @@ def linear_loss(params, ema, batch, key):
 
 
 def linear_augment(state, batch, key):
-  """A side-car that counts batches and remembers the last draw and the parameters it saw."""
+  """An auxiliary state that counts batches, and has the last draw and parameters that it saw."""
   seen = {
     "count": state.aux_state["count"] + 1,
     "draw": jax.random.normal(key, (2,)),
@@ -81,13 +81,13 @@ def linear_augment(state, batch, key):
 def linear_init(key):
   kernel = jax.random.normal(key, (INPUTS, OUTPUTS))
   params = {"layer": {"kernel": kernel, "bias": jnp.full(OUTPUTS, 0.1)}}
-  extra = {
+  aux_state = {
     "count": jnp.zeros((), jnp.int32),
     "draw": jnp.zeros(2),
     "kernel": jnp.zeros_like(kernel),
     "rows": jnp.zeros((4, INPUTS)),
   }
-  return params, extra
+  return params, aux_state
 
 
 def linear_evaluate(params, step, final):
@@ -97,7 +97,7 @@ def linear_evaluate(params, step, final):
 
 @pytest.fixture(scope="session")
 def method() -> Method:
-  """Least squares on a linear model: cheap, with noise, a side-car, a target average, a stream."""
+  """Least squares on a linear model: cheap; with all that a method may have."""
   return Method(linear_init, linear_loss, linear_augment, linear_stream, linear_evaluate)
 
 

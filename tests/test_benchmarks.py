@@ -1,6 +1,6 @@
 """The benchmarks run, at a small size, and the tables of docs/PERFORMANCE.md are made of theirs."""
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -55,6 +55,15 @@ def test_every_table_of_the_performance_page_is_a_benchmark():
   assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names[::2])
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_is_imported(path, monkeypatch):
+  monkeypatch.syspath_prepend(path.parent)
+  spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
+  spec.loader.exec_module(module)
+
+
 def test_rows_of_a_sweep_and_rungs_of_the_ladder_are_configs(monkeypatch):
   monkeypatch.syspath_prepend(ROOT / "benchmarks")
   rates, ladder = map(importlib.import_module, ("rates", "ism_ablation"))
@@ -66,8 +75,9 @@ def test_rows_of_a_sweep_and_rungs_of_the_ladder_are_configs(monkeypatch):
   seen = {str(ladder.rung_config(rung, 0, 0)) for rung in ladder.RUNGS}
   assert len(seen) == len(ladder.RUNGS)
   config = ladder.rung_config("whole method", 0, 0)
-  rates.timing.change(config, "loss.split=(5,0,3) optim.lr=1e-2 data.path=a=b optim.name=adamw")
-  assert tuple(config.loss.split) == (5, 0, 3) and config.optim.lr == 0.01
+  row = "loss.split.velocity=5 eval.nfe=(1,) optim.lr=1e-2 data.path=a=b optim.name=adamw"
+  rates.timing.change(config, row)
+  assert config.loss.split.velocity == 5 and config.eval.nfe == (1,) and config.optim.lr == 0.01
   assert (config.data.path, config.optim.name) == ("a=b", "adamw")
 
 

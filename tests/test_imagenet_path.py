@@ -1,4 +1,4 @@
-"""From JPEGs to FID through the program, on stand-ins: made-up photographs, name-seeded weights.
+"""From JPEGs to FID through the program, on stand-ins: synthetic photographs, name-seeded weights.
 
 Every link is the real one (the full autoencoder and Inception, the real commands); only the images
 are small and the networks untrained.
@@ -20,7 +20,7 @@ from ism_jax.sample import to_uint8
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-CLASSES, EACH, SIDE = 10, 20, 32
+CLASSES, EACH, SIZE = 10, 20, 32
 
 pytestmark = pytest.mark.slow
 
@@ -66,28 +66,28 @@ def test_images_to_latents_to_a_model_to_samples_to_numbers(files, tmp_path):
   images, vae, inception = files
   latents, run = tmp_path / "latents", tmp_path / "run"
   encode = ("--mode=encode", f"--images={images}", f"--vae={vae}", f"--out={latents}")
-  out = call(*encode, f"--image_size={SIDE}", "--shards=3")
+  out = call(*encode, f"--image_size={SIZE}", "--shards=3")
   assert f"{CLASSES * EACH} images of {CLASSES} classes" in out
   manifest = json.loads((latents / "manifest.json").read_text())
   assert manifest["count"] == 200 and manifest["skipped"] == 0
   # Again: every shard is kept.
   before = {path: path.stat().st_mtime_ns for path in latents.glob("*.array_record")}
-  call(*encode, f"--image_size={SIDE}", "--shards=3")
+  call(*encode, f"--image_size={SIZE}", "--shards=3")
   assert before == {path: path.stat().st_mtime_ns for path in latents.glob("*.array_record")}
 
   config = "--config=configs/ism_imagenet256.py:S/2,debug"
-  small = (f"--config.data.image_size={SIDE // 8}", "--config.loss.wavelet_levels=1")
+  small = (f"--config.data.image_size={SIZE // 8}", "--config.loss.wavelet_levels=1")
   call(config, *small, f"--config.data.path={latents}", f"--workdir={run}")
 
   out = call("--mode=sample", f"--workdir={run}", f"--vae={vae}", "--num=4", "--nfe=1,2")
   with np.load(run / "generated" / "samples.npz") as saved:
     pictures = saved["arr_0"].astype(int)
-    assert saved["arr_0"].shape == (8, SIDE, SIDE, 3) and saved["arr_0"].dtype == np.uint8
+    assert saved["arr_0"].shape == (8, SIZE, SIZE, 3) and saved["arr_0"].dtype == np.uint8
 
   # The exported model, without the training stack, makes the same images.
   call("--mode=export", f"--workdir={run}", f"--out={tmp_path / 'exported'}")
-  model = ism_jax.load_pretrained(tmp_path / "exported", vae=vae)
-  alike = to_uint8(model.sample(labels=[0, 1, 2, 3], nfe=2, seed=0))
+  model = ism_jax.Model.from_pretrained(tmp_path / "exported", vae=vae)
+  alike = to_uint8(model.sample(labels=[0, 1, 2, 3], steps=2, seed=0))
   assert np.abs(alike.astype(int) - pictures[4:]).mean() < 1  # XLA's flags are others here
 
   found = tmp_path / "found"
@@ -102,4 +102,4 @@ def test_images_to_latents_to_a_model_to_samples_to_numbers(files, tmp_path):
   record = json.loads((found / "benchmark.json").read_text())
   assert record["results"]["fid@24/nfe1_w0"] > 0
   with np.load(found / "samples_nfe1_w0.npz") as saved:
-    assert saved["arr_0"].shape == (24, SIDE, SIDE, 3)
+    assert saved["arr_0"].shape == (24, SIZE, SIZE, 3)

@@ -15,7 +15,8 @@ from ism_jax import method as ism
 from ism_jax.sample import integrate
 from seqmatch_jax import method as seqmatch
 from seqmatch_jax import transformer
-from seqmatch_jax.rollout import RolloutConfig, make_rollout, make_stream
+from seqmatch_jax.display.sample import make_stream
+from seqmatch_jax.rollout import RolloutConfig, make_rollout
 from seqmatch_jax.tokens import SPECIAL
 from train_jax import mesh as mesh_lib
 from train_jax.step import make_train_step

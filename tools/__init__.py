@@ -1,1 +1,1 @@
-"""Programs beside training, each run by hand from the root of the checkout."""
+"""Programs beside training. Run each by hand from the root of the checkout."""

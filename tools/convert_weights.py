@@ -1,10 +1,10 @@
-"""Turns a PyTorch weight file into safetensors, so that nothing else here opens a pickle.
+"""Turns a PyTorch weight file into safetensors; nothing else here opens a pickle.
 
     python tools/convert_weights.py pt_inception-2015-12-05-6726825d.pth inception.safetensors
 
-Needs PyTorch, which nothing else does: `pip install torch`, in any environment. Reads `.pth`, `.pt`
-and `.bin` files that hold a flat dict of tensors; names and dtypes are kept. PyTorch's restricted
-loader is used: code in the file is not run.
+Only this command needs PyTorch: `pip install torch`, in any environment. It reads `.pth`, `.pt` and
+`.bin` files with a flat dict of tensors, and keeps names and dtypes. PyTorch's restricted loader
+runs no code in the file.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from train_jax.files import whole_path
 
 
 def read(path: Path) -> dict:
-  """The tensors of a PyTorch file, each with memory of its own.
+  """The tensors of a PyTorch file, each with its own memory.
 
   Raises:
-    UserError: PyTorch is not installed, the file cannot be read, or holds anything but tensors.
+    UserError: PyTorch is not installed, or the file cannot be read or holds anything but tensors.
   """
   try:
     import torch
@@ -55,7 +55,7 @@ def read(path: Path) -> dict:
 
 
 def convert(source: Path, target: Path) -> int:
-  """Writes the tensors of `source` to `target`, whole or not at all -> how many there are."""
+  """Writes the tensors of `source` to `target`, whole or not at all; returns their number."""
   tensors = read(source)
   from safetensors.torch import save_file
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from absl import flags
@@ -40,63 +39,57 @@ STEP = Flag(
 SEED = Flag("integer", "seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
 SHARDS = Flag("integer", "shards", 0, "Files to make; default: one for every 8192.")
 
-STORED = (WORKDIR, STEP, OUT, BACKEND)  # what reads a run
-DRAWING = (*STORED, SEED)  # and draws from it
-SHARDED = (OUT, SHARDS, BACKEND)  # what makes a data set
+RUN_FLAGS = (WORKDIR, STEP, OUT, BACKEND)  # of commands that read a run
+DRAW_FLAGS = (*RUN_FLAGS, SEED)  # ... and draw noise
+DATA_FLAGS = (OUT, SHARDS, BACKEND)  # of commands that make a data set
 
 
-class Config:
+class Config(Flag):
   """The flag --config=FILE.py[:option], and --config.KEY=VALUE for each key of the file."""
 
-  name = "config"
+  def __init__(self):
+    super().__init__("", "config", None, "File of the run: configs/NAME.py[:option].")
 
   def define(self, values: FlagValues) -> None:
-    """Adds the flag to `values`."""
-    help_ = "File of the run: configs/NAME.py[:option]."
-    config_flags.DEFINE_config_file("config", None, help_, values)
+    config_flags.DEFINE_config_file(self.name, None, self.help, values)
 
 
-@dataclass(frozen=True, init=False)
 class Command:
-  """What main.py does in one mode.
+  """A mode of main.py.
 
   Attributes:
-    run: flag values -> None, or False where a run was told to stop before its end.
-    flags: those that it reads.
+    run: flag values -> None, or False if a run was stopped before its end.
+    flags: the flags that `run` reads, and --mode.
   """
 
-  run: Callable[[FlagValues], bool | None]
-  flags: tuple[Flag | Config, ...]
-
-  def __init__(self, run: Callable[[FlagValues], bool | None], *flags: Flag | Config):
-    object.__setattr__(self, "run", run)
-    object.__setattr__(self, "flags", (MODE, *flags))
+  def __init__(self, run: Callable[[FlagValues], bool | None], *flags: Flag):
+    self.run, self.flags = run, (MODE, *flags)
 
   def define(self) -> FlagValues:
-    """Its flags, with their defaults."""
+    """New flag values, with their defaults."""
     values = FlagValues()
     for flag in self.flags:
       flag.define(values)
     return values
 
   def help(self) -> str:
-    """Its flags with their meaning, one a line."""
-    lines = [f"  --{flag.name}: {flag.help}" for flag in self.flags if isinstance(flag, Flag)]
-    return "\n".join([(self.run.__doc__ or "").partition("\n")[0], *lines])
+    """The first line of `run`'s docstring, and a line for each flag."""
+    summary = (self.run.__doc__ or "").partition("\n")[0].rpartition("`: ")[2]
+    return "\n".join([summary, *(f"  --{flag.name}: {flag.help}" for flag in self.flags)])
 
 
 def numbers(values: FlagValues, name: str, kind: type) -> tuple:
-  """A comma-separated flag as numbers, () if it was not given; UserError for what is no number."""
-  given = values[name].value
+  """A comma-separated flag as numbers, () if it is not set; UserError unless all are numbers."""
+  words = values[name].value or ()
   try:
-    return tuple(kind(value) for value in given or ())
+    return tuple(map(kind, words))
   except ValueError as err:
-    what = "whole numbers" if kind is int else "numbers"
-    raise UserError(f"--{name}={','.join(given)} must be {what} separated by commas.") from err
+    expected = "whole numbers" if kind is int else "numbers"
+    raise UserError(f"--{name}={','.join(words)} must be {expected} separated by commas.") from err
 
 
 def out_directory(values: FlagValues, default: str) -> Path:
-  """--out, or a directory in --workdir; UserError where nothing can be written."""
+  """--out, or `default` in --workdir; UserError if it cannot be written to."""
   out = Path(values.out) if values.out else Path(values.workdir) / default
   check_writable(out, "--out")
   return out

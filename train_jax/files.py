@@ -1,7 +1,4 @@
-"""Files that are whole or not there, JSON objects in them, and whether they can be written at all.
-
-It needs the standard library only.
-"""
+"""Files that are whole or not there, and JSON in them. It needs the standard library only."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from train_jax.errors import UserError
 
 
 def commit(partial: Path, path: Path) -> None:
-  """Gives a whole file its name, once it is on the disk."""
+  """Renames a complete file to `path` once it is on the disk."""
   with partial.open("rb+") as file:
     os.fsync(file.fileno())
   os.replace(partial, path)
@@ -26,12 +23,11 @@ def commit(partial: Path, path: Path) -> None:
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-  """Where to write a file, which becomes `path` when the block has ended well, and else is gone.
+  """A path to write to: it becomes `path` if the block ends well, and is deleted otherwise.
 
-  It has the mode of any new file, also where it was written by safetensors, which lets no one else
-  read its files.
+  The file gets the mode of any new file. safetensors would let no other user read its files.
   """
-  # A name of this process's own: several may write the same manifest.
+  # The name belongs to this process alone: several may write the same manifest.
   partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
   try:
     partial.unlink(missing_ok=True)
@@ -47,43 +43,41 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-  """A file to be written, which becomes `path` when the block has ended well, and else is gone."""
+  """An open file to write to; the rest is as in `whole_path`."""
   with whole_path(path) as partial, partial.open("wb") as file:
     yield file
 
 
 def read_json(path: Path) -> dict:
-  """The object in a file; OSError or ValueError if there is none."""
-  found = json.loads(path.read_text(encoding="utf-8"))
-  if not isinstance(found, dict):
+  """The JSON object in a file; OSError or ValueError if there is none."""
+  value = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(value, dict):
     raise ValueError("it holds no object")
-  return found
+  return value
 
 
 def write_json(path: Path, value, indent: int | None = None) -> None:
-  """Writes all of `value` or nothing."""
+  """Writes `value` as JSON, all of it or nothing."""
   with whole_file(path) as file:
     file.write(json.dumps(value, indent=indent).encode())
 
 
 def plain_json(record: dict, indent: int | None = None) -> str:
-  """`record` as JSON that any reader takes: with null for its NaNs and infinities."""
-
-  def finite(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-  plain = {name: finite(value) for name, value in record.items()}
+  """`record` as JSON that any reader takes: NaN and infinity are null."""
+  plain = {
+    name: None if isinstance(value, float) and not math.isfinite(value) else value
+    for name, value in record.items()
+  }
   return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def check_writable(workdir: Path, flag: str = "--workdir") -> None:
-  """Raises UserError unless this process can write into `workdir`, or make it; makes nothing.
+  """Raises UserError unless this process can write to the directory that `flag` names.
 
-  Args:
-    workdir: the directory that the option `flag` names.
+  The directory need not exist, and is not made.
   """
-  there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-  probe = there / f".write-{socket.gethostname()}-{os.getpid()}"
+  existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+  probe = existing / f".write-{socket.gethostname()}-{os.getpid()}"
   try:
     probe.write_bytes(b"0")
     probe.unlink()

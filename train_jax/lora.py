@@ -2,8 +2,8 @@
 
     y = x W + (alpha / rank) (x A) B,   B = 0 at first
 
-Several matrices that read the same input are one W of several parts, each with adapters of its own.
-W may be kept as int8 with a scale for each output (weights only: products are of floats).
+Matrices with the same input are parts of one W, and each part has its own adapters. W may be stored
+as int8 with a scale for each output; products are of floats.
 
 Dimensions: i inputs, o outputs, r rank.
 """
@@ -18,20 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least, check_one_of
 
 BASES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-  """Which matrices have adapters, and how the frozen ones are kept.
+  """The matrices that have adapters, and the dtype of frozen ones.
 
   Attributes:
     rank: of the adapters.
-    alpha: their weight is alpha / rank.
-    targets: names of the parts that have them; ("all",) is every one.
-    base: what frozen matrices are kept as; where it is int8, embeddings are bfloat16.
+    alpha: the adapters' weight is alpha / rank.
+    targets: names of the parts that have adapters; ("all",) means every part.
+    base: dtype of frozen matrices. With int8, embeddings are bfloat16.
   """
 
   rank: int
@@ -41,22 +41,19 @@ class LoraConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "targets", tuple(self.targets))  # config files have lists
-    if self.rank < 1:
-      raise UserError(f"lora.rank={self.rank} must be at least 1.")
-    if self.base not in BASES:
-      raise UserError(f"lora.base={self.base!r} is unknown; choose from {', '.join(BASES)}.")
+    check_at_least("lora.rank", self.rank, 1)
+    check_one_of("lora.base", self.base, BASES)
 
   @property
   def embedding_dtype(self) -> jnp.dtype:
-    """What embeddings are kept as."""
+    """The dtype of frozen embeddings."""
     return jnp.dtype("bfloat16" if self.base == "int8" else self.base)
 
-  def check(self, known: tuple[str, ...]) -> None:
-    """Raises UserError unless all targets are among `known`."""
-    unknown = sorted(set(self.targets) - {*known, "all"})
-    if unknown or not self.targets:
+  def check(self, parts: tuple[str, ...]) -> None:
+    """Raises UserError unless `targets` names some of `parts`, and nothing else."""
+    if not self.targets or set(self.targets) - {*parts, "all"}:
       raise UserError(
-        f"lora.targets={', '.join(self.targets)!r} must name some of {', '.join(known)}, or all."
+        f"lora.targets={', '.join(self.targets)!r} must name some of {', '.join(parts)}, or all."
       )
 
   def adapts(self, part: str) -> bool:
@@ -65,7 +62,7 @@ class LoraConfig:
 
 
 def quantise(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """kernel [..., i, o] -> int8 [..., i, o] and float32 scale [..., o], their product nearest it."""
+  """kernel [..., i, o] -> int8 [..., i, o] and float32 scale [..., o], whose product is nearest."""
   kernel = kernel.astype(jnp.float32)
   scale = jnp.max(jnp.abs(kernel), axis=-2) / 127
   steps = jnp.round(kernel / jnp.where(scale > 0, scale, 1)[..., None, :])
@@ -73,7 +70,7 @@ def quantise(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Linear(nnx.Module):
-  """x [..., i] -> [..., o]; `parts` are the names and sizes that o consists of."""
+  """x [..., i] -> [..., o]; `parts` are the names and sizes of the parts of o."""
 
   def __init__(
     self,
@@ -81,13 +78,13 @@ class Linear(nnx.Module):
     parts: Mapping[str, int],
     config: LoraConfig,
     *,
-    use_bias,
-    kernel_init,
-    **kind,
+    use_bias: bool,
+    kernel_init: Callable,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
   ):
-    self.dtype, rngs = kind["dtype"], kind["rngs"]
     outputs, base = sum(parts.values()), config.base
-    self.parts, self.weight = tuple(parts.items()), config.alpha / config.rank
+    self.dtype, self.parts, self.weight = dtype, tuple(parts.items()), config.alpha / config.rank
     kernel = kernel_init(rngs.params(), (inputs, outputs), jnp.float32)
     if base == "int8":
       kernel, scale = quantise(kernel)
@@ -109,10 +106,10 @@ class Linear(nnx.Module):
       y = (y * self.scale[...]).astype(self.dtype)
     if hasattr(self, "bias"):
       y = y + self.bias[...].astype(self.dtype)
-    y = y + jnp.concatenate([self._adapted(flat, *part) for part in self.parts], axis=-1)
+    y = y + jnp.concatenate([self._adapter(flat, *part) for part in self.parts], axis=-1)
     return y.reshape(*x.shape[:-1], -1)
 
-  def _adapted(self, flat: jax.Array, part: str, size: int) -> jax.Array:
+  def _adapter(self, flat: jax.Array, part: str, size: int) -> jax.Array:
     if not hasattr(self, f"{part}_a"):
       return jnp.zeros((len(flat), size), self.dtype)
     a, b = (getattr(self, f"{part}_{which}")[...].astype(self.dtype) for which in "ab")
@@ -120,15 +117,15 @@ class Linear(nnx.Module):
 
 
 def is_adapter(name: str) -> bool:
-  """Whether the parameter of that dotted name is an A or a B."""
+  """Whether the parameter with this dotted name is an A or a B."""
   return name.endswith(("_a", "_b"))
 
 
 def merged(layer: Mapping[str, np.ndarray], parts: Mapping[str, int], weight: float) -> np.ndarray:
-  """The one matrix, float32 [..., i, o], that a layer's parameters amount to.
+  """A layer's parameters merged into one matrix, float32 [..., i, o].
 
   Args:
-    layer: `kernel`, and what there is of `scale`, `PART_a` and `PART_b`.
+    layer: `kernel`, and any of `scale`, `PART_a` and `PART_b`.
     weight: alpha / rank.
   """
   kernel, start = layer["kernel"].astype(np.float32), 0
@@ -142,15 +139,15 @@ def merged(layer: Mapping[str, np.ndarray], parts: Mapping[str, int], weight: fl
 
 
 def split(params: dict, learned: Callable[[str], bool]) -> tuple[dict, dict]:
-  """Nested dicts -> (those leaves whose dotted name is `learned`, the others)."""
-  parts = {True: {}, False: {}}
+  """Nested dicts -> (the leaves whose dotted name is `learned`, the others)."""
+  parts = {}, {}
   for name, leaf in traverse_util.flatten_dict(params, sep=".").items():
-    parts[learned(name)][name] = leaf
-  return tuple(traverse_util.unflatten_dict(parts[which], sep=".") for which in (True, False))
+    parts[not learned(name)][name] = leaf
+  return tuple(traverse_util.unflatten_dict(part, sep=".") for part in parts)
 
 
 def join(params: dict, *frozen: dict) -> dict:
-  """Undoes `split`; without `frozen`, `params` as they are."""
+  """Undoes `split`; without `frozen`, returns `params`."""
   flat = {}
   for part in (params, *frozen):
     flat |= traverse_util.flatten_dict(part)

@@ -1,4 +1,4 @@
-"""Where numbers and pictures go: metrics.jsonl, TensorBoard, PNG files and the progress bar."""
+"""Output of numbers and pictures: metrics.jsonl, TensorBoard, PNG files and the progress bar."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tqdm import tqdm
 
 from train_jax import files
 
-FLUSH = 20.0  # seconds between TensorBoard's looks at the disk
+FLUSH = 20.0  # seconds between flushes of TensorBoard's file
 
 
 class MetricWriter:
-  """Writes scalars and pictures of a run; every process but the first writes nothing.
+  """Writes scalars and pictures of a run; only the first process writes.
 
-  What cannot be written (a full disk, say) is logged once and tried again with the next line.
+  A failed write (a full disk, say) is logged once, and the next write is tried as usual.
 
   Args:
     workdir: gets `metrics.jsonl`, `samples/<step>_<name>.png` and TensorBoard's event file.
-    step: the step that the run goes on from. Later lines, of a run that was cut off after its last
-      checkpoint, are dropped: each training step stands in the file once. The last evaluation is
-      there once more each time that the command is given again after it.
+    step: the step that the run goes on from. Later lines, which a run wrote after its last
+      checkpoint, are dropped, so each training step is in the file once. Only the final evaluation
+      is repeated if a complete run is started again.
     active: whether this process writes.
   """
 
@@ -46,32 +46,32 @@ class MetricWriter:
     if not active:
       return
     self.samples.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if self.path.exists():
-      for line in self.path.read_bytes().splitlines():
-        # Without the line that a killed run was writing, and what a bad disk made of others.
-        with suppress(ValueError, TypeError, KeyError):
-          if json.loads(line)["step"] <= step:
-            kept.append(line + b"\n")
+    lines = []
+    for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+      # A killed run leaves half a line, and a bad disk leaves other damage: both are dropped.
+      with suppress(ValueError, TypeError, KeyError):
+        if json.loads(line)["step"] <= step:
+          lines.append(line + b"\n")
     with files.whole_file(self.path) as file:
-      file.writelines(kept)
+      file.writelines(lines)
     self._file = self.path.open("a")
-    # Not SummaryWriter, whose thread ends on a full disk: training would wait for it for ever.
+    # On a full disk the thread of SummaryWriter ends, and training would wait for it for ever.
     self._board = EventsWriter(str(Path(workdir) / "events"), f".{time.time_ns()}")
     self._flush_at = 0.0
     self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
-  def _add(self, step: int, **what) -> None:
-    self._board.write_event(Event(wall_time=time.time(), step=step, **what))
+  def _add(self, step: int, **content) -> None:
+    self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
   @contextmanager
-  def _guard(self, what: str) -> Iterator[None]:
+  def _guard(self, content: str) -> Iterator[None]:
+    """Logs an error of the disk, and only the first of several in a row."""
     try:
       yield
       self._failed = False
     except OSError as err:
       if not self._failed:
-        logging.error("%s cannot be written: %s", what, err.strerror)
+        logging.error("%s cannot be written: %s", content, err.strerror)
       self._failed = True
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -104,33 +104,33 @@ class MetricWriter:
 
 
 class Spikes:
-  """Finds losses far above the usual: the median of the last `window` finite ones.
+  """Finds losses far above the usual one, the median of the last 200 finite losses.
 
-  Far is `far` median absolute deviations; a normal distribution gets so far once in 1e11 draws.
+  Far is 10 median absolute deviations: a normal distribution gets there once in 1e11 draws.
   """
 
-  def __init__(self, window: int = 200, least: int = 50, far: float = 10.0):
-    self._recent = collections.deque(maxlen=window)
-    self._least, self._far, self._high = least, far, False
+  WINDOW, LEAST, FAR = 200, 50, 10.0  # LEAST: losses before any can be a spike
+
+  def __init__(self):
+    self._recent, self._high = collections.deque(maxlen=self.WINDOW), False
 
   def find(self, loss: float) -> float | None:
-    """What is usual, at the first step of a spike; None at all others. Once a step, in order."""
+    """The usual loss at the first step of a spike, None at all others; call it once a step."""
     if not np.isfinite(loss):
       return None
-    before, self._high = self._high, False
-    usual = None
-    if len(self._recent) >= self._least:
-      # Of the standard library: of 200 numbers it takes a tenth of NumPy's time, every step.
+    was_high, self._high, usual = self._high, False, None
+    if len(self._recent) >= self.LEAST:
+      # For 200 numbers `statistics` takes a tenth of NumPy's time.
       usual = statistics.median(self._recent)
       if loss > usual:
-        deviation = statistics.median(abs(old - usual) for old in self._recent)
-        self._high = loss > usual + self._far * max(deviation, 1e-3 * abs(usual))
+        deviation = statistics.median(abs(other - usual) for other in self._recent)
+        self._high = loss > usual + self.FAR * max(deviation, 1e-3 * abs(usual))
     self._recent.append(loss)
-    return usual if self._high and not before else None
+    return usual if self._high and not was_high else None
 
 
 class StepClock:
-  """Wall time of a training step, with evaluations and saves left out."""
+  """Wall time of a training step, without evaluations and saves."""
 
   def __init__(self, step: int):
     self.restart(step)
@@ -140,7 +140,7 @@ class StepClock:
     self._step, self._time = step, time.perf_counter()
 
   def lap(self, step: int) -> float:
-    """Milliseconds a step since the lap began; begins the next."""
+    """Milliseconds a step since the lap began; begins the next lap."""
     now, steps = time.perf_counter(), step - self._step
     milliseconds = 1e3 * (now - self._time) / max(steps, 1)
     self._step, self._time = step, now
@@ -148,7 +148,7 @@ class StepClock:
 
 
 class _Terminal:
-  """sys.stderr, where what cannot be written (a log on a full disk) is lost and nothing else."""
+  """sys.stderr, whose failed writes (to a log on a full disk) are ignored."""
 
   def __getattr__(self, name):
     return getattr(sys.stderr, name)
@@ -163,7 +163,7 @@ class _Terminal:
 
 
 def progress_bar(total: int | None, initial: int, active: bool = True, **kwargs) -> tqdm:
-  """A bar with speed and time left; where there is no terminal, a line every 20 s."""
+  """A bar with speed and time left; without a terminal, a line every 20 s."""
   live = sys.stderr.isatty()
   return tqdm(
     file=_Terminal(),
@@ -178,10 +178,10 @@ def progress_bar(total: int | None, initial: int, active: bool = True, **kwargs)
   )
 
 
-def watched(found: Iterator[tuple[str, Any]], active: bool = True) -> Iterator[tuple[str, Any]]:
-  """Named values as they come; a bar shows the newest and how long it has taken."""
+def with_progress(values: Iterator[tuple[str, Any]], active: bool) -> Iterator[tuple[str, Any]]:
+  """Yields named values as they come; a bar shows the newest one and the time taken."""
   with progress_bar(None, 0, active, unit=" values", desc="evaluating", leave=False) as bar:
-    for name, value in found:
+    for name, value in values:
       bar.set_postfix_str(name, refresh=False)
       bar.update()
       yield name, value
@@ -206,27 +206,25 @@ def table(results: dict[str, float]) -> str:
 
 
 def report(
-  metadata: dict[str, int], found: Iterator[tuple[str, Any]], out: Path
+  metadata: dict[str, int], values: Iterator[tuple[str, Any]], out: Path
 ) -> dict[str, float]:
   """Prints an evaluation's numbers, and writes them with `metadata` to out/evaluation.json.
 
-  The file is written anew after each number: what was measured survives a run that is cut off.
-  Pictures are `out/evaluation_NAME.png`. All processes must call it; the first one writes.
+  The file is written after each number, so an interrupted evaluation leaves its numbers. Pictures
+  are `out/evaluation_NAME.png`. All processes must call it; the first one writes.
   """
   is_primary, path, results = jax.process_index() == 0, out / "evaluation.json", {}
   out.mkdir(parents=True, exist_ok=True)
-  for name, value in watched(found, active=is_primary):
+  for name, value in with_progress(values, active=is_primary):
     if not np.ndim(value):
       results[name] = value
-    if not is_primary:
-      continue
-    if np.ndim(value):
-      Image.fromarray(value).save(out / f"evaluation_{name}.png")
-      print(f"{name + ':':<8} {out / f'evaluation_{name}.png'}")
-      continue
-    with files.whole_file(path) as file:
-      file.write(files.plain_json({**metadata, **results}, indent=1).encode())
+    if is_primary and np.ndim(value):
+      Image.fromarray(value).save(picture := out / f"evaluation_{name}.png")
+      print(f"{name + ':':<8} {picture}")
+    elif is_primary:
+      with files.whole_file(path) as file:
+        file.write(files.plain_json({**metadata, **results}, indent=1).encode())
   if is_primary:
-    said = ", ".join(f"{name} {value}" for name, value in metadata.items())
-    print(f"{said}; docs/METRICS.md says what is what\n{table(results)}\nnumbers: {path}")
+    settings = ", ".join(f"{name} {value}" for name, value in metadata.items())
+    print(f"{settings}; docs/METRICS.md explains the metrics\n{table(results)}\nnumbers: {path}")
   return results

@@ -1,8 +1,10 @@
-"""Schedule and optimisers. Clipping lives in the step, which needs the gradient's norm anyway."""
+"""Schedule and optimisers. The step clips gradients, as it needs their norm anyway."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,11 @@ from train_jax.errors import (
   check_fraction,
   check_one_of,
 )
-from train_jax.state import dotted
+from train_jax.state import dotted, flatten
 
 OPTIMIZERS = ("adamw", "muon")
-# Muon's: Jordan's momentum, and four Newton-Schulz iterations after almost-orthogonal scaling. They
-# bring singular values as near to 1 as his five do for a fifth less work (Boissin et al., arXiv
+# Muon has Jordan's momentum. Four Newton-Schulz iterations after almost-orthogonal scaling bring
+# singular values as near to 1 as his five do, for a fifth less work (Boissin et al., arXiv
 # 2512.04632).
 MOMENTUM, ITERATIONS, SCALING = 0.95, 4, "aol"
 
@@ -35,13 +37,13 @@ class OptimConfig:
     lr: AdamW's peak learning rate.
     muon_lr: Muon's.
     warmup: steps over which both rates grow linearly.
-    final: both end at `final` times their peak, along a cosine; 1 keeps them constant.
+    final: both rates end at `final` times their peak, along a cosine; 1 keeps them constant.
     b1, b2: decays of AdamW's moments.
-    weight_decay: a step takes rate * `weight_decay` off each matrix, where `rate` is AdamW's,
-      whichever optimiser moves the matrix: Muon's rate is larger, and would decay as much more.
-    mu_dtype: what first moments and Muon's momentum are kept in, float32 or bfloat16. Second
-      moments stay in float32: with b2 near 1 a step changes them by less than bfloat16 resolves.
-    clip: global gradient norm; the step clips, before the optimiser.
+    weight_decay: a step takes AdamW's rate * `weight_decay` off each matrix, also where Muon moves
+      the matrix: Muon's rate is larger, and would decay it that much more.
+    mu_dtype: dtype of first moments and of Muon's momentum, float32 or bfloat16. Second moments
+      stay in float32: with b2 near 1 a step changes them by less than bfloat16 resolves.
+    clip: global gradient norm, see the step.
     grad_accum_steps: parts of a batch whose gradients the step takes one after the other.
   """
 
@@ -80,19 +82,15 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
   )
 
 
-def _name(path) -> str:
-  return jax.tree_util.keystr(path[-1:], simple=True)
+def _has_decay(name: str, _) -> bool:
+  """Whether a parameter is a kernel or an adapter: stacked biases are matrices only by shape."""
+  return name.split(".")[-1] == "kernel" or lora.is_adapter(name)
 
 
-def _decays(path, _) -> bool:
-  """Matrices do: kernels and adapters. By name: stacked layers give biases a second axis."""
-  return _name(path) == "kernel" or lora.is_adapter(_name(path))
-
-
-def _orthogonalized(path, leaf) -> contrib.MuonDimensionNumbers | None:
-  """The axes of a matrix inside the blocks (stacked: the last two); None for all else."""
-  name = dotted(path)
-  if "blocks" not in name.split(".") or _name(path) != "kernel":
+def _muon_axes(name: str, leaf) -> contrib.MuonDimensionNumbers | None:
+  """The axes of a matrix inside the blocks (the last two); None for every other parameter."""
+  *sections, kind = name.split(".")
+  if "blocks" not in sections or kind != "kernel":
     return None
   if jnp.ndim(leaf) < 2:
     raise UserError(
@@ -102,51 +100,45 @@ def _orthogonalized(path, leaf) -> contrib.MuonDimensionNumbers | None:
   return contrib.MuonDimensionNumbers(jnp.ndim(leaf) - 2, jnp.ndim(leaf) - 1)
 
 
-def _scaled_by_shape(matrix: jax.Array) -> jax.Array:
+def _scale_by_shape(matrix: jax.Array) -> jax.Array:
   inputs, outputs = matrix.shape[-2:]
   return max(1, outputs / inputs) ** 0.5 * matrix
 
 
 def by_muon(params) -> dict[str, bool]:
   """Whether Muon moves a parameter, by dotted name."""
-  found = jax.tree_util.tree_leaves_with_path(params)
-  return {dotted(path): _orthogonalized(path, leaf) is not None for path, leaf in found}
+  return {name: _muon_axes(name, leaf) is not None for name, leaf in flatten(params).items()}
+
+
+def _map_by_name(function: Callable, params):
+  """`function(dotted name, leaf)` of each leaf, in the structure of `params`."""
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: function(dotted(path), leaf), params)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """AdamW (Loshchilov & Hutter, arXiv 1711.05101) or Muon (Jordan et al., 2024) with it.
+  """AdamW (Loshchilov & Hutter, arXiv 1711.05101), or Muon (Jordan et al., 2024) with AdamW.
 
-  Muon's step is the momentum with its singular values brought near 1 by Newton-Schulz iterations,
-  times sqrt(max(1, outputs / inputs)) and `muon_lr`.
-
-  Raises:
-    UserError: of Muon's `init`, where the parameters have no matrix that it can take.
+  Newton-Schulz iterations bring the singular values of Muon's momentum near 1. Its step is the
+  result times sqrt(max(1, outputs / inputs)) and `muon_lr`. Its `init` raises UserError if the
+  parameters have no matrix that it can move.
   """
   rate = schedule(config, steps)
   mu_dtype = jnp.dtype(config.mu_dtype)
-
-  def decaying(params):
-    return jax.tree_util.tree_map_with_path(_decays, params)
-
+  mask = partial(_map_by_name, _has_decay)
   adamw = optax.adamw(
-    rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decaying, mu_dtype=mu_dtype
+    rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=mask, mu_dtype=mu_dtype
   )
   if config.name == "adamw":
     return adamw
 
   def labels(params):
-    named = by_muon(params)
-    if not any(named.values()):
+    moved = by_muon(params)
+    if not any(moved.values()):
       raise UserError(
         "optim.name='muon' moves the matrices inside the blocks, and none of them is trained here; "
         "choose optim.name=adamw."
       )
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: "muon" if named[dotted(path)] else "adamw", params
-    )
-
-  def axes(params):
-    return jax.tree_util.tree_map_with_path(_orthogonalized, params)
+    return _map_by_name(lambda name, _: "muon" if moved[name] else "adamw", params)
 
   muon = optax.chain(
     contrib.scale_by_muon(
@@ -154,9 +146,9 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
       beta=MOMENTUM,
       mu_dtype=mu_dtype,
       preconditioning=SCALING,
-      weight_dimension_numbers=axes,
+      weight_dimension_numbers=partial(_map_by_name, _muon_axes),
     ),
-    optax.stateless(lambda updates, _: jax.tree.map(_scaled_by_shape, updates)),
+    optax.stateless(lambda updates, _: jax.tree.map(_scale_by_shape, updates)),
     optax.scale(config.muon_lr / config.lr),
     optax.add_decayed_weights(config.weight_decay),
     optax.scale_by_learning_rate(rate),

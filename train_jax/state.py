@@ -1,4 +1,4 @@
-"""The whole of a training run between two steps, as one pytree."""
+"""The state of a training run between two steps, as one pytree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PyTree = Any
 
 
 def dotted(path) -> str:
-  """The name of a leaf of nested dicts: the keys on the way to it, joined with dots."""
+  """The name of a leaf of nested dicts: its keys, joined with dots."""
   return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
@@ -25,15 +25,15 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-  """Everything that a step reads and writes; what is not here cannot influence training.
+  """Everything that a step reads and writes; nothing else can influence training.
 
   Attributes:
     step: int32, number of steps taken, skipped ones included.
-    skipped: int32, how many of the latest steps, in a row, were not applied (non-finite).
+    skipped: int32, number of latest steps in a row that were not applied (non-finite).
     params: the network's parameters, float32.
     opt_state: the optimiser's moments.
-    ema: one exponential moving average of `params` for each named decay.
-    extra: the method's own side-car (a replay buffer, say); `()` where there is none.
+    ema: exponential moving averages of `params`, by name.
+    aux_state: the method's own state, such as a replay buffer; `()` where there is none.
     rng: uint32 [2], the run's key. Step i draws from `fold_in(rng, i)` and nothing else.
   """
 
@@ -47,17 +47,17 @@ class TrainState:
 
 
 def create(method, tx, decays: dict[str, float], seed: int) -> Callable[..., TrainState]:
-  """Returns the function that makes the state of step 0; call it under jit, with shardings.
+  """Returns `init(init_params)`, the state of step 0; call it under jit, with shardings.
 
-  It takes the parameters that are given instead of drawn, by dotted name: none if left out.
+  `init_params` are parameters by dotted name, which replace drawn ones.
 
-  One jit for the whole state makes every buffer its own (donation needs that) and lays out the
-  optimiser's moments and the EMAs as the parameters are, from the first byte.
+  With one jit for the whole state every buffer has its own memory, which donation needs. Moments
+  and averages are laid out as the parameters are, from the first byte.
   """
 
   def init(init_params: Mapping[str, jax.Array] | None = None) -> TrainState:
     key = jax.random.key(seed)
-    # A weakly typed array (`jnp.full(3, 0.1)`) would come back strong: the step compiled twice.
+    # A step returns weakly typed arrays (`jnp.full(3, 0.1)`) as strong ones and compiles twice.
     params, aux_state = jax.tree.map(
       lambda a: jax.lax.convert_element_type(a, a.dtype), method.init(jax.random.fold_in(key, 0))
     )

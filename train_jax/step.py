@@ -1,13 +1,12 @@
-"""The seam between what is learned (a Method) and how it is run, and the one train step.
+"""`Method`, which is all that the engine knows of a method, and the train step.
 
     (TrainState, Batch) -> (TrainState, Metrics)
 
-A pure function: jitted once, its state donated, sharded by whatever mesh its arguments lie on.
+The step is a pure function. It is jitted once, and its state is donated.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ Metrics = dict[str, Any]
 
 
 class Frozen(NamedTuple):
-  """Parameters that a step reads and never changes: not differentiated, averaged or saved.
+  """Parameters that a step only reads: they are not differentiated, averaged or saved.
 
   Attributes:
     shapes: nested dicts of jax.ShapeDtypeStruct.
@@ -40,10 +39,10 @@ class AbstractCall(NamedTuple):
   """A function with the shapes of its arguments: it can be compiled without data or devices.
 
   Attributes:
-    name: what the function does, for a reader.
-    args: trees of jax.ShapeDtypeStruct, laid out on the mesh that the function runs on.
-    groups: those trees of them whose bytes are reported, by name.
-    chips: devices of the mesh.
+    name: the function's purpose, for a reader.
+    args: trees of jax.ShapeDtypeStruct with shardings.
+    groups: the arguments whose bytes are reported, by name.
+    chips: number of devices of the mesh.
     options: keywords of jax.jit.
   """
 
@@ -59,16 +58,16 @@ class Method(NamedTuple):
   """Everything that the loop needs to know about a method: functions over pytrees, no objects.
 
   Attributes:
-    init: key -> (params, extra); `aux_state` is the method's side-car in the state, or `()`.
-    loss: (params, ema, batch, key) -> (scalar, metrics); differentiated in `params`. That of a
-      batch is the mean of those of equal parts of its rows (see `mean_of_parts`).
-    augment: (state, batch, key) -> (extra, batch); runs inside the step, before the loss, where the
-      current parameters are at hand: rollouts into a replay buffer. It passes no gradient.
+    init: key -> (params, aux_state); see TrainState.
+    loss: (params, ema, batch, key) -> (scalar, metrics); differentiated in `params`. The loss of a
+      batch is the mean of the losses of its equal parts (see `mean_of_parts`).
+    augment: (state, batch, key) -> (aux_state, batch); runs inside the step before the loss, and
+      may use the current parameters, as rollouts into a replay buffer do. It passes no gradient.
     stream: (seed, position) -> iterator of this process's batches (numpy), beginning with batch
       number `position`. The same arguments always give the same batches.
-    evaluate: (params, step, final) -> iterator of (name, number or image); `params` are the
-      inference EMA's, an image is uint8 [h, w, 3], `final` asks for the full protocol.
-    frozen: None, or what `loss`, `augment` and `evaluate` then take as one argument more, the last.
+    evaluate: (params, step, final) -> iterator of (name, number or image). `params` is the average
+      for inference, an image is uint8 [h, w, 3], `final` asks for the full protocol.
+    frozen: None, or parameters that `loss`, `augment` and `evaluate` take as their last argument.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -80,23 +79,23 @@ class Method(NamedTuple):
 
 
 def no_augment(state: TrainState, batch: Batch, key: jax.Array) -> tuple[PyTree, Batch]:
-  """`Method.augment` of a method that learns from its data as they come."""
+  """`Method.augment` of a method that leaves its batches as they are."""
   del key
   return state.aux_state, batch
 
 
 def mean_of_parts(grad_fn: Callable, parts: int, params: PyTree, batch: Batch, key: jax.Array):
-  """`grad_fn(batch, key)` of `parts` parts of the batch, one after the other, and their mean.
+  """The mean of `grad_fn(batch, key)` over `parts` parts of the batch, one after the other.
 
-  It takes the memory of one part. Part i has rows i, i + parts, ..., so that each stays on its
-  device, and a key of its own; arrays without rows, such as a schedule's value, are the same in
-  all. Gradients are added in the parameters' type.
+  It takes the memory of one part. Part i has examples i, i + parts, ..., so each stays on its
+  device, and its own key. Scalars, such as a schedule's value, are the same in all parts. Gradients
+  are added in the parameters' dtype.
 
   Args:
     grad_fn: (batch, key) -> ((loss, metrics), gradient).
 
   Returns:
-    ((loss, metrics), gradient). Metrics are means as well, but the largest of those named `*_max`.
+    ((loss, metrics), gradient). Metrics are means as well, except that `*_max` are maxima.
   """
   if parts == 1:
     return grad_fn(batch, key)
@@ -107,8 +106,7 @@ def mean_of_parts(grad_fn: Callable, parts: int, params: PyTree, batch: Batch, k
     return a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
 
   def add(total: PyTree, part: tuple) -> tuple:
-    rows, key = jax.tree.map(lambda a: mesh_lib.shard_batch(a) if a.ndim else a, part)
-    values, grads = grad_fn(rows, key)
+    values, grads = grad_fn(*jax.tree.map(lambda a: mesh_lib.shard_batch(a) if a.ndim else a, part))
     return mesh_lib.by_rule(jax.tree.map(jnp.add, total, grads)), values
 
   zeros = mesh_lib.by_rule(jax.tree.map(jnp.zeros_like, params))
@@ -129,12 +127,11 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns the step: augment, gradient, clip to global norm `clip`, update, average.
 
-  The gradient is the mean of that of `parts` parts of the batch (gradient accumulation).
+  The gradient is the mean over `parts` parts of the batch (gradient accumulation). Arrays of
+  `Method.frozen`, if any, follow the state and the batch as an argument.
 
-  It takes the arrays of `Method.frozen`, where there are any, after the state and the batch.
-
-  A step whose loss or gradient is not finite changes no parameter, moment, average or side-car; it
-  still counts, so that the next one draws other numbers, and `skipped` says how many came in a row.
+  A step with a non-finite loss or gradient changes no parameter, moment, average or `aux_state`. It
+  still counts, so the next one draws other numbers; `skipped` counts such steps in a row.
   """
 
   def train_step(state: TrainState, batch: Batch, *frozen) -> tuple[TrainState, Metrics]:
@@ -158,20 +155,12 @@ def make_train_step(
     ema = ema_lib.update(state.ema, params, decays, state.step)
 
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    keep = (state.params, state.opt_state, state.ema, state.aux_state)
+    old_parts = (state.params, state.opt_state, state.ema, state.aux_state)
     params, opt_state, ema, aux_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema, aux_state), keep
+      lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema, aux_state), old_parts
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
-    new_state = dataclasses.replace(
-      state,
-      step=state.step + 1,
-      skipped=skipped,
-      params=params,
-      opt_state=opt_state,
-      ema=ema,
-      aux_state=aux_state,
-    )
+    new_state = TrainState(state.step + 1, skipped, params, opt_state, ema, aux_state, state.rng)
     return new_state, {"loss": loss, **metrics, "grad_norm": grad_norm, "skipped": skipped}
 
   return train_step

@@ -1,12 +1,12 @@
-"""Where a fresh run may begin (`config.init_from`): with parameters that were trained elsewhere.
+"""`config.init_from`: trained parameters that a fresh run begins with.
 
 They come from an exported model, from a run's newest good checkpoint (its `sample` average) or from
-a file of published weights that the method can convert, and are matched by name and shape.
+published weights that the method can convert. They are matched by name and shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,10 @@ class Trained(NamedTuple):
   """A trained network.
 
   Attributes:
-    origin: where it was found, in words.
-    tensors: by dotted name; of a run, global arrays on the mesh that it was read on. Of an exported
-      model they are read from its file when they are indexed.
-    run: {"config": ..., "metadata": ...} of its run; {} where a file does not say.
+    origin: its source, for messages.
+    tensors: by dotted name. A run has global arrays. Tensors of an exported model are read from its
+      file when they are indexed.
+    run: {"config": ..., "metadata": ...} of its run; {} if it is unknown.
   """
 
   origin: str
@@ -39,15 +39,15 @@ class Trained(NamedTuple):
 
 
 class WarmStart(NamedTuple):
-  """What `init_from` may be for a method.
+  """A method's rules for `init_from`.
 
   Attributes:
-    must_match: dotted keys into config and metadata that must be equal there, such as
-      "config.model.heads": no shape of a tensor shows them.
-    reinitialized: names, or beginnings of names, that are drawn afresh if they are missing there or
-      of another size.
-    convert: Weights of a published file -> tensors by our names; None where none can be read.
-    pretrained: () -> the parameters to begin with where `init_from` is empty, by dotted name.
+    must_match: dotted keys into config and metadata that must be equal in both runs, such as
+      "config.model.heads", which no shape of a tensor shows.
+    reinitialized: names of parameters, or of groups, that are drawn afresh if they are missing in
+      `init_from` or have another shape.
+    convert: Weights of a published file -> tensors by our names; None if there are no such files.
+    pretrained: () -> parameters by dotted name to begin with if `init_from` is empty.
   """
 
   must_match: tuple[str, ...]
@@ -59,13 +59,13 @@ class WarmStart(NamedTuple):
 def make_init_params(
   rules: WarmStart, make_network: Callable, config: dict, metadata: dict, mesh: Mesh
 ) -> dict[str, Any]:
-  """The parameters that a fresh run begins with instead of drawn ones, by dotted name.
+  """Parameters by dotted name that replace drawn ones in a fresh run.
 
-  They are those of `init_from`; if it is empty, the method's pretrained ones, if any.
+  They come from `init_from`, or from the method's pretrained model if that is empty.
 
   Args:
     make_network: (config, metadata), nested dicts -> a network's functions, `init` first.
-    mesh: over which a run's parameters are spread while they are read.
+    mesh: a run's parameters are spread over it while they are read.
   """
   if not config["init_from"]:
     return rules.pretrained()
@@ -75,10 +75,10 @@ def make_init_params(
 
   trained = read(config["init_from"], config["method"], abstract, mesh, rules.convert)
   check_alike(trained, {"config": config, "metadata": metadata}, rules.must_match)
-  found, line = choose(trained, abstract(config, metadata), rules.reinitialized)
+  tensors, summary = choose(trained, abstract(config, metadata), rules.reinitialized)
   if jax.process_index() == 0:
-    print(line, flush=True)
-  return found
+    print(summary, flush=True)
+  return tensors
 
 
 def read(
@@ -87,96 +87,83 @@ def read(
   """The trained network at `path`: an exported model, a working directory, or a file.
 
   Args:
-    make_network: (config dict, metadata) -> abstract parameters of that run's network.
-    mesh: over which a run's parameters are spread while they are read.
-    convert: Weights -> tensors by our names, for a method that knows published weights.
+    make_network: (config, metadata) -> abstract parameters of a run's network.
+    mesh, convert: see `make_init_params` and WarmStart.
 
   Raises:
     UserError: nothing usable is there.
   """
-  where = Path(path).expanduser()
-  if (where / exported.MODEL).is_file():
-    record, stored = exported.load(where, method)
+  source = Path(path).expanduser()
+  if (source / exported.MODEL).is_file():
+    record, stored = exported.load(source, method)
     tensors = {name: lazy.stored(stored, name, shape) for name, shape in stored.shapes.items()}
     return Trained(f"{path} (step {record['step']})", tensors, record["run"])
-  if where.is_file() and convert:
-    return Trained(path, convert(Weights(where)), {})
-  checkpoints = Checkpoints(where)
+  if source.is_file() and convert:
+    return Trained(path, convert(Weights(source)), {})
+  checkpoints = Checkpoints(source)
   if not checkpoints.steps():
     or_file = ", or a .safetensors file" if convert else ""
     raise UserError(
       f"init_from={path!r} holds nothing to begin from; give the directory of an exported model, "
       f"or the workdir of a run of method {method!r}{or_file}."
     )
-  run = checkpoints.require_meta()
-  if (found := run["config"]["method"]) != method:
-    raise UserError(
-      f"init_from={path!r} is a run of method {found!r} and this one is {method!r}; give a run of "
-      "the same method."
-    )
-  params, step = checkpoints.restore_ema(
-    "sample", make_network(run["config"], run["metadata"]), mesh
-  )
-  checkpoints.close()
+  config, metadata, _ = checkpoints.require_run(method)
+  params, step = checkpoints.restore_ema("sample", make_network(config, metadata), mesh)
+  run = {"config": config, "metadata": metadata}
   return Trained(f"{path} (step {step})", flatten(params), run)
 
 
 def check_alike(trained: Trained, run: dict[str, Any], must_match: Sequence[str]) -> None:
-  """Raises UserError unless the two runs agree in what the shapes of tensors do not show.
+  """Raises UserError unless two runs agree in the keys `must_match` (see WarmStart).
 
   Args:
     run: {"config": ..., "metadata": ...} of the run that begins.
-    must_match: dotted keys into both, such as "config.model.heads".
   """
-  there, here = flatten_config(trained.run), flatten_config(run)
-  for key in must_match:
-    then, now = there.get(key), here.get(key)
-    if there and then != now:
+  old, new = flatten_config(trained.run), flatten_config(run)
+  for key in must_match if old else ():
+    if old.get(key) != new.get(key):
       raise UserError(
-        f"init_from={trained.origin} has {key}={then!r} and this run {now!r}, so that its "
-        "tensors would mean something else here; set it as it was there."
+        f"init_from={trained.origin} has {key}={old.get(key)!r} and this run {new.get(key)!r}, so "
+        "its tensors would mean something else here; set it as it was there."
       )
 
 
-def choose(trained: Trained, wanted, reinitialized: Sequence[str]) -> tuple[dict[str, Any], str]:
-  """(the tensors to begin with by dotted name, a line that says what was taken and what was not).
+def choose(trained: Trained, abstract, reinitialized: Sequence[str]) -> tuple[dict[str, Any], str]:
+  """(tensors by dotted name that the network begins with, a one-line summary).
 
   Args:
-    wanted: abstract parameters of the network that begins.
-    reinitialized: names, or beginnings of names, that are drawn afresh if they are missing or of
-      another size in `trained`; all others must be there.
+    abstract: abstract parameters of the network that begins.
+    reinitialized: see WarmStart; all other tensors must be in `trained`.
 
   Raises:
     UserError: a tensor is missing, has another shape, or has no place.
   """
-  wanted, found = flatten(wanted), trained.tensors
-  taken, notes = {}, []
+  leaves, tensors, notes = flatten(abstract), {}, []
   advice = "set config.model as it was there, or leave init_from empty."
-  for name, leaf in wanted.items():
-    shape = found[name].shape if name in found else None
+  for name, leaf in leaves.items():
+    shape = trained.tensors[name].shape if name in trained.tensors else None
     if shape == leaf.shape:
-      taken[name] = found[name]
+      tensors[name] = trained.tensors[name]
       continue
-    told = "is not there" if shape is None else f"has the shape {shape} there"
+    problem = "is not there" if shape is None else f"has the shape {shape} there"
     if not any(f"{name}.".startswith(f"{part}.") for part in reinitialized):
       raise UserError(
-        f"init_from={trained.origin}: {name!r} {told}, and this network needs {leaf.shape}; "
+        f"init_from={trained.origin}: {name!r} {problem}, and this network needs {leaf.shape}; "
         + advice
       )
-    # What is missing is told by its first name: an embedding is many tensors.
-    notes.append(f"{name} {told} and {leaf.shape} here" if shape else f"{_group(name)} {told}")
-  if extra := sorted(set(found) - set(wanted)):
+    # A missing group, such as an embedding, is many tensors and one note.
+    notes.append(
+      f"{name} {problem} and {leaf.shape} here" if shape else f"{_group(name)} {problem}"
+    )
+  if extra := sorted(set(trained.tensors) - set(leaves)):
     raise UserError(
       f"init_from={trained.origin}: {extra[0]!r} has no place in this network; " + advice
     )
-  return taken, _line(trained.origin, taken, notes)
+  groups = ", ".join(dict.fromkeys(map(_group, tensors)))
+  drawn = f"drawn afresh: {', '.join(dict.fromkeys(notes))}" if notes else "nothing drawn afresh"
+  summary = f"began from {trained.origin}: {len(tensors)} tensors taken ({groups}); {drawn}"
+  return tensors, summary
 
 
 def _group(name: str) -> str:
   return name.partition(".")[0]
-
-
-def _line(origin: str, taken: Mapping[str, Any], notes: Sequence[str]) -> str:
-  groups = ", ".join(dict.fromkeys(map(_group, taken)))
-  drawn = f"drawn afresh: {', '.join(dict.fromkeys(notes))}" if notes else "nothing drawn afresh"
-  return f"began from {origin}: {len(taken)} tensors taken ({groups}); {drawn}"

@@ -1,8 +1,8 @@
 """`--mode=encode`: images -> a latent set (see latents.py), in shards.
 
-Images are cut as in ADM (see `images.center_crop`), encoded with their mirror images, and stored as
-the mean and standard deviation of the posterior. Each process uses its own devices; for what
-processes do see shards.py.
+Images are cropped as in ADM (see `images.center_crop`), encoded with their mirror images, and
+stored as mean and standard deviation of the posterior. Each process encodes its own shards on its
+own devices, see shards.py.
 
 Dimensions: n images, b batch, h w image or latent, c channel.
 """
@@ -34,9 +34,9 @@ PER_DEVICE = 32  # images in one call of the encoder
 
 
 def make_encoder(model) -> Callable:
-  """Returns `encode(pixels)`: uint8 [b, h, w, 3] -> float16 [b, 2, 2, h/8, w/8, c].
+  """Returns `encode(pixels)`: uint8 [b, h, w, 3] -> posterior of `latents.record_dtype`, float16.
 
-  See `latents.record_dtype` for the result. The batch is split over this process's devices.
+  The batch is split over this process's devices.
   """
   mesh = mesh_lib.make_mesh(devices=jax.local_devices())
   split, params = mesh_lib.batch_sharding(mesh), mesh_lib.replicate(model.params, mesh)
@@ -51,7 +51,7 @@ def make_encoder(model) -> Callable:
 
 
 class ShardWriter:
-  """The records of one shard, under another name until `finish`."""
+  """Writes the records of one shard; the file gets its name in `finish`."""
 
   def __init__(self, out: Path, job: Job, shard: int):
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -64,7 +64,7 @@ class ShardWriter:
     self.sums: list = []  # of means and mean squares, by channel
 
   def write(self, posterior: jax.Array, names: list[str], labels: list[int]) -> None:
-    """Appends the first len(labels) of posterior [b, 2, 2, h, w, c]; `names` are for errors."""
+    """Appends the first len(labels) of posterior [b, 2, 2, h, w, c]; errors quote `names`."""
     posterior = np.asarray(posterior)[: len(labels)]
     if not np.all(np.isfinite(posterior)):
       raise UserError(
@@ -82,7 +82,7 @@ class ShardWriter:
     self.sums.append([moment.sum(0) for moment in moments(posterior)])
 
   def finish(self, skipped: list[str]) -> None:
-    """Writes the JSON file that goes with the shard, then gives the shard its name."""
+    """Writes the shard's JSON file, then gives the shard its name."""
     self.writer.close()
     first, second = np.sum(self.sums, axis=0).tolist() if self.sums else ([], [])
     part = {"labels": self.labels, "skipped": skipped, "sum": first, "square": second}
@@ -99,35 +99,34 @@ def encode_shard(
   shard: int,
   progress: Callable,
 ) -> None:
-  """Makes one shard, `batch` images a call; images that cannot be read are named and skipped.
+  """Makes one shard, `batch` images a call; unreadable images are named and skipped.
 
   Raises:
     UserError: the autoencoder's output is not finite in float16, or an image has no class.
   """
   writer = ShardWriter(out, job, shard)
-  skipped, waiting = [], None  # waiting: written while the devices are at work on the next one
+  skipped, pending = [], None  # pending: written while the devices encode the next batch
   with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
-    for read in read_batches(images, job.rows(shard), batch, job.metadata["image_size"], pool):
-      unread = [images.name(i) for i, pixels, _ in read if pixels is None]
-      for name in unread:
+    for items in read_batches(images, job.rows(shard), batch, job.metadata["image_size"], pool):
+      unreadable = [images.name(i) for i, pixels, _ in items if pixels is None]
+      for name in unreadable:
         logging.warning("skipped: cannot read the image %s", name)
-      skipped += unread
-      kept = [item for item in read if item[1] is not None]
-      if kept:
-        numbers, pixels, labels = zip(*kept, strict=True)
-        filled = np.stack([pixels[min(i, len(kept) - 1)] for i in range(batch)])
-        result = encode(filled)
-        if waiting:
-          writer.write(*waiting)
-        waiting = result, [images.name(i) for i in numbers], list(labels)
-      progress(len(read))
-  if waiting:
-    writer.write(*waiting)
+      skipped += unreadable
+      readable = [item for item in items if item[1] is not None]
+      if readable:
+        numbers, pixels, labels = zip(*readable, strict=True)
+        posterior = encode(np.stack([pixels[min(i, len(pixels) - 1)] for i in range(batch)]))
+        if pending:
+          writer.write(*pending)
+        pending = posterior, [images.name(i) for i in numbers], list(labels)
+      progress(len(items))
+  if pending:
+    writer.write(*pending)
   writer.finish(skipped)
 
 
 def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int, ...]) -> dict:
-  """Puts the shards' parts together; returns the manifest.
+  """Writes the manifest of all shards; returns it.
 
   Raises:
     UserError: no image could be read.
@@ -156,7 +155,7 @@ def make_job(images: EncodedImages, vae: str, image_size: int, shards: int) -> J
   """The job of `--images --vae --image_size --shards`; 0 shards chooses their number.
 
   Raises:
-    UserError: a number that is out of range, or no autoencoder.
+    UserError: a number is out of range, or the autoencoder's file is missing.
   """
   if image_size < 8 or image_size % 8:
     raise UserError(f"--image_size={image_size} must be a positive multiple of 8, such as 256.")
@@ -165,16 +164,16 @@ def make_job(images: EncodedImages, vae: str, image_size: int, shards: int) -> J
 
 
 def encode_images(images: EncodedImages, job: Job, load: Callable, out: Path) -> dict | None:
-  """Makes what is missing of this process's shards.
+  """Makes the missing shards of this process.
 
   Args:
-    load: () -> the autoencoder, see `autoencoder.load`; called if there is anything to do.
+    load: () -> the autoencoder, see `autoencoder.load`; called only if a shard is missing.
 
   Returns:
     The manifest once every shard is there; None while other processes are at work.
 
   Raises:
-    UserError: `out` holds latents of another job; the autoencoder is broken; no readable image.
+    UserError: `out` holds latents of another job; the autoencoder is broken; no image is readable.
   """
 
   def prepare(missing: list[int]) -> Callable:
@@ -186,15 +185,14 @@ def encode_images(images: EncodedImages, job: Job, load: Callable, out: Path) ->
 
   if not make_missing(job, out, prepare):
     return None
-  shape = (job.metadata["image_size"] // 8, job.metadata["image_size"] // 8, 4)
-  return write_manifest(out, job, images.names, shape)
+  size = job.metadata["image_size"] // 8
+  return write_manifest(out, job, images.names, (size, size, 4))
 
 
 def encode(source: str, vae: str, image_size: int, shards: int, out: Path) -> None:
-  """Encodes the images of `source` into `out`, and says what was made; see `encode_images`.
+  """`encode_images` of the images `source` (see `images.find`), with a summary at the end.
 
   Args:
-    source: a folder, tars, ArrayRecord files or tfds:NAME.
     vae: file of the autoencoder's weights.
     shards: files to make; 0 chooses their number.
   """

@@ -1,4 +1,4 @@
-"""The images or latents that a config names, and what is saved about them with a run."""
+"""The data that a config names, and their metadata, which a run saves."""
 
 from __future__ import annotations
 
@@ -13,24 +13,20 @@ SOURCES = ("digits", "folder", "npz", "tfds", "latents")
 
 
 def make_source(config) -> tuple[sources.Source | latents.Latents, sources.Source | None]:
-  """(the images or latents of `config.data`; the images of them that are kept from training).
+  """(the training data of `config.data`, the images that are held out, if any).
 
-  With `data.flip` there are their mirror images as well, of those that are trained on.
+  With `data.flip` the training images have their mirror images beside them.
 
   Raises:
     UserError: the config does not fit itself or the data.
   """
   data = config.data
   source, held_out = _open(data), None
-  if isinstance(source, latents.Latents):
-    return source, None
   if data.held_out:
     source, held_out = sources.hold_out(source, data.held_out)
-  for name, found in (("image_size", source.shape[0]), ("channels", source.shape[2])):
-    if data[name] != found:
-      raise UserError(
-        f"data.{name}={data[name]} but for the images of {data.source} it is {found}."
-      )
+  for name, size in (("image_size", source.shape[0]), ("channels", source.shape[2])):
+    if data[name] != size:
+      raise UserError(f"data.{name}={data[name]} but for the images of {data.source} it is {size}.")
   return sources.with_mirror_images(source) if data.flip else source, held_out
 
 
@@ -46,19 +42,18 @@ def _open(data) -> sources.Source | latents.Latents:
     return sources.digits()
   if kind == "latents":
     for name in ("flip", "held_out"):
-      if data.get(name):
+      if data[name]:
         raise UserError(
-          f"data.{name}={data[name]} is for images; latents have their mirror images, and none is "
-          "kept from training: leave it out."
+          f"data.{name}={data[name]} is for images; latents have their mirror images, and none are "
+          "held out: leave it out."
         )
-  synthetic = data.get("synthetic", 0)
-  if synthetic and not where:
+  if data.synthetic and not where:
     make = latents.synthetic if kind == "latents" else sources.synthetic
     shape = (data.image_size, data.image_size, data.channels)
-    return make(synthetic, shape, data.get("classes", 10))
+    return make(data.synthetic, shape, data.classes)
   if not where:
     raise UserError(
-      f"data.path is empty; give --config.data.path=PATH, what data.source={kind!r} is to read."
+      f"data.path is empty; give --config.data.path=PATH, which data.source={kind!r} reads."
     )
   if kind == "npz":
     return sources.npz(where)
@@ -69,23 +64,20 @@ def _open(data) -> sources.Source | latents.Latents:
 
 
 def make_metadata(source: sources.Source | latents.Latents) -> dict:
-  """What sampling and a resumed run need to know of the data, as JSON."""
-  found = {
-    "names": list(source.names),
-    "shape": list(source.shape),
-    "examples": len(source.labels),
-  }
+  """The facts about the data that sampling and a resumed run need, as JSON."""
+  metadata = {"names": list(source.names), "shape": list(source.shape)}
+  metadata["examples"] = len(source.labels)
   if isinstance(source, latents.Latents):
-    found |= {"vae": source.vae, "manifest_sha256": source.manifest}
-  return found
+    metadata |= {"vae": source.vae, "manifest_sha256": source.manifest}
+  return metadata
 
 
 def describe(config, source: sources.Source | latents.Latents, held_out: int) -> None:
-  """Prints what there is to learn; warns where the classes look like parts of a data set."""
+  """Prints the size of the data; warns if the classes look like the splits of a data set."""
   if jax.process_index():
     return
   count, names = len(source.labels), source.names
-  mirrored = ", half of them mirrored" if config.data.get("flip") else ""
+  mirrored = ", half of them mirrored" if config.data.flip else ""
   mirrored += f", {held_out} more held out" if held_out else ""
   some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
   size = "x".join(map(str, source.shape))
@@ -95,5 +87,5 @@ def describe(config, source: sources.Source | latents.Latents, held_out: int) ->
 
 
 def share_of_largest_class(source: sources.Source | latents.Latents) -> float:
-  """Of all examples, how many the most frequent class has."""
+  """The share of all examples that the most frequent class has."""
   return float(np.bincount(source.labels).max() / len(source.labels))

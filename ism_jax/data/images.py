@@ -1,10 +1,10 @@
-"""Encoded images with labels, in random access: a folder, TFDS, ArrayRecord files, tars of JPEGs.
+"""Image files with labels, in random access: a folder, TFDS, ArrayRecord files, tars of JPEGs.
 
-A source knows how many images there are, where each lies, and its class; they are read one by one.
-There are two cuts: what is encoded, and what latents are compared with, is cut as in ADM (arXiv
-2105.05233); what is trained on in pixels, and what these are compared with, by `area_square`.
+Images are read one by one. There are two crops. Images to encode, and the references of models of
+latents, are cropped as in ADM (arXiv 2105.05233, `center_crop`). Training images of models of
+pixels, and their references, are cropped by `area_square`.
 
-Dimensions: n images.
+Dimensions: n images, s image_size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 FIELDS = {"image": bytes, "label": int}, "an encoded 'image' and an integer 'label'"  # of records
 
-# What Pillow raises on a file that is not a whole image; struct.error is of damaged EXIF.
+# Pillow's errors for a file that is not a whole image; damaged EXIF raises struct.error.
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
@@ -39,9 +39,9 @@ class EncodedImages:
 
   Attributes:
     size: n.
-    names: one name for each class; () where the source does not say.
+    names: one name for each class; () where the source has none.
     read: i -> (the file's bytes, its class).
-    name: i -> where it is from, the same wherever the source lies.
+    name: i -> the image's name inside the source, which does not depend on the source's place.
   """
 
   size: int
@@ -53,10 +53,10 @@ class EncodedImages:
 def folder(root: str, flag: str = "--images") -> EncodedImages:
   """`root/<class name>/*.png|jpg|...`; classes are numbered in the order of their names.
 
-  Where these have no images, those in `root` itself are one class, of its name.
+  If these have no images, those in `root` itself are one class of its name.
 
   Raises:
-    UserError: no such folder, or no image; it names the option `flag`.
+    UserError: no such folder, or no image; the message names the option `flag`.
   """
   top = Path(root).expanduser()
   if not top.is_dir():
@@ -92,11 +92,11 @@ def _members(path: Path) -> list[tuple[Path, str, int, int, int]]:
   """(tar, key, offset, bytes, class) of each image of one tar, in its order."""
   images, classes = {}, {}
   try:
-    with tarfile.open(path, "r:") as tar:  # not compressed: members are read where they lie
+    with tarfile.open(path, "r:") as tar:  # uncompressed only: members are read by offset
       for member in tar:
-        folder_, _, base = member.name.rpartition("/")
+        parent, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        key = f"{folder_}/{stem}".lstrip("/")
+        key = f"{parent}/{stem}".lstrip("/")
         if f".{extension.lower()}" in SUFFIXES:
           images[key] = (member.offset_data, member.size)
         elif extension == "cls":
@@ -111,45 +111,45 @@ def _members(path: Path) -> list[tuple[Path, str, int, int, int]]:
       raise UserError(
         f"{path}: the image {key!r} has no {key}.cls beside it; add its class number."
       )
-  return [(path, key, *where, classes[key]) for key, where in images.items()]
+  return [(path, key, *place, classes[key]) for key, place in images.items()]
 
 
 def tars(paths: list[Path]) -> EncodedImages:
   """WebDataset's layout: uncompressed tars with `KEY.jpg` (or .png, ...) and `KEY.cls`, a number.
 
-  Only the tars' headers are read now; the images are read later where they lie.
+  Only the tars' headers are read now; images are read later by their offsets.
 
   Raises:
     UserError: a damaged tar, an image without its class, or no image.
   """
-  found = [member for path in paths for member in _members(path)]
-  if not found:
+  members = [member for path in paths for member in _members(path)]
+  if not members:
     raise UserError(f"{paths[0]} has no images; expected members KEY.jpg and KEY.cls.")
 
   def read(i: int) -> tuple[bytes, int]:
-    path, _, offset, size, label = found[i]
+    path, _, offset, size, label = members[i]
     with path.open("rb") as file:
       file.seek(offset)
       return file.read(size), label
 
-  return EncodedImages(len(found), (), read, lambda i: f"{found[i][0].name}:{found[i][1]}")
+  return EncodedImages(len(members), (), read, lambda i: f"{members[i][0].name}:{members[i][1]}")
 
 
-def _labelled(found: records.Records) -> EncodedImages:
-  return EncodedImages(found.size, found.classes, found.read, found.name)
+def _from_records(source: records.Records) -> EncodedImages:
+  return EncodedImages(source.size, source.classes, source.read, source.name)
 
 
 def tfds(name: str, flag: str = "--images") -> EncodedImages:
   """A prepared TFDS builder with `image` and `label`, see `records.open_tfds`."""
-  return _labelled(records.open_tfds(name, flag, *FIELDS))
+  return _from_records(records.open_tfds(name, flag, *FIELDS))
 
 
 def find(source: str) -> EncodedImages:
-  """Whatever `--images=SOURCE` names.
+  """The images that `--images=SOURCE` names.
 
   Args:
-    source: a folder of images, or with one sub-folder a class; a directory, file or pattern of
-      `.tar` or `.array_record` files; a TFDS builder's directory; or `tfds:NAME[@SPLIT]`.
+    source: a folder of images, or of one sub-folder for each class; a directory, file or pattern
+      of `.tar` or `.array_record` files; a TFDS builder's directory; or `tfds:NAME[@SPLIT]`.
 
   Raises:
     UserError: it is none of these.
@@ -157,12 +157,12 @@ def find(source: str) -> EncodedImages:
   if records.is_tfds(source):
     return tfds(source)
   path = Path(source).expanduser()
-  inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
-  files = sorted(file for file in inside if file.is_file())
-  if chosen := [file for file in files if file.suffix == ".tar"]:
-    return tars(chosen)
-  if chosen := [file for file in files if ".array_record" in file.name]:
-    return _labelled(records.open_array_records(chosen, *FIELDS))
+  paths = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path)))
+  files = sorted(file for file in paths if file.is_file())
+  if tar_files := [file for file in files if file.suffix == ".tar"]:
+    return tars(tar_files)
+  if record_files := [file for file in files if ".array_record" in file.name]:
+    return _from_records(records.open_array_records(record_files, *FIELDS))
   if path.is_dir():
     return folder(source)
   raise UserError(
@@ -172,22 +172,20 @@ def find(source: str) -> EncodedImages:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-  """An image of any kind in `mode`, L or RGB: 8 bits a channel; what is transparent is white."""
+  """An image of any kind in `mode` (L or RGB), 8 bits a channel, on a white background."""
   if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-  if image.has_transparency_data:  # what colour lies under it, often black, was not to be seen
+  if image.has_transparency_data:  # the colour under it, often black, was never visible
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
   return image.convert(mode)
 
 
 def center_crop(image: Image.Image, image_size: int) -> np.ndarray:
-  """The centre square of an RGB image, as guided-diffusion's `center_crop_arr`.
+  """The centre square of an RGB image, uint8 [s, s, 3], as guided-diffusion's `center_crop_arr`.
 
-  Halved by box averages while both sides stay above twice the size; then bicubic; then cut.
-
-  Returns:
-    uint8 [side, side, 3].
+  The image is halved by box averages while both sides are at least 2 s, resized by a bicubic filter
+  so that the shorter side is s, and cropped.
   """
   while min(image.size) >= 2 * image_size:
     image = image.resize(tuple(x // 2 for x in image.size), Image.Resampling.BOX)
@@ -199,11 +197,7 @@ def center_crop(image: Image.Image, image_size: int) -> np.ndarray:
 
 
 def area_square(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-  """The centre square of an image, as the camera was held; a pixel is the mean of its area.
-
-  Returns:
-    uint8 [side, side, channels]: 1, grey, or 3, RGB.
-  """
+  """The centre square of the upright image, averaged over areas: uint8 [s, s, 1 or 3]."""
   image = convert(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
   edge = min(image.size)
   left, top = (image.width - edge) // 2, (image.height - edge) // 2
@@ -213,7 +207,7 @@ def area_square(image: Image.Image, image_size: int, channels: int) -> np.ndarra
 
 
 def square(image: Image.Image, image_size: int, channels: int | None = None) -> np.ndarray:
-  """The centre square, uint8 [side, side, c]: `area_square`, or as in ADM without `channels`."""
+  """`area_square` [s, s, channels]; without `channels`, `center_crop` [s, s, 3]."""
   if channels:
     return area_square(image, image_size, channels)
   return center_crop(convert(image, "RGB"), image_size)
@@ -222,7 +216,7 @@ def square(image: Image.Image, image_size: int, channels: int | None = None) -> 
 def read_image(
   images: EncodedImages, i: int, image_size: int, channels: int | None = None
 ) -> tuple[np.ndarray | None, int]:
-  """(the centre square of image i, see `square`; its class); None where it cannot be read."""
+  """(`square` of image i, or None if it cannot be read; its class)."""
   label = -1
   try:
     content, label = images.read(i)
@@ -237,13 +231,13 @@ def read_image(
 def read_batches(
   images: EncodedImages, rows: range, batch: int, image_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[int, np.ndarray | None, int]]]:
-  """(number, pixels, class) of the images `rows`, `batch` at a time, one batch read ahead."""
+  """Lists of (number, pixels, class) of the images `rows`: batches, with one read ahead."""
 
   def start(first: int) -> list:
     numbers = rows[first : first + batch]
     return [(i, pool.submit(read_image, images, i, image_size)) for i in numbers]
 
-  ahead = start(0)
+  futures = start(0)
   for first in range(0, len(rows), batch):
-    ready, ahead = ahead, start(first + batch)
-    yield [(i, *future.result()) for i, future in ready]
+    current, futures = futures, start(first + batch)
+    yield [(i, *future.result()) for i, future in current]

@@ -1,4 +1,4 @@
-"""Which noise goes with which example of a batch: optimal transport over pools of batches."""
+"""The noise of each example: optimal transport over pools of batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ism_jax.data import latents, sources
 
 @dataclass(frozen=True)
 class Pairs:
-  """The noise of each pool: a function of (seed, number of the pool), solved anew when asked for.
+  """The noise of each pool: a function of (seed, number of the pool) that keeps no results.
 
   Attributes:
-    config: how pools are paired; with config.pool = 0 a pool is one batch, paired at random.
+    config: how pools are paired; if config.pool is 0, a pool is one batch with random pairs.
     batch: global batch size.
     rng: key of `path.draw_noise`.
   """
@@ -39,7 +39,7 @@ class Pairs:
   def noise_of_pool(self, seed: int, number: int) -> np.ndarray:
     """int32 [pool * batch]: the noise index of each example of a pool."""
     size = self.pool * self.batch
-    # Past 2^31 examples the numbers wrap to the negative ones, which name noise as well.
+    # Past 2^31 examples the numbers become negative, which are valid noise indices, too.
     noise = (number * size + np.arange(size)).astype(np.int32)
     if not self.config.pool:
       return noise
@@ -48,7 +48,7 @@ class Pairs:
     return pairing.pair(self.config, self.rng, images, labels, noise, len(self.source.names))
 
   def class_leak(self, seed: int) -> float:
-    """`pairing.class_leak` of the first pool: near chance where the noise says nothing."""
+    """`pairing.class_leak` of the first pool: at chance if the noise does not tell the class."""
     x0 = path.draw_noise(self.rng, self.noise_of_pool(seed, 0), self.source.shape)
     labels = self.source.labels[self.examples_of_pool(seed, 0)]
     return pairing.class_leak(np.asarray(x0).reshape(len(x0), -1), labels)

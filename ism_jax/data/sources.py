@@ -1,20 +1,20 @@
 """Images and labels from disk to batches, addressed by position.
 
-A source is random access, in memory (`Source`) or on disk (`latents.Latents`, with the same labels,
-names, shape, images and rows). An example is an image, or one of an image and its mirror image. The
-order of examples is a new permutation each epoch. The batch number `position` is the same rows
-whatever the number of processes, so the one integer is the whole state of the data.
+A source has random access to examples, in memory (`Source`) or on disk (`latents.Latents`, which
+has the same labels, names, shape, images and rows). An example is an image or a mirror image. Each
+epoch is a new permutation of the examples. Batch `position` has the same examples for any number of
+processes, so this integer is the whole state of the data.
 
 Dimensions: n images, b batch, h w image, c channel.
 """
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from absl import logging
 from tqdm import tqdm
 
 from ism_jax.data import images as images_lib
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_fraction
 from train_jax.storage.faults import LIMIT, Faults
 
 
@@ -35,7 +35,7 @@ class Source:
     labels: int32 [n], 0 .. classes - 1; [2 n] with mirror images.
     names: one name for each class.
     decode: pixels -> float32 in [-1, 1].
-    flip: whether example 2 i + f is image i, mirrored if f = 1; else example i is image i.
+    flip: if True, example 2 i + f is image i, mirrored if f = 1; else example i is image i.
   """
 
   pixels: np.ndarray
@@ -59,12 +59,12 @@ class Source:
     return self.decode(pixels)
 
   def rows(self, index) -> dict[str, np.ndarray]:
-    """What a batch holds of the examples `index` [b], beside label and noise."""
+    """The examples `index` [b] as a batch stores them, beside labels and noise."""
     return {"image": self.images(index)}
 
 
 def with_mirror_images(source: Source) -> Source:
-  """Each image and its mirror image as two examples, as in latents.py; takes no more memory."""
+  """Each image and its mirror image as two examples, as in latents.py; needs no more memory."""
   return replace(source, labels=np.repeat(source.labels, 2), flip=True)
 
 
@@ -81,7 +81,7 @@ def digits() -> Source:
   )
 
 
-# Names that others give the arrays of an .npz: keras.datasets, ADM, and the singular of both.
+# Names of arrays in the .npz files of keras.datasets and ADM, and the singular of both.
 NPZ_IMAGES = ("image", "images", "x_train", "arr_0")
 NPZ_LABELS = ("label", "labels", "y_train")
 
@@ -90,35 +90,36 @@ def npz(path: str) -> Source:
   """The images and labels of an .npz, each under one of the usual names.
 
   Images are [n, h, w], [n, h, w, 1] or [n, h, w, 3]: uint8, or floats that span [0, 1] or [-1, 1].
-  Labels are whole numbers [n] or [n, 1]; each number that occurs is a class, of that name.
+  Labels are whole numbers [n] or [n, 1]; each number that occurs is a class of that name.
 
   Raises:
-    UserError: no such file, no such arrays (it says which there are), or they are no images with a
-      label each.
+    UserError: the file or an array is missing, or the arrays are not images with a label each.
   """
   flag = f"data.path={path!r}"
   try:
-    opened = np.load(Path(path).expanduser())  # pickled objects are refused: they are code
-    if isinstance(opened, np.ndarray):
+    content = np.load(Path(path).expanduser())  # pickled objects are refused: they are code
+    if isinstance(content, np.ndarray):
       raise ValueError("it is one array, without labels")
-    with opened as file:
+    with content as file:
       arrays = {name: file[name] for name in (*NPZ_IMAGES, *NPZ_LABELS) if name in file}
-      known = ", ".join(f"{name} {file[name].shape}" for name in file)
+      shapes = ", ".join(f"{name} {file[name].shape}" for name in file)
   except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as err:
     raise UserError(f"{flag} cannot be read as an .npz of arrays ({err}).") from err
-  found = []
-  for what, names in (("images", NPZ_IMAGES), ("labels", NPZ_LABELS)):
-    present = [name for name in names if name in arrays]
-    if not present:
+
+  def choose(kind: str, names: tuple[str, ...]) -> np.ndarray:
+    matches = [name for name in names if name in arrays]
+    if not matches:
       raise UserError(
-        f"{flag} has no {what} under any of the names {', '.join(names)}; it has {known or 'none'}."
+        f"{flag} has no {kind} under any of the names {', '.join(names)}; it has "
+        f"{shapes or 'none'}."
       )
-    if len(present) > 1:
+    if len(matches) > 1:
       raise UserError(
-        f"{flag} has {what} under {' and '.join(present)}; leave one of them in the file."
+        f"{flag} has {kind} under {' and '.join(matches)}; leave one of them in the file."
       )
-    found.append(arrays[present[0]])
-  images, labels = found
+    return arrays[matches[0]]
+
+  images, labels = choose("images", NPZ_IMAGES), choose("labels", NPZ_LABELS)
   pixels = images[..., None] if images.ndim == 3 else images
   if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or not pixels.size:
     raise UserError(
@@ -136,7 +137,7 @@ def npz(path: str) -> Source:
 
 
 def _npz_pixels(pixels: np.ndarray, flag: str) -> tuple[np.ndarray, Callable]:
-  """Pixels as they are kept, and what brings them into [-1, 1]."""
+  """(pixels to store, function that maps them into [-1, 1])."""
   if pixels.dtype == np.uint8:
     return pixels, _decode_bytes
   low, high = float(pixels.min()), float(pixels.max())  # NaN fails both tests below
@@ -150,32 +151,33 @@ def _npz_pixels(pixels: np.ndarray, flag: str) -> tuple[np.ndarray, Callable]:
 
 
 def hold_out(source: Source, share: float) -> tuple[Source, Source]:
-  """(what is trained on, what is kept from training): `share` of each class, always the same.
+  """Splits a source into (training, held-out) images, always in the same way.
+
+  Args:
+    share: of each class, to hold out.
 
   Raises:
-    UserError: `share` is no share, or leaves a class without images on either side.
+    UserError: `share` is not between 0 and 1, or leaves a class without images on either side.
   """
-  if not 0 < share < 1:
-    raise UserError(f"data.held_out={share} is a share of each class; choose it between 0 and 1.")
-  kept = []
+  check_fraction("data.held_out", share, inclusive=False)
+  held_out = np.zeros(len(source.labels), bool)
   for label, name in enumerate(source.names):
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(source.labels == label))
-    n = round(share * len(rows))
-    if not 0 < n < len(rows):
+    members = np.random.default_rng(0).permutation(np.flatnonzero(source.labels == label))
+    n = round(share * len(members))
+    if not 0 < n < len(members):
       raise UserError(
-        f"data.held_out={share} of the {len(rows)} images of class {name!r} is {n}; choose another "
-        "share, so that some are kept and some are left."
+        f"data.held_out={share} of the {len(members)} images of class {name!r} is {n}; choose a "
+        "share that leaves images on both sides."
       )
-    kept.append(rows[:n])
-  kept = np.isin(np.arange(len(source.labels)), np.concatenate(kept))
+    held_out[members[:n]] = True
   return tuple(
-    replace(source, pixels=source.pixels[rows], labels=source.labels[rows])
-    for rows in (~kept, kept)
+    replace(source, pixels=source.pixels[mask], labels=source.labels[mask])
+    for mask in (~held_out, held_out)
   )
 
 
 def synthetic(n: int, shape: tuple[int, int, int], classes: int = 10) -> Source:
-  """n images of noise in `shape`, with nothing to learn but the grey of each class."""
+  """n noise images of `shape`; the classes differ in brightness only."""
   rng = np.random.default_rng(0)
   labels = (np.arange(n) % classes).astype(np.int32)
   noise = rng.integers(0, 128, (n, *shape))
@@ -190,19 +192,19 @@ def _decode_bytes(pixels: np.ndarray) -> np.ndarray:
 def _in_memory(
   images: images_lib.EncodedImages, path: str, image_size: int, channels: int, max_faults: int
 ) -> Source:
-  """The centre square of each image; files that can't be read are named, skipped and counted."""
   if channels not in (1, 3):
     raise UserError(f"data.channels={channels} must be 1 (grey) or 3 (RGB).")
   names = images.names
-  # One array from the start: put together in the end, they would take the memory twice.
+  # One array from the start: joining separate ones at the end would take the memory twice.
   pixels = np.empty((images.size, image_size, image_size, channels), np.uint8)
   labels, bad = [], []
   with ThreadPoolExecutor() as pool:
-    read = pool.map(
-      lambda i: images_lib.read_image(images, i, image_size, channels), range(images.size)
+    read = functools.partial(
+      images_lib.read_image, images, image_size=image_size, channels=channels
     )
-    read = tqdm(read, total=images.size, desc="reading images", unit="img", disable=None)
-    for i, (image, label) in enumerate(read):
+    results = pool.map(read, range(images.size))
+    results = tqdm(results, total=images.size, desc="reading images", unit="img", disable=None)
+    for i, (image, label) in enumerate(results):
       if image is None:
         bad.append(i)
       else:
@@ -230,20 +232,20 @@ def _in_memory(
 def folder(root: str, image_size: int, channels: int, max_faults: int = LIMIT) -> Source:
   """The images of `images.folder`: the centre square of each, resized to `image_size`.
 
-  Files that can't be read are named, skipped and counted.
+  Unreadable files are named, skipped and counted.
 
   Raises:
-    UserError: no such folder, a class without a readable image, or more than `max_faults` that
-      cannot be read.
+    UserError: no such folder, a class without a readable image, or more than `max_faults`
+      unreadable files.
   """
   return _in_memory(images_lib.folder(root, "data.path"), root, image_size, channels, max_faults)
 
 
 def tfds(name: str, image_size: int, channels: int, max_faults: int = LIMIT) -> Source:
-  """A prepared TFDS data set of small images, NAME or directory, `@SPLIT` after it; see `folder`.
+  """A prepared TFDS data set of small images, NAME[@SPLIT] or DIRECTORY[@SPLIT]; see `folder`.
 
   Raises:
-    UserError: it is not prepared, or has no labelled images.
+    UserError: the set is not prepared, or has no labelled images; else as `folder`.
   """
   return _in_memory(images_lib.tfds(name, "data.path"), name, image_size, channels, max_faults)
 
@@ -251,18 +253,17 @@ def tfds(name: str, image_size: int, channels: int, max_faults: int = LIMIT) -> 
 def batches(source: Source, batch: int, seed: int) -> Callable[[int], np.ndarray]:
   """Returns position -> int64 [batch], the examples of that global batch.
 
-  Each epoch is a new permutation; every example comes exactly once in it. A batch may span two
-  epochs.
+  An epoch is a permutation of all examples. A batch may span two epochs.
   """
   n = len(source.labels)
 
-  @lru_cache(2)
+  @functools.lru_cache(2)
   def epoch(number: int) -> np.ndarray:
     return np.random.default_rng((seed, number)).permutation(n)
 
   def index(position: int) -> np.ndarray:
-    number, place = np.divmod(np.arange(position * batch, (position + 1) * batch), n)
-    return np.concatenate([epoch(int(k))[place[number == k]] for k in np.unique(number)])
+    number, offset = np.divmod(np.arange(position * batch, (position + 1) * batch), n)
+    return np.concatenate([epoch(int(k))[offset[number == k]] for k in np.unique(number)])
 
   return index
 
@@ -276,12 +277,12 @@ def stream(
   noise_of_pool: Callable[[int], np.ndarray],
   pool: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """This process's rows of batch `position`, `position + 1`, ...
+  """This process's part of the batches `position`, `position + 1`, ...
 
   Args:
     batch: global batch size.
-    rows: this process's rows of it.
-    noise_of_pool: number of a pool -> int32 [pool * batch], the noise index of each of its rows.
+    rows: the places of this process's examples in the global batch.
+    noise_of_pool: number of a pool -> int32 [pool * batch], the noise index of each example.
     pool: batches in a pool.
 
   Yields:
@@ -290,18 +291,18 @@ def stream(
   index = batches(source, batch, seed)
 
   def load(position: int) -> dict[str, np.ndarray]:
-    mine = index(position)[rows]
-    return {**source.rows(mine), "label": source.labels[mine]}
+    examples = index(position)[rows]
+    return {**source.rows(examples), "label": source.labels[examples]}
 
-  # A pool is paired ahead and a batch read ahead, each on a thread: behind the steps before it.
+  # Two threads pair the next pool and read the next batch while the device works.
   with ThreadPoolExecutor(1, "pairing") as pairing, ThreadPoolExecutor(1, "reading") as reading:
     number, offset = divmod(position, pool)
-    paired, loaded = pairing.submit(noise_of_pool, number), reading.submit(load, position)
+    next_noise, next_batch = pairing.submit(noise_of_pool, number), reading.submit(load, position)
     while True:
-      noise = paired.result().reshape(pool, batch)
-      paired = pairing.submit(noise_of_pool, number + 1)
+      noise = next_noise.result().reshape(pool, batch)
+      next_noise = pairing.submit(noise_of_pool, number + 1)
       for i in range(offset, pool):
-        ready = loaded.result()
-        loaded = reading.submit(load, number * pool + i + 1)
-        yield {**ready, "noise": noise[i, rows]}
+        examples = next_batch.result()
+        next_batch = reading.submit(load, number * pool + i + 1)
+        yield {**examples, "noise": noise[i, rows]}
       number, offset = number + 1, 0

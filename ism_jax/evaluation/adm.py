@@ -1,9 +1,9 @@
-"""Images on disk as evaluation takes and leaves them: .npz files in the form of ADM, and folders.
+"""Images on disk for evaluation: ADM's .npz files, and folders.
 
-The form (Dhariwal & Nichol, arXiv 2105.05233, github.com/openai/guided-diffusion/evaluations): an
-.npz with images as `arr_0`, uint8 [n, h, w, c], and for references their Inception moments as `mu`
-and `sigma` (pooled features), `mu_s` and `sigma_s` (spatial). Images are read and written a batch
-at a time: `np.load` would hold all 50 000, 10 GB at 256 pixels.
+ADM's files (Dhariwal & Nichol, arXiv 2105.05233, github.com/openai/guided-diffusion/evaluations)
+hold images as `arr_0`, uint8 [n, h, w, c]. References also have Inception moments as `mu` and
+`sigma` (pooled features), `mu_s` and `sigma_s` (spatial). Images are read and written batch by
+batch: `np.load` would hold all 50 000, 10 GB at 256 pixels.
 
 Dimensions: n images, b batch, h w image, c channel.
 """
@@ -31,11 +31,11 @@ class ImageBatches(NamedTuple):
   """Images on disk.
 
   Attributes:
-    n: how many.
+    n: their number.
     shape: (h, w, 3).
-    batches: (b, rows) -> of each batch of b the rows `rows` (ascending; the last batch may not have
-      them all): uint8 [<= len(rows), h, w, 3].
-    cut: how they were cut out of image files; "" where they are stored as they are.
+    batches: (b, rows) -> uint8 [<= len(rows), h, w, 3] of each batch of b: its images at the places
+      `rows`, ascending; the last batch may not have all.
+    cut: the name of the crop of image files; "" for stored arrays.
   """
 
   n: int
@@ -45,18 +45,18 @@ class ImageBatches(NamedTuple):
 
 
 def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-  """Name -> (shape, dtype) of the arrays of an .npz, none of them read.
+  """Name -> (shape, dtype) of the arrays in an .npz, from their headers.
 
   Raises:
-    UserError: it is not one.
+    UserError: the file is not an .npz.
   """
   try:
     with zipfile.ZipFile(path) as archive:
-      found = {}
+      headers = {}
       for name in archive.namelist():
         with archive.open(name) as file:
-          found[name.removesuffix(".npy")] = _header(file)
-      return found
+          headers[name.removesuffix(".npy")] = _header(file)
+      return headers
   except (OSError, ValueError, zipfile.BadZipFile) as err:
     raise UserError(
       f"{str(path)!r} is not a whole .npz file ({err}); fetch it again, or give another."
@@ -83,24 +83,24 @@ def npz_images(path: Path) -> ImageBatches:
       for start in range(0, shape[0], b):
         count = min(b, shape[0] - start)
         pixels = np.frombuffer(file.read(count * size), np.uint8).reshape(count, *shape[1:])
-        mine = pixels[rows[rows < count]]
-        yield np.broadcast_to(mine, (*mine.shape[:3], 3))
+        images = pixels[rows[rows < count]]
+        yield np.broadcast_to(images, (*images.shape[:3], 3))
 
   return ImageBatches(shape[0], (*shape[1:3], 3), batches)
 
 
 def _header(file) -> tuple[tuple[int, ...], np.dtype]:
-  """(shape, dtype) of an array; ValueError for images in Fortran's order."""
+  """(shape, dtype) of an array; ValueError for images in Fortran order."""
   version = npy.read_magic(file)
   read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
   shape, fortran, dtype = read(file)
   if fortran and len(shape) > 2:
-    raise ValueError("its images are stored in Fortran's order")
+    raise ValueError("its images are stored in Fortran order")
   return shape, dtype
 
 
 def folder_files(folder: Path) -> list[Path]:
-  """The images in a folder and the folders below it, by name; UserError if there is none."""
+  """The image files in a folder and its sub-folders, sorted; UserError if there is none."""
   files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
   if not files:
     raise UserError(
@@ -111,32 +111,25 @@ def folder_files(folder: Path) -> list[Path]:
 
 
 def folder_images(files: list[Path], image_size: int, channels: int | None = None) -> ImageBatches:
-  """Image files at `image_size` pixels, see `read_square`; grey ones get three equal channels."""
+  """Image files cropped by `read_square`; grey ones get three equal channels."""
 
   def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor() as pool:
       for start in range(0, len(files), b):
-        mine = [files[start + i] for i in rows if start + i < len(files)]
-        squares = list(pool.map(lambda path: read_square(path, image_size, channels), mine))
-        pixels = np.array(squares, np.uint8).reshape(
-          len(mine), image_size, image_size, channels or 3
-        )
+        paths = [files[start + i] for i in rows if start + i < len(files)]
+        squares = list(pool.map(lambda path: read_square(path, image_size, channels), paths))
+        pixels = np.array(squares, np.uint8).reshape(-1, image_size, image_size, channels or 3)
         yield np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
-  return ImageBatches(
-    len(files), (image_size, image_size, 3), batches, f"area{channels}" if channels else "adm"
-  )
+  cut = f"area{channels}" if channels else "adm"
+  return ImageBatches(len(files), (image_size, image_size, 3), batches, cut)
 
 
 def read_square(path: Path, image_size: int, channels: int | None = None) -> np.ndarray:
-  """An image file as uint8 [side, side, c], c = `channels`, or 3.
-
-  Args:
-    channels: cut it as what is trained on in pixels, 1 or 3 of them: see `images.area_square`;
-      None: cut it as in ADM, see `images.center_crop`.
+  """`images.square` of an image file, uint8 [image_size, image_size, `channels` or 3].
 
   Raises:
-    UserError: it cannot be read.
+    UserError: the file is unreadable.
   """
   try:
     with Image.open(path) as file:
@@ -149,9 +142,9 @@ def read_square(path: Path, image_size: int, channels: int | None = None) -> np.
 def npz_writer(
   path: Path, shape: tuple[int, int, int, int], more: Mapping[str, np.ndarray]
 ) -> Iterator[Callable[[np.ndarray], None]]:
-  """Writes uint8 images of `shape` [n, h, w, c] as `arr_0`, a batch at a time, and `more` arrays.
+  """Writes uint8 images of `shape` [n, h, w, c] as `arr_0`, batch by batch, and `more` arrays.
 
-  Yields the function that takes the next images. The file appears under its name when it is whole.
+  Yields a function that writes the next images. The file gets its name when it is whole.
   """
   with whole_file(path) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
     with archive.open("arr_0.npy", "w", force_zip64=True) as file:

@@ -1,7 +1,7 @@
-"""A network -> samples -> numbers, by a classifier fitted to small images.
+"""Metrics of samples by a classifier that is fitted to small images.
 
-Every number is given per NFE and guidance strength w, w = 0 always among them: Fréchet distance
-(fd), class accuracy (accuracy), and k-nearest-neighbour precision and recall.
+Each NFE and guidance scale w has a Fréchet distance (fd), a class accuracy (accuracy), and
+k-nearest-neighbour precision and recall.
 
 Dimensions: n samples, h w image, c channel, f features.
 """
@@ -21,9 +21,9 @@ from ism_jax.model import Model
 
 @dataclass(frozen=True)
 class ClassifierReference:
-  """The data's side of a comparison: real images, their features [n, f] and these' moments.
+  """Real images, their features [n, f], and the features' moments.
 
-  `held_out` are the moments of images that were kept from training, where some were.
+  `held_out` are the moments of images that are not trained on, if there are any.
   """
 
   images: np.ndarray
@@ -34,10 +34,10 @@ class ClassifierReference:
 
   @classmethod
   def of(cls, extract: FeatureExtractor, images: np.ndarray, held_out=None) -> ClassifierReference:
-    """Features of real images [n, h, w, c] in [-1, 1], and of those held out, if any."""
+    """The reference of real images [n, h, w, c] in [-1, 1], and of held-out ones, if any."""
     features = extract.features(images)
-    kept = None if held_out is None else _moments(extract.features(held_out))
-    return cls(images, extract, features, _moments(features), kept)
+    held_out = None if held_out is None else _moments(extract.features(held_out))
+    return cls(images, extract, features, _moments(features), held_out)
 
 
 def _moments(features: np.ndarray) -> fid.Moments:
@@ -51,19 +51,16 @@ def _distance(a: fid.Moments, b: fid.Moments) -> float:
 def compare(
   reference: ClassifierReference, images: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-  """The metrics of samples [n, h, w, c] in [-1, 1] that were asked to be of class `labels` [n]."""
+  """The metrics of samples [n, h, w, c] in [-1, 1] that were drawn for the classes `labels` [n]."""
   extract = reference.extract
   features = extract.features(images)
   precision, recall = fid.precision_recall(reference.features, features, k=3)
   fake = _moments(features)
-  kept = {} if reference.held_out is None else {"fd_held_out": _distance(reference.held_out, fake)}
-  return {
-    "fd": _distance(reference.moments, fake),
-    **kept,
-    "accuracy": float(np.mean(extract.labels(images) == labels)),
-    "precision": precision,
-    "recall": recall,
-  }
+  metrics = {"fd": _distance(reference.moments, fake)}
+  if reference.held_out is not None:
+    metrics["fd_held_out"] = _distance(reference.held_out, fake)
+  accuracy = float(np.mean(extract.labels(images) == labels))
+  return {**metrics, "accuracy": accuracy, "precision": precision, "recall": recall}
 
 
 def measure(
@@ -74,8 +71,8 @@ def measure(
 ) -> Iterator[tuple[str, float | np.ndarray]]:
   """Yields ("fd/nfe1_w0.5", value) and so on, for each (nfe, w, n samples) of `settings`.
 
-  Where images were held out, `fd_held_out/data` is the distance from them to those of training.
-  Last comes ("spectrum", picture) of the samples at the lowest w.
+  `fd_held_out/data` is the distance between held-out and training images, if any are held out.
+  The last item is ("spectrum", picture) of the samples at the lowest w.
   """
   lowest, unguided = min(w for _, w, _ in settings), {}
   if reference.held_out is not None:

@@ -4,8 +4,8 @@ Sources: FID, Heusel et al., arXiv 1706.08500; improved precision and recall, Ky
 arXiv 1904.06991; inception score, Salimans et al., arXiv 1606.03498; streaming moments, Chan, Golub
 and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 
-All of it is float64 NumPy on the host: the Fréchet distance is a small difference of large traces,
-which float32 does not survive. Where the features come from is the business of `features.py`.
+Everything is float64 NumPy on the host: the Fréchet distance is a small difference of large traces,
+for which float32 is too coarse. Features come from `features.py` (small images) or `stream.py`.
 
 Dimensions: n samples (m in a second set), f features, c classes.
 """
@@ -24,9 +24,9 @@ from train_jax.errors import UserError
 
 
 class Moments(NamedTuple):
-  """Count, mean and scatter of the features seen so far: all that a Fréchet distance needs.
+  """Running count, mean and scatter of features, for the Fréchet distance.
 
-  Start from `no_moments(f)`, go on with `update`, combine hosts or shards with `merge`.
+  Start with `no_moments(f)`, add features with `update`, combine hosts or shards with `merge`.
   """
 
   count: int
@@ -35,12 +35,8 @@ class Moments(NamedTuple):
 
   @property
   def covariance(self) -> np.ndarray:
-    """Unbiased covariance [f, f]; raises UserError below two samples."""
-    if self.count < 2:
-      raise UserError(
-        f"A covariance needs at least 2 samples and these moments hold {self.count}; "
-        "evaluate more samples."
-      )
+    """Unbiased covariance [f, f] of at least two samples."""
+    assert self.count >= 2, self.count
     return self.scatter / (self.count - 1)
 
 
@@ -50,12 +46,12 @@ def no_moments(f: int) -> Moments:
 
 
 def update(moments: Moments, features: ArrayLike) -> Moments:
-  """Moments with the rows of features [n, f] added; n may be 0.
+  """Adds features [n, f] to moments; n may be 0.
 
   Raises:
-    UserError: features are not a finite [n, f] matrix with the f of `moments`.
+    UserError: a feature is not finite.
   """
-  x = _matrix("features", features)
+  x = _finite("features", features)
   if not len(x):
     return moments
   mean = x.mean(axis=0)
@@ -64,19 +60,12 @@ def update(moments: Moments, features: ArrayLike) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-  """Moments of both sets of samples together (Chan et al., 1979).
+  """Moments of the union of two sets of samples (Chan et al., 1979).
 
-  Sums of x and x x^T would be shorter and lose every digit once the mean is large against the
-  spread; deviations from the running mean do not.
-
-  Raises:
-    UserError: the two have different numbers of features.
+  Sums of x and x x^T would be shorter, but they lose all digits when the mean is large relative to
+  the spread.
   """
-  if a.mean.shape != b.mean.shape:
-    raise UserError(
-      f"Moments of {a.mean.size} and of {b.mean.size} features cannot be merged: both must come "
-      "from the same feature extractor; use one extractor for all samples."
-    )
+  assert a.mean.shape == b.mean.shape, (a.mean.shape, b.mean.shape)
   count = a.count + b.count
   if not count:
     return a
@@ -94,24 +83,21 @@ def frechet_distance(mu1: ArrayLike, cov1: ArrayLike, mu2: ArrayLike, cov2: Arra
       |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr sqrt(C1 C2).
 
   With C1 = A A^T and C2 = B B^T, tr sqrt(C1 C2) is the sum of the singular values of A^T B. The
-  factors come from `eigh`, so no square root of the non-symmetric C1 C2 is taken: that one turns
-  complex or fails when a covariance is singular, which it is below f + 1 samples.
+  factors come from `eigh`. The square root of the non-symmetric C1 C2 would turn complex or fail
+  for a singular covariance, which any covariance of fewer than f + 1 samples is.
 
   Args:
     mu1, mu2: means [f].
     cov1, cov2: covariances [f, f], symmetric and positive semi-definite up to rounding.
 
   Raises:
-    UserError: shapes disagree, a value is not finite, or a covariance is not one.
+    UserError: a value is not finite, or a matrix is not a covariance.
   """
-  mu1, mu2 = _mean("mu1", mu1), _mean("mu2", mu2)
-  if mu1.shape != mu2.shape:
-    raise UserError(
-      f"mu1 has {mu1.size} features and mu2 {mu2.size}: both must come from the same feature "
-      "extractor; recompute one of them."
-    )
+  mu1, mu2 = _finite("mu1", mu1), _finite("mu2", mu2)
+  assert mu1.ndim == 1 and mu1.shape == mu2.shape, (mu1.shape, mu2.shape)
   cov1, cov2 = _covariance("cov1", cov1, mu1.size), _covariance("cov2", cov2, mu1.size)
-  # On shared cores LAPACK's threads wait for each other: several times slower than one thread.
+  # One thread: on shared cores LAPACK's threads wait for each other, which takes several times
+  # longer.
   with threadpool_limits(1):
     product = _factor("cov1", cov1).T @ _factor("cov2", cov2)  # [rank 1, rank 2]
     overlap = np.linalg.svd(product, compute_uv=False).sum()
@@ -120,10 +106,10 @@ def frechet_distance(mu1: ArrayLike, cov1: ArrayLike, mu2: ArrayLike, cov2: Arra
 
 
 def _factor(name: str, cov: np.ndarray) -> np.ndarray:
-  """A [f, rank] with cov = A A^T; eigenvalues that are zero up to rounding are left out.
+  """A [f, rank] with cov = A A^T, without the eigenvalues that are zero up to rounding.
 
-  Kept, they would be noise of size sqrt(1e-16) each, and a covariance of few samples in many
-  dimensions has thousands of them.
+  Each of those would add noise of sqrt(1e-16), and a covariance of few samples in many dimensions
+  has thousands of them.
   """
   values, vectors = np.linalg.eigh(cov)
   largest = np.abs(values).max()
@@ -132,8 +118,8 @@ def _factor(name: str, cov: np.ndarray) -> np.ndarray:
       f"{name} has the eigenvalue {values[0]:.3g} (the largest is {values[-1]:.3g}): a covariance "
       "has none below zero; pass the covariance of the features, not another matrix."
     )
-  kept = values > largest * len(values) * np.finfo(np.float64).eps
-  return vectors[:, kept] * np.sqrt(values[kept])
+  positive = values > largest * len(values) * np.finfo(np.float64).eps
+  return vectors[:, positive] * np.sqrt(values[positive])
 
 
 def precision_recall(
@@ -141,7 +127,7 @@ def precision_recall(
 ) -> tuple[float, float]:
   """Improved precision and recall (arXiv 1904.06991, equations 1 and 2).
 
-  The manifold of a set is the union of balls around its samples, each reaching to the sample's k-th
+  The manifold of a set is a union of balls around its samples. Each ball reaches to the k-th
   nearest other sample. Precision is the share of fake samples on the real manifold, recall the
   share of real samples on the fake manifold. Both depend on n and m: compare runs at equal numbers.
 
@@ -149,28 +135,21 @@ def precision_recall(
     real: features [n, f] of real images.
     fake: features [m, f] of generated images.
     k: neighbours; 3 in the paper.
-    block: rows of the distance matrix held at a time, so memory is about 20 block max(n, m) bytes
-      besides the features; it does not change the result.
+    block: rows of the distance matrix at a time; memory is about 20 block max(n, m) bytes besides
+      the features.
 
   Raises:
-    UserError: a set is not a finite matrix or has k samples or fewer, the feature counts differ, or
-      k or block is below 1.
+    UserError: a feature is not finite, or a set has k samples or fewer.
   """
-  real, fake = _matrix("real", real), _matrix("fake", fake)
-  if real.shape[1] != fake.shape[1]:
-    raise UserError(
-      f"real has {real.shape[1]} features and fake {fake.shape[1]}: both must come from the same "
-      "feature extractor; recompute one of them."
-    )
-  if k < 1 or block < 1:
-    raise UserError(f"k={k} and block={block} must both be at least 1; choose k=3, block=512.")
+  real, fake = _finite("real", real), _finite("fake", fake)
+  assert real.ndim == 2 and real.shape[1:] == fake.shape[1:], (real.shape, fake.shape)
   for name, x in (("real", real), ("fake", fake)):
     if len(x) <= k:
       raise UserError(
         f"{name} has {len(x)} samples, and k={k} neighbours need at least {k + 1}; "
         "give more samples or a smaller k."
       )
-  centre = real.mean(axis=0)  # a common offset would cost |a|^2 + |b|^2 - 2ab its digits
+  centre = real.mean(axis=0)  # |a|^2 + |b|^2 - 2ab would lose its digits to a common offset
   real, fake = real - centre, fake - centre
   precision = _on_manifold(fake, real, _radii(real, k, block), block)
   recall = _on_manifold(real, fake, _radii(fake, k, block), block)
@@ -178,44 +157,44 @@ def precision_recall(
 
 
 def _distances(x: np.ndarray, y: np.ndarray, block: int) -> Iterator[tuple[int, np.ndarray]]:
-  """(i, squared distances [<= block, m] of x[i : i + block] to y [m, f]) over the rows of x."""
+  """Yields (i, squared distances [<= block, m] of x[i : i + block] to y [m, f])."""
   y_square = np.sum(y**2, axis=1)
   for i in range(0, len(x), block):
     rows = x[i : i + block]
     d = rows @ y.T
-    d *= -2  # in place: the matrix is the memory that counts
+    d *= -2  # in place: this matrix takes most of the memory
     d += np.sum(rows**2, axis=1)[:, None]
     d += y_square
     yield i, d
 
 
 def _radii(x: np.ndarray, k: int, block: int) -> np.ndarray:
-  """Squared distance [n] of each row of x [n, f] to its k-th nearest other row, rounded up."""
+  """Squared distance [n] of each sample in x [n, f] to its k-th nearest other, rounded up."""
   radii = np.empty(len(x))
   for i, d in _distances(x, x, block):
     rows = np.arange(len(d))
     d[rows, i + rows] = np.inf  # not its own neighbour
     d.partition(k - 1, axis=1)
     radii[i : i + len(d)] = d[:, k - 1]
-  # Rounding must not decide ties: a copy of a sample lies in its ball, even one of radius zero. The
-  # allowance is the sample's own, or one outlier would widen every ball.
+  # Rounding must not decide ties: a copy of a sample lies in its ball, even at radius zero. Each
+  # sample has its own allowance: a common one would let one outlier widen all balls.
   return radii + 1e-12 * (radii + np.sum(x**2, axis=1))
 
 
 def _on_manifold(x: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
-  """Share of the rows of x [m, f] inside any ball of squared radii [n] about centres [n, f]."""
+  """Share of the samples x [m, f] inside any ball of squared radii [n] around centres [n, f]."""
   inside = sum(int((d <= radii).any(axis=1).sum()) for _, d in _distances(x, centres, block))
   return inside / len(x)
 
 
 class Scores(NamedTuple):
-  """All that an inception score needs of the logits seen so far, for each of s parts.
+  """Running sums over logits for the inception score, in each of s parts.
 
-  The score is exp(E_x KL(p(y|x) || p(y))) (arXiv 1606.03498, section 4). As in the original code
-  it is taken within each of s consecutive parts, so samples sorted by class must be shuffled
-  first: a part of one class only scores 1.
+  The score is exp(E_x KL(p(y|x) || p(y))) (arXiv 1606.03498, section 4). As in the original code,
+  it is computed within each of s consecutive parts. So samples that are sorted by class must be
+  shuffled first: a part of a single class scores 1.
 
-  Start from `no_scores(s, c)`, go on with `update_scores`; the sum of two is that of both.
+  Start with `no_scores(s, c)`, add logits with `update_scores`, add sums to combine hosts.
   """
 
   count: np.ndarray  # [s]
@@ -224,18 +203,10 @@ class Scores(NamedTuple):
 
 
 def parts(n: int, splits: int) -> np.ndarray:
-  """Which of `splits` consecutive parts each of n samples is in: int [n].
-
-  Raises:
-    UserError: splits is not between 1 and n.
-  """
-  if not 1 <= splits <= n:
-    raise UserError(
-      f"splits={splits} does not fit {n} samples: it must be from 1 to the number of samples; "
-      "give fewer splits or more samples."
-    )
+  """The part, of `splits` consecutive ones, of each of n samples: int [n]."""
+  assert 1 <= splits <= n, (splits, n)
   starts = np.arange(splits) * n // splits
-  return np.searchsorted(starts, np.arange(n), image_size="right") - 1
+  return np.searchsorted(starts, np.arange(n), side="right") - 1
 
 
 def no_scores(splits: int, c: int) -> Scores:
@@ -244,8 +215,8 @@ def no_scores(splits: int, c: int) -> Scores:
 
 
 def update_scores(scores: Scores, part: np.ndarray, logits: ArrayLike) -> Scores:
-  """Sums with the logits [n, c] of samples in the parts [n] added; n may be 0."""
-  log_p = log_softmax(_matrix("logits", logits), axis=1)
+  """Adds the logits [n, c] of samples in the parts `part` [n] to sums; n may be 0."""
+  log_p = log_softmax(_finite("logits", logits), axis=1)
   p = np.exp(log_p)
   member = part == np.arange(len(scores.count))[:, None]  # [s, n]
   return Scores(
@@ -262,8 +233,9 @@ def score(scores: Scores) -> tuple[float, float]:
   return float(np.mean(each)), float(np.std(each))
 
 
-def _finite(name: str, x: np.ndarray) -> np.ndarray:
-  """x, or UserError if a value is NaN or infinite."""
+def _finite(name: str, x: ArrayLike) -> np.ndarray:
+  """x as float64; UserError if a value is NaN or infinite."""
+  x = np.asarray(x, np.float64)
   bad = x.size - np.count_nonzero(np.isfinite(x))
   if bad:
     raise UserError(
@@ -273,40 +245,14 @@ def _finite(name: str, x: np.ndarray) -> np.ndarray:
   return x
 
 
-def _matrix(name: str, x: ArrayLike) -> np.ndarray:
-  """x as finite float64 [n, f], f >= 1."""
-  x = np.asarray(x, np.float64)
-  if x.ndim != 2 or not x.shape[1]:
-    raise UserError(
-      f"{name} has shape {x.shape}, and must be a matrix with one row for each sample; "
-      "flatten each sample to a vector."
-    )
-  return _finite(name, x)
-
-
-def _mean(name: str, x: ArrayLike) -> np.ndarray:
-  """x as finite float64 [f], f >= 1."""
-  x = np.asarray(x, np.float64)
-  if x.ndim != 1 or not x.size:
-    raise UserError(
-      f"{name} has shape {x.shape}, and must be a vector; pass the mean over samples."
-    )
-  return _finite(name, x)
-
-
 def _covariance(name: str, x: ArrayLike, f: int) -> np.ndarray:
   """x as finite, exactly symmetric float64 [f, f]."""
-  x = np.asarray(x, np.float64)
-  if x.shape != (f, f):
-    raise UserError(
-      f"{name} has shape {x.shape}, and must be ({f}, {f}) to go with its mean; "
-      "pass mean and covariance of the same features."
-    )
-  _finite(name, x)
+  x = _finite(name, x)
+  assert x.shape == (f, f), (x.shape, f)
   skew = np.abs(x - x.T).max()
   if skew > 1e-3 * np.abs(x).max():
     raise UserError(
       f"{name} differs from its transpose by {skew:.3g}, and a covariance is symmetric; "
       "pass the covariance of the features, not another matrix."
     )
-  return (x + x.T) / 2  # statistics stored in float32 are symmetric only nearly
+  return (x + x.T) / 2  # statistics that were stored in float32 are only nearly symmetric

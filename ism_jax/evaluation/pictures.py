@@ -1,4 +1,4 @@
-"""What a person looks at: grids of samples, their spectra, and the files of `--mode=sample`.
+"""Pictures: grids of samples, their spectra, and the files of `--mode=sample`.
 
 Dimensions: n samples, h w image, c channel.
 """
@@ -21,21 +21,21 @@ from train_jax.metrics import progress_bar
 
 matplotlib.use("Agg")
 
-COLUMNS = 16  # of a grid, at most
+COLUMNS = 16  # of a grid at most
 
 
 def grid(
   images: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str = ""
 ) -> np.ndarray:
-  """Draws images [rows, columns, h, w, c] uint8 with their names -> uint8 [height, width, 3]."""
-  high, wide = images.shape[:2]
-  above = 0.3 if title else 0.0  # inches
-  size = 0.62 * wide + 1.1, 0.62 * high + 0.6 + above
-  figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, dpi=100)
-  for i, j in np.ndindex(high, wide):
+  """Draws images uint8 [rows, columns, h, w, c] with their names -> uint8 [height, width, 3]."""
+  n_rows, n_columns = images.shape[:2]
+  title_height = 0.3 if title else 0.0  # inches
+  size = 0.62 * n_columns + 1.1, 0.62 * n_rows + 0.6 + title_height
+  figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, dpi=100)
+  for i, j in np.ndindex(n_rows, n_columns):
     axis = axes[i, j]
-    image = images[i, j]
-    axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    rgb = np.broadcast_to(images[i, j], (*images.shape[2:4], 3))  # a colour map would round greys
+    axis.imshow(rgb, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
     if i == 0:
@@ -44,15 +44,15 @@ def grid(
       axis.set_ylabel(rows[i], fontsize=8, rotation=0, ha="right", va="center")
   if title:
     figure.suptitle(title, fontsize=9)
-  figure.tight_layout(pad=0.3, h_pad=0.15, w_pad=0.15, rect=(0, 0, 1, 1 - above / size[1]))
+  figure.tight_layout(pad=0.3, h_pad=0.15, w_pad=0.15, rect=(0, 0, 1, 1 - title_height / size[1]))
   return _pixels(figure)
 
 
 def radial_power(images: np.ndarray) -> np.ndarray:
-  """Power spectrum of images [n, h, w, c], averaged over rings -> [1 + min(h, w) // 2].
+  """Power spectrum of images [n, h, w, c] minus their mean, by ring -> [1 + min(h, w) // 2].
 
-  Entry k is the mean power at spatial frequencies of k cycles an image, mean removed; by Parseval
-  the powers of all frequencies add up to the variance over pixels.
+  Entry k is the mean power at spatial frequencies of k cycles an image. By Parseval the powers of
+  all frequencies add up to the variance over pixels.
   """
   _, height, width, _ = images.shape
   spectrum = np.abs(np.fft.fft2(images - images.mean(), axes=(1, 2))) ** 2 / (height * width) ** 2
@@ -63,9 +63,9 @@ def radial_power(images: np.ndarray) -> np.ndarray:
 
 
 def spectrum_figure(real: np.ndarray, samples: dict[str, np.ndarray]) -> np.ndarray:
-  """Spectra of samples over that of real images, by ring -> picture uint8 [height, width, 3].
+  """Spectra of samples relative to real images, by ring -> picture uint8 [height, width, 3].
 
-  A line below 1 at the right is missing detail: the frequency bias that the wavelet loss is for.
+  A line below 1 at the right is missing detail, the frequency bias that the wavelet loss corrects.
   """
   figure, axis = plt.subplots(figsize=(6, 3.5), dpi=100)
   reference = radial_power(real)
@@ -79,7 +79,7 @@ def spectrum_figure(real: np.ndarray, samples: dict[str, np.ndarray]) -> np.ndar
 
 
 def _pixels(figure) -> np.ndarray:
-  """A drawn figure as uint8 [height, width, 3]; closes it."""
+  """Renders a figure to uint8 [height, width, 3] and closes it."""
   figure.canvas.draw()
   pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
   plt.close(figure)
@@ -87,7 +87,7 @@ def _pixels(figure) -> np.ndarray:
 
 
 def row_name(nfe: int, w: float) -> str:
-  """How a row of a grid is labelled."""
+  """The label of a grid's row."""
   return f"{nfe} step{'s' * (nfe > 1)}, w={w:g}"
 
 
@@ -98,7 +98,7 @@ def labelled_grid(
   labels: np.ndarray,
   title: str = "",
 ) -> np.ndarray:
-  """`grid` of images [settings, labels, h, w, c]: a row for each (nfe, w), a column a label."""
+  """`grid` of images [settings, labels, h, w, c], labelled with (nfe, w) and class."""
   rows = [row_name(*setting) for setting in settings]
   return grid(images, rows, [names[label][:10] for label in labels], title)
 
@@ -108,10 +108,8 @@ def write_samples(
 ) -> None:
   """Writes `out/samples.npz` and the labelled `out/grid.png`; prints images/s.
 
-  Every process draws the samples, and the first writes and prints.
-
-  The .npz has the ADM layout: `arr_0` uint8 [n, h, w, c], beside it what each image was asked to be
-  (`labels`, `nfe`, `guidance`) and the `seed`.
+  Every process draws the samples, and the first writes and prints. The .npz has ADM's layout:
+  `arr_0` uint8 [n, h, w, c], and beside it `labels`, `nfe` and `guidance` [n], and the `seed`.
 
   Args:
     settings: (nfe, w) pairs.
@@ -120,14 +118,12 @@ def write_samples(
   out.mkdir(parents=True, exist_ok=True)
   is_primary = jax.process_index() == 0
   sample = functools.partial(model.sampler, model.params, seed)
-  # One batch with one step pays for the compilation, so that the speeds below are the sampler's
-  # own.
+  # One batch with one step pays for the compilation, which the speeds below leave out.
   sample(labels[:BATCH], 0.0, 1)
   groups = []
   for nfe, w in settings:
-    bar = progress_bar(len(labels), 0, is_primary, unit="img", desc=f"nfe={nfe} w={w:g}")
-    groups.append(to_uint8(sample(labels, w, nfe, progress=bar.update)))
-    bar.close()
+    with progress_bar(len(labels), 0, is_primary, unit="img", desc=f"nfe={nfe} w={w:g}") as bar:
+      groups.append(to_uint8(sample(labels, w, nfe, progress=bar.update)))
     if is_primary:
       print(f"nfe={nfe:<4} w={w:<5g} {len(labels) / bar.format_dict['elapsed']:10.1f} images/s")
   if not is_primary:
@@ -140,9 +136,8 @@ def write_samples(
     guidance=np.repeat([w for _, w in settings], len(labels)),
     seed=np.int64(seed),
   )
-  # Columns: as many of each class as fit, class by class.
-  shown = np.argsort(labels[:COLUMNS], kind="stable")
-  drawn = np.stack([group[shown] for group in groups])
-  picture = labelled_grid(drawn, settings, model.names, labels[shown], f"seed {seed}")
+  columns = np.argsort(labels[:COLUMNS], kind="stable")  # sorted by class
+  images = np.stack([group[columns] for group in groups])
+  picture = labelled_grid(images, settings, model.names, labels[columns], f"seed {seed}")
   Image.fromarray(picture).save(out / "grid.png")
   print(f"grid:    {out / 'grid.png'}\nsamples: {out / 'samples.npz'}")

@@ -1,11 +1,11 @@
-"""The real images' side of a benchmark: their moments, read or computed once and kept.
+"""The real images' statistics: read, or computed once and stored.
 
 A reference is an ADM .npz (moments, images or both; see `adm.py`) or a folder of images. Moments in
-the file are taken as they are. What has to come from the images is stored beside the reference, in
-a file that can be a reference itself: `mu_dinov2` and `sigma_dinov2` are DINOv2's moments there and
-`features` the pooled features for precision and recall.
+the file are used. Others are computed from the images and stored beside the reference, in a file
+that can be a reference itself: `mu_dinov2` and `sigma_dinov2` are DINOv2's moments, `features` the
+pooled features for precision and recall.
 
-Dimensions: n images, b batch, h w image, f features, m kept images.
+Dimensions: n images, b batch, h w image, f features, m images with stored features.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ KEYS = {
   "spatial": ("mu_s", "sigma_s"),
   "dinov2": ("mu_dinov2", "sigma_dinov2"),
 }
-KEPT = 10_000  # images whose features precision and recall compare with, at most
+MAX_FEATURES = 10_000  # images whose features precision and recall compare with
 
 
 class OpenedReference(NamedTuple):
-  """A reference that was looked at but not read.
+  """A reference that is checked but not read.
 
   Attributes:
     path: the .npz or folder.
-    digest: 12 digits of the SHA-256 of the file; of a folder, of the names and sizes of its images.
-    arrays: names of the arrays of the .npz.
-    images: its images, None if it has moments only.
+    digest: 12 digits of the file's SHA-256, or that of a folder's file names and sizes.
+    arrays: names of the arrays in the .npz.
+    images: its images; None if it has moments only.
   """
 
   path: Path
@@ -51,12 +51,12 @@ class OpenedReference(NamedTuple):
   images: adm.ImageBatches | None
 
   def has(self, kind: str) -> bool:
-    """Whether the moments of this kind (`features`: the kept features) are in the file."""
+    """Whether the file holds the moments of a kind (or the features, for `features`)."""
     return all(key in self.arrays for key in keys(kind))
 
 
 class Real(NamedTuple):
-  """What a benchmark compares with: kind -> (mean [f], covariance [f, f]), and features [m, f]."""
+  """Statistics of a reference: kind -> (mean [f], covariance [f, f]), and features [m, f]."""
 
   moments: dict[str, tuple[np.ndarray, np.ndarray]]
   features: np.ndarray | None
@@ -69,17 +69,17 @@ def open_reference(
   shape: tuple[int, int, int],
   channels: int | None = None,
 ) -> OpenedReference:
-  """Looks at a reference, and at whether it will do.
+  """Opens a reference and checks it against the samples and networks.
 
   Args:
-    kinds: what is needed of it: `pool`, `spatial`, `dinov2` (moments), `features`.
-    sizes: kind -> number of features f of the network given.
+    kinds: the statistics to read later: moments `pool`, `spatial`, `dinov2`; `features`.
+    sizes: kind -> number of features f of the network.
     shape: (h, w, c) of the samples.
-    channels: of a model of pixels, whose training data the images of a folder are cut like; None
-      for one of latents: as in ADM, like what is encoded.
+    channels: of a model of pixels; None for a model of latents. It chooses the crop of a folder's
+      images: that of the training data, see images.py.
 
   Raises:
-    UserError: it cannot be read, lacks what is needed, or has other sizes.
+    UserError: the file is unreadable, lacks statistics and images, or has other sizes.
   """
   path = Path(file).expanduser().resolve()
   if not path.exists():
@@ -93,7 +93,7 @@ def open_reference(
     arrays, digest = adm.npz_arrays(path), sha256(path)[: stream.DIGITS]
     images = adm.npz_images(path) if "arr_0" in arrays else None
   for kind in kinds:
-    _check_arrays(file, kind, arrays, sizes["pool" if kind == "features" else kind], images)
+    _check_arrays(file, kind, arrays, sizes[_source(kind)], images)
   if images and images.shape[:2] != shape[:2]:
     raise UserError(
       f"reference={file!r} has images of {images.shape[0]}x{images.shape[1]} pixels and the "
@@ -103,20 +103,20 @@ def open_reference(
 
 
 def _check_arrays(file: str, kind: str, arrays: dict, f: int, images) -> None:
-  """Raises UserError unless `kind`, of f features, is in the arrays or can come from the images."""
+  """Raises UserError unless `kind` is in the arrays, with f features, or can be computed."""
   missing = [key for key in keys(kind) if key not in arrays]
   if missing:
     if images is None or images.n < 4:
       raise UserError(
         f"reference={file!r} has no {missing[0]!r}, nor 4 images ('arr_0') to compute it from "
-        f"(it holds {', '.join(arrays) or 'nothing'}); give one that has."
+        f"(it holds {', '.join(arrays) or 'nothing'}); give a reference with either."
       )
     return
   for key, axes in zip(keys(kind), (1, 2), strict=False):
-    found = arrays[key][0]
-    if (found[1:] if kind == "features" else found) != (f,) * axes:
+    shape = arrays[key][0]
+    if (shape[1:] if kind == "features" else shape) != (f,) * axes:
       raise UserError(
-        f"{key!r} of reference={file!r} has the shape {found}, and the {kind} of this network are "
+        f"{key!r} of reference={file!r} has the shape {shape}, and the {kind} of this network are "
         f"{f} numbers an image; give a reference made with this network."
       )
 
@@ -128,41 +128,42 @@ def read(
   mesh: jax.sharding.Mesh,
   per_device: int = stream.PER_DEVICE,
 ) -> Real:
-  """The moments and features of `kinds`, from the file, from what was stored, or computed now."""
-  given = [kind for kind in kinds if reference.has(kind)]
-  found = _load(reference.path, given) if given else {}
+  """The statistics of `kinds`: from the reference, from the file beside it, or computed now."""
+  in_file = [kind for kind in kinds if reference.has(kind)]
+  statistics = _load(reference.path, in_file) if in_file else {}
   for network in networks:
-    mine = [kind for kind in kinds if kind not in given and _of(kind) in network.sizes]
-    if not mine:
+    missing = [kind for kind in kinds if kind not in in_file and _source(kind) in network.sizes]
+    if not missing:
       continue
-    stored = _stored(reference, network)
-    if all_agree(stored.exists()):
-      found |= _load(stored, mine)
+    cache = _cache_path(reference, network)
+    if all_agree(cache.exists()):
+      statistics |= _load(cache, missing)
     else:
-      computed = _compute(reference.images, network, mesh, per_device)
-      _store(stored, computed)
-      found |= {kind: [computed[key] for key in keys(kind)] for kind in mine}
-  for kind, arrays in found.items():
+      arrays = _compute(reference.images, network, mesh, per_device)
+      _store(cache, arrays)
+      statistics |= {kind: [arrays[key] for key in keys(kind)] for kind in missing}
+  for kind, arrays in statistics.items():
     if not all(np.isfinite(array).all() for array in arrays):
       raise UserError(
         f"the {kind} statistics of reference={str(reference.path)!r} are not all finite; fetch it "
         "again."
       )
-  features = found.pop("features", [None])[0]
-  return Real({kind: (mean, covariance) for kind, (mean, covariance) in found.items()}, features)
+  features = statistics.pop("features", [None])[0]
+  return Real({kind: tuple(moments) for kind, moments in statistics.items()}, features)
 
 
 def keys(kind: str) -> tuple[str, ...]:
-  """The arrays of an .npz that hold the moments of a kind, or the kept features."""
+  """The names of a kind's arrays in an .npz."""
   return KEYS.get(kind, (kind,))
 
 
-def _of(kind: str) -> str:
+def _source(kind: str) -> str:
+  """The kind of a network's features that a kind of statistics is computed from."""
   return "pool" if kind == "features" else kind
 
 
-def _stored(reference: OpenedReference, network: stream.FeatureNetwork) -> Path:
-  """Where what this network says of the images is kept: beside the reference."""
+def _cache_path(reference: OpenedReference, network: stream.FeatureNetwork) -> Path:
+  """The file beside the reference that stores the statistics by this network."""
   images, digests = reference.images, (network.digest, reference.digest)
   names = filter(None, (network.name, *digests, str(images.shape[0]), images.cut))
   return reference.path.with_name(
@@ -177,43 +178,43 @@ def _load(path: Path, kinds: list[str]) -> dict[str, list[np.ndarray]]:
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes the arrays if it can; a reader sees the whole file or none."""
+  """Writes the arrays if the directory is writable; readers see the whole file or none."""
   if jax.process_index():
     return
   try:
     with whole_file(path) as file:
       np.savez(file, **arrays)
   except OSError as err:
-    logging.warning("%s cannot be kept for the next time: %s", path, err)
+    logging.warning("%s cannot be stored for later evaluations: %s", path, err)
 
 
 def _compute(
   images: adm.ImageBatches, network: stream.FeatureNetwork, mesh, per_device: int
 ) -> dict:
-  """All that is ever needed of the images with this network, by name in the file."""
-  bar = progress_bar(images.n, 0, jax.process_index() == 0, unit="img", desc="reference")
+  """All statistics of the images by this network, by name in the file."""
   kinds = [kind for kind in KEYS if kind in network.sizes]
-  kept = np.sort(np.random.default_rng(0).permutation(images.n)[:KEPT])
-  wanted = stream.Wanted(kinds, kept if "pool" in kinds else kept[:0])
+  index = np.sort(np.random.default_rng(0).permutation(images.n)[:MAX_FEATURES])
+  request = stream.Request(kinds, index if "pool" in kinds else index[:0])
   batches = _batches(images, network, mesh, per_device)
-  found = stream.collect(batches, images.n, network.sizes, wanted, bar.update)
-  bar.close()
-  arrays = {"features": found.kept} if "pool" in kinds else {}
+  with progress_bar(images.n, 0, jax.process_index() == 0, unit="img", desc="reference") as bar:
+    statistics = stream.collect(batches, images.n, network.sizes, request, bar.update)
+  arrays = {"features": statistics.features} if "pool" in kinds else {}
   for kind in kinds:
     mean, covariance = KEYS[kind]
-    arrays |= {mean: found.moments[kind].mean, covariance: found.moments[kind].covariance}
+    moments = statistics.moments[kind]
+    arrays |= {mean: moments.mean, covariance: moments.covariance}
   return arrays
 
 
 def _batches(
   images: adm.ImageBatches, network: stream.FeatureNetwork, mesh, per_device: int
 ) -> Iterator:
-  """(numbers, features) of the images, batch by batch, the last one filled up."""
+  """(numbers, features) of each batch of images; the last one is padded."""
   b = per_device * mesh_lib.batch_parts(mesh)
   rows = mesh_lib.process_rows(b, mesh)
   for i, pixels in enumerate(images.batches(b, rows)):
     numbers = np.arange(i * b, (i + 1) * b, dtype=np.int32)[rows]
-    filled = np.zeros((len(numbers), *images.shape), np.uint8)
-    filled[: len(pixels)] = pixels
-    batch = mesh_lib.to_global({"numbers": numbers, "images": filled}, mesh)
+    padded = np.zeros((len(numbers), *images.shape), np.uint8)
+    padded[: len(pixels)] = pixels
+    batch = mesh_lib.to_global({"numbers": numbers, "images": padded}, mesh)
     yield batch["numbers"], network.features(batch["images"])

@@ -1,4 +1,4 @@
-"""Which evaluation a run has: of small images, of latents, or by pretrained networks.
+"""Chooses the evaluation of a run: of small images, of latents, or by pretrained networks.
 
 Dimensions: n samples.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ Evaluation = Callable[[Model, bool], Iterator[tuple[str, Any]]]
 
 
 def make_spec(config, **choices) -> EvaluationSpec:
-  """The evaluation of `config.eval`; `choices` are fields that win over it."""
+  """The settings of `config.eval`, overridden by `choices`."""
   return EvaluationSpec(**{"seed": config.seed, **config.eval, **choices})
 
 
@@ -42,25 +42,40 @@ def make_evaluate(
   leak: Callable[[], Iterator] | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Evaluation:
-  """The evaluation of a run while it trains: pictures and numbers, a quick part of them.
+  """The evaluation of a run in training: numbers and a grid of samples, fewer before the end.
 
   Args:
-    model: of the run; its parameters are not read.
-    source: what is trained on.
-    held_out: images kept from training, to which samples are compared as well.
-    leak: () -> the class leak of the pairing, named, once at the end; None for not at all.
-    mesh: where pretrained networks are used.
+    model: the run's; its parameters are not read.
+    source: the training data.
+    held_out: images that are not trained on; samples are compared with them as well.
+    leak: () -> ("class_leak", value) of the pairing, after the final numbers; None for none.
+    mesh: the devices of pretrained networks.
   """
-  leak = leak or (lambda: iter(()))
+  measure, draw = None, functools.partial(_draw, model.sampler, spec.seed)
   if spec.metrics:
-    return _make_large(spec, make_runner(spec, model, mesh), leak)
-  if isinstance(source, latents.Latents):
-    return _make_grid(spec) if model.vae else lambda model, final: iter(())
-  if why := not_measurable(source):
+    large = make_runner(spec, model, mesh)
+    measure, draw = functools.partial(_measure_large, large), large.pictures
+  elif isinstance(source, latents.Latents):
+    if not model.vae:
+      return lambda model, final: iter(())
+  elif why := not_measurable(source):
     if jax.process_index() == 0:
       print(f"evaluation: a grid of samples, without numbers: {why}", flush=True)
-    return _make_grid(spec)
-  return _make_small(spec, source, held_out, leak)
+  else:
+    reference = functools.cache(lambda: make_reference(source, held_out))
+    measure = functools.partial(_measure_small, spec.seed, reference)
+
+  def run(model: Model, final: bool):
+    settings = _settings(spec, final)
+    if measure:
+      yield from measure(model, settings, spec.samples if final else spec.samples // 4, final)
+      if final and leak:
+        yield from leak()
+    labels = balanced_labels(min(pictures.COLUMNS, max(len(model.names), 8)), len(model.names))
+    images = draw(model.params, settings, labels)
+    yield "grid", pictures.labelled_grid(images, settings, model.names, labels)
+
+  return run
 
 
 def evaluate(
@@ -92,117 +107,79 @@ def evaluate(
     )
   source, held_out = from_config.make_source(config)
   now = from_config.make_metadata(source)
-  if changed := [name for name, value in now.items() if value != metadata.get(name, value)]:
+  if changed := [name for name, value in now.items() if value != metadata[name]]:
     raise UserError(
-      f"data.path={config.data.path!r} has other {', '.join(changed)} than the run had; put the "
-      "images of that time back."
+      f"data.path={config.data.path!r} has other {', '.join(changed)} than the run had; restore "
+      "the images of the run."
     )
   if why := not_measurable(source):
     raise UserError(f"--mode=evaluate has no numbers here without --metrics=fid,...: {why}.")
-  found = make_evaluate(spec, model, source, held_out)(model, True)
+  results = make_evaluate(spec, model, source, held_out)(model, True)
   if out is None:
-    return {name: value for name, value in found if not np.ndim(value)}
-  about = {"step": model.step, "seed": seed, "samples": spec.samples}
-  return report(about, found, Path(out))
+    return {name: value for name, value in results if not np.ndim(value)}
+  return report({"step": model.step, "seed": seed, "samples": spec.samples}, results, Path(out))
 
 
 def not_measurable(source: sources.Source) -> str:
-  """Why no classifier can be fitted to the images, in a sentence; "" where one can."""
+  """The reason why no classifier can be fitted to the images; "" if one can."""
   counts = np.bincount(source.labels)
   if len(counts) > 1 and counts.min() > 1:
     return ""
   return (
-    "the classifier that the numbers are taken by needs at least 2 classes of at least 2 images, "
+    "the classifier behind the numbers needs at least 2 classes of at least 2 images, "
     f"and these have {len(counts)}, the smallest of {counts.min()}"
   )
 
 
 def make_runner(spec: EvaluationSpec, model: Model, mesh: jax.sharding.Mesh) -> runner.Runner:
-  """The evaluation by pretrained networks made ready for a model."""
+  """The evaluation of a model by pretrained networks, see `runner.prepare`."""
   digest = model.record["run"]["metadata"].get("vae", "")
   return runner.prepare(spec, model.apply, model.shape, len(model.names), mesh, digest)
 
 
-def _make_small(spec: EvaluationSpec, source: sources.Source, held_out, leak) -> Evaluation:
-  """A grid, and the metrics of classifier.py by a classifier of what is trained on."""
-  reference, n = functools.cache(lambda: make_reference(source, held_out)), spec.samples
-
-  def run(model: Model, final: bool):
-    settings = _settings(spec, final)
-    number = n if final else n // 4
-    sized = [(nfe, w, n // 2 if final and nfe == path.FINEST else number) for nfe, w in settings]
-    yield from classifier.measure(model, reference(), sized, spec.seed)
-    if final:
-      yield from leak()
-    yield "grid", _sample_grid(model, settings, spec.seed)
-
-  return run
+def _measure_small(seed: int, reference: Callable, model: Model, settings, n: int, final: bool):
+  """The metrics of classifier.py; at the end half of the samples at 128 steps."""
+  sizes = [n // 2 if final and nfe == path.FINEST else n for nfe, _ in settings]
+  sized = [(*setting, size) for setting, size in zip(settings, sizes, strict=True)]
+  return classifier.measure(model, reference(), sized, seed)
 
 
-def _make_grid(spec: EvaluationSpec) -> Evaluation:
-  """A grid and no numbers, where the classifier of `make_reference` does not fit the images."""
+def _measure_large(large: runner.Runner, model: Model, settings, n: int, final: bool):
+  """The metrics of runner.py."""
+  del final
+  if jax.process_index() == 0:
+    print(runner.header({"step": model.step, "samples": n, **large.metadata()}), flush=True)
+  return large.measure(model.params, settings, n)
 
-  def run(model: Model, final: bool):
-    yield "grid", _sample_grid(model, _settings(spec, final), spec.seed)
 
-  return run
-
-
-def _make_large(spec: EvaluationSpec, large: runner.Runner, leak) -> Evaluation:
-  """A grid, and the metrics of runner.py.
-
-  In training a quarter of the samples is drawn, and the columns say so.
-  """
-
-  def run(model: Model, final: bool):
-    settings, number = _settings(spec, final), spec.samples if final else spec.samples // 4
-    if jax.process_index() == 0:
-      about = {"step": model.step, "samples": number, **large.metadata()}
-      print(runner.header(about), flush=True)
-    yield from large.measure(model.params, settings, number)
-    if final:
-      yield from leak()
-    labels = _grid_labels(len(model.names))
-    drawn = large.pictures(model.params, settings, labels)
-    yield "grid", pictures.labelled_grid(drawn, settings, model.names, labels)
-
-  return run
+def _draw(sampler: Callable, seed: int, params, settings, labels: np.ndarray) -> np.ndarray:
+  """The first samples of each setting and these classes: uint8 [settings, labels, h, w, c]."""
+  groups = [sampler(params, seed, labels, w, nfe) for nfe, w in settings]
+  return sample.to_uint8(np.stack(groups))
 
 
 def _settings(spec: EvaluationSpec, final: bool) -> list[tuple[int, float]]:
-  """(steps, scale) pairs, w = 0 always among them; in training those of a few steps."""
-  most = path.FINEST if final else max(4, min(spec.nfe))
+  """(steps, scale) pairs, w = 0 among them; in training those of a few steps."""
+  limit = path.FINEST if final else max(4, min(spec.nfe))
   guidance = tuple({0.0, *spec.guidance})
-  few = dataclasses.replace(spec, nfe=[n for n in spec.nfe if n <= most], guidance=guidance)
+  few = dataclasses.replace(spec, nfe=[n for n in spec.nfe if n <= limit], guidance=guidance)
   return few.settings
-
-
-def _grid_labels(classes: int) -> np.ndarray:
-  """The classes of a grid's columns."""
-  return balanced_labels(min(pictures.COLUMNS, max(classes, 8)), classes)
-
-
-def _sample_grid(model: Model, settings: Sequence[tuple[int, float]], seed: int) -> np.ndarray:
-  labels, draw = _grid_labels(len(model.names)), model.sampler
-  drawn = [sample.to_uint8(draw(model.params, seed, labels, w, nfe)) for nfe, w in settings]
-  return pictures.labelled_grid(np.stack(drawn), settings, model.names, labels)
 
 
 def make_reference(
   source: sources.Source, held_out: sources.Source | None = None, limit: int = 10_000
 ) -> classifier.ClassifierReference:
-  """Features of the data, by a classifier fitted on it; of a random 10k where there are more.
+  """Features of the data (at most `limit`, at random), by a classifier fitted to them.
 
-  At least two of each class are among them: `fit_classifier` needs as many.
+  At least two of each class are among them, as `fit_classifier` needs.
   """
   order = np.random.default_rng(0).permutation(len(source.labels))
   by_class = order[np.argsort(source.labels[order], kind="stable")]
   labels = source.labels[by_class]
   pairs = by_class[labels != np.roll(labels, 2)]  # the first two of each class
   rest = order[~np.isin(order, pairs)]
-  chosen = np.sort(np.concatenate([pairs, rest])[: max(limit, len(pairs))])
-  images = source.images(chosen)
-  kept = held_out.images(np.arange(len(held_out.labels))) if held_out else None
-  return classifier.ClassifierReference.of(
-    fit_classifier(images, source.labels[chosen]), images, kept
-  )
+  index = np.sort(np.concatenate([pairs, rest])[: max(limit, len(pairs))])
+  images = source.images(index)
+  held_out_images = held_out.images(np.arange(len(held_out.labels))) if held_out else None
+  extract = fit_classifier(images, source.labels[index])
+  return classifier.ClassifierReference.of(extract, images, held_out_images)

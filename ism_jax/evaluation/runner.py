@@ -1,8 +1,7 @@
-"""The large-scale protocol: 50 000 samples against a reference, in numbers that can be compared.
+"""The large-scale protocol: comparable numbers from 50 000 samples and a reference.
 
-What is measured is the business of `spec.py`. Such numbers move with the decoder, the rounding,
-the classes that were asked for, the number of samples and the networks' files; so
-`Runner.metadata` states all of them.
+`spec.py` defines the metrics. Their values depend on the decoder, the rounding, the classes, the
+number of samples and the networks' files; `Runner.metadata` states all of them.
 
 Dimensions: n samples, b batch, h w image, c channel.
 """
@@ -30,8 +29,8 @@ from train_jax.files import write_json
 from train_jax.metrics import progress_bar, table
 from train_jax.storage.weights import sha256
 
-KEPT = 50_000  # samples whose features precision and recall hold, at most: 0.4 GB
-RESIZE = {  # what `inception.py` and `dinov2.py` do to the images they are given
+MAX_FEATURES = 50_000  # samples whose features precision and recall hold: 0.4 GB
+RESIZE = {  # of images in `inception.py` and `dinov2.py`
   "inception": "299x299, bilinear on TensorFlow 1's grid",
   "dinov2": "224x224, bicubic, antialiased (position grid offset 0.1)",
 }
@@ -39,12 +38,12 @@ RESIZE = {  # what `inception.py` and `dinov2.py` do to the images they are give
 
 @dataclass(frozen=True)
 class Runner:
-  """An evaluation made ready: files looked at, networks loaded, nothing computed. See `prepare`.
+  """An evaluation that is ready to run; `prepare` makes it.
 
   Attributes:
     shape: (h, w, c) of the samples as images, c = 3.
     draw: see `sample.make_image_sampler`.
-    networks: those that the metrics need.
+    networks: those of the metrics.
   """
 
   spec: EvaluationSpec
@@ -59,18 +58,18 @@ class Runner:
 
   @functools.cached_property
   def real(self) -> reference_lib.Real:
-    """The reference's side, read or computed at the first use."""
+    """The statistics of the reference, read or computed at the first use."""
     if self.reference is None:
       return reference_lib.Real({}, None)
     kinds = self.spec.kinds
     return reference_lib.read(self.reference, kinds, self.networks, self.mesh, self.per_device)
 
   def metadata(self) -> dict[str, str]:
-    """What has to be known beside the numbers, but for n, NFE and w, which name them."""
+    """Everything that the numbers depend on, except n, NFE and w, which are in their names."""
     spec, image_size = self.spec, f"{self.shape[0]}x{self.shape[1]}"
     way = f"i mod {self.classes}" if spec.classes == "balanced" else "uniform, by the seed"
     metadata = {
-      "vae": named(spec.vae, self.vae_digest) if spec.vae else "none: pixels",
+      "vae": file_label(spec.vae, self.vae_digest) if spec.vae else "none: pixels",
       "rounding": "clipped to [-1, 1], rounded to the nearest of 256 levels",
       "resize": f"samples none ({image_size})",
       "classes": f"{spec.classes} ({way})",
@@ -79,24 +78,25 @@ class Runner:
     }
     for network in self.networks:
       metadata["resize"] += f"; {network.name} {RESIZE[network.name]}"
-      metadata[network.name] = named(network.file, network.digest)
+      metadata[network.name] = file_label(network.file, network.digest)
     if self.reference:
-      metadata["reference"] = named(self.reference.path, self.reference.digest)
+      metadata["reference"] = file_label(self.reference.path, self.reference.digest)
       if self.reference.images and (cut := self.reference.images.cut):
         metadata["reference"] += f", cut by {cut}"
-      against: dict[str, list[str]] = {}
+      origins: dict[str, list[str]] = {}
       for metric in spec.metrics:
         if metric != "is":
-          against.setdefault(self._compared(metric), []).append(metric)
-      for what, metrics in against.items():
-        metadata["reference"] += f"; {', '.join(metrics)} against {what}"
+          origins.setdefault(self._origin(metric), []).append(metric)
+      for origin, metrics in origins.items():
+        metadata["reference"] += f"; {', '.join(metrics)} against {origin}"
     return metadata
 
-  def _compared(self, metric: str) -> str:
+  def _origin(self, metric: str) -> str:
+    """The part of the reference that a metric is compared with, in words."""
     kind, images = METRICS[metric][1], self.reference.images
     if self.reference.has(kind):
       return f"its {', '.join(reference_lib.keys(kind))}"
-    limit = reference_lib.KEPT if metric == "pr" else images.n
+    limit = reference_lib.MAX_FEATURES if metric == "pr" else images.n
     return f"{min(limit, images.n)} of its {images.n} images"
 
   def measure(
@@ -105,7 +105,7 @@ class Runner:
     """Yields ("fid-50k/nfe1_w0", value) and so on, from n samples for each (nfe, w).
 
     Args:
-      out: where to leave the samples of each setting as an ADM .npz; None for nowhere.
+      out: a directory for the samples of each setting, as an ADM .npz; None for none.
 
     Raises:
       UserError: a sample is not finite.
@@ -113,37 +113,35 @@ class Runner:
     check_number(self.spec.metrics, n)
     real = self.real
     for nfe, w in settings:
-      found = self._statistics(params, nfe, w, n, out)
-      for name, value in self._compare(real, found, n).items():
+      statistics = self._statistics(params, nfe, w, n, out)
+      for name, value in self._compare(real, statistics, n).items():
         yield f"{name}/nfe{nfe}_w{w:g}", value
 
   def _statistics(self, params, nfe: int, w: float, n: int, out: Path | None):
-    """Draws n samples and takes what the metrics need of them."""
+    """The statistics of n samples that the metrics need."""
     metrics = self.spec.metrics
-    wanted = stream.Wanted(
+    request = stream.Request(
       moments=[METRICS[metric][1] for metric in FRECHET if metric in metrics],
-      kept=np.arange(min(n, KEPT) if "pr" in metrics else 0),
+      features=np.arange(min(n, MAX_FEATURES) if "pr" in metrics else 0),
       splits=SPLITS if "is" in metrics else 0,
     )
-    sizes = {kind: f for network in self.networks for kind, f in network.sizes.items()}
+    sizes = _feature_sizes(self.networks)
     is_primary, labels = jax.process_index() == 0, self.spec.labels(n, self.classes)
     bar = progress_bar(n, 0, is_primary, unit="img", desc=f"nfe={nfe} w={w:g}")
-    writer = nullcontext(None)
+    # All processes gather images to be saved, and the first writes them.
+    writer = nullcontext(None if out is None else lambda images: None)
     if out is not None and is_primary:
       path = out / f"samples_nfe{nfe}_w{w:g}.npz"
       writer = adm.npz_writer(path, (n, *self.shape), {"labels": labels})
-    with writer as write:
-      write = write or (lambda images: None)
-      batches = self._batches(params, labels, w, nfe, write if out is not None else None)
-      found = stream.collect(batches, n, sizes, wanted, bar.update)
-    bar.close()
-    return found
+    with bar, writer as write:
+      batches = self._batches(params, labels, w, nfe, write)
+      return stream.collect(batches, n, sizes, request, bar.update)
 
   def _batches(self, params, labels, w, nfe, write) -> Iterator[tuple[jax.Array, dict]]:
     """(numbers, kind -> features) of samples of the labels; `write` gets the images in order."""
     n, b = len(labels), self.per_device * mesh_lib.batch_parts(self.mesh)
     for first in range(0, n, b):
-      rows = np.minimum(np.arange(first, first + b), n - 1)  # the last batch is filled up
+      rows = np.minimum(np.arange(first, first + b), n - 1)  # pads the last batch
       numbers, images, finite = self.draw(params, labels[rows], w, nfe, first)
       features: dict[str, Any] = {}
       for network in self.networks:
@@ -157,40 +155,38 @@ class Runner:
       if write:
         write(multihost_utils.process_allgather(images, tiled=True)[: n - first])
 
-  def _compare(self, real, found: stream.Statistics, n: int) -> dict[str, float]:
+  def _compare(self, real, fake: stream.Statistics, n: int) -> dict[str, float]:
     """The metrics by the names of their columns."""
     values = {}
     for metric in self.spec.metrics:
       kind = METRICS[metric][1]
       if metric in FRECHET:
-        fake = found.moments[kind]
-        distance = fid.frechet_distance(*real.moments[kind], fake.mean, fake.covariance)
-        values[column(metric, n)] = distance
+        mean, covariance = fake.moments[kind].mean, fake.moments[kind].covariance
+        values[column(metric, n)] = fid.frechet_distance(*real.moments[kind], mean, covariance)
       elif metric == "is":
-        values[column(metric, n)] = fid.score(found.scores)[0]
+        values[column(metric, n)] = fid.score(fake.scores)[0]
       else:
-        precision, recall = fid.precision_recall(real.features, found.kept, k=3)
-        values[column("precision", len(found.kept))] = precision
-        values[column("recall", len(found.kept))] = recall
+        precision, recall = fid.precision_recall(real.features, fake.features, k=3)
+        values[column("precision", len(fake.features))] = precision
+        values[column("recall", len(fake.features))] = recall
     return values
 
   def pictures(self, params, settings, labels: np.ndarray) -> np.ndarray:
-    """The first samples of each (nfe, w), of these classes: uint8 [settings, labels, h, w, 3]."""
+    """The first samples of each setting and these classes: uint8 [settings, labels, h, w, 3]."""
     b = self.per_device * mesh_lib.batch_parts(self.mesh)
     rows = np.minimum(np.arange(b), len(labels) - 1)
-    drawn = [self.draw(params, labels[rows], w, nfe, 0)[1] for nfe, w in settings]
-    whole = [multihost_utils.process_allgather(images, tiled=True) for images in drawn]
-    return np.stack(whole)[:, : len(labels)]
+    batches = [self.draw(params, labels[rows], w, nfe, 0)[1] for nfe, w in settings]
+    images = [multihost_utils.process_allgather(batch, tiled=True) for batch in batches]
+    return np.stack(images)[:, : len(labels)]
 
 
 def report(runner: Runner, params, step: int, out: Path, save: bool = False) -> dict[str, float]:
-  """`Runner.measure` of its spec's settings, printed with its metadata and written to `out`.
+  """Prints `Runner.measure` of its spec's settings with its metadata, and writes them to `out`.
 
-  `out/benchmark.json` is written anew after each number: what was measured survives a run that is
-  cut off.
+  `out/benchmark.json` is rewritten after each number, so finished numbers survive a killed run.
 
   Args:
-    save: also leave the samples in `out`, as ADM .npz.
+    save: also write the samples to `out`, as ADM .npz.
   """
   is_primary, n = jax.process_index() == 0, runner.spec.samples
   out.mkdir(parents=True, exist_ok=True)
@@ -209,12 +205,12 @@ def report(runner: Runner, params, step: int, out: Path, save: bool = False) -> 
 
 
 def header(metadata: dict) -> str:
-  """Facts as text, one a line."""
+  """Metadata as text, one entry a line."""
   return "\n".join(f"{name + ':':<12}{value}" for name, value in metadata.items())
 
 
-def named(file: str | Path, digest: str) -> str:
-  """A file by its name and hash."""
+def file_label(file: str | Path, digest: str) -> str:
+  """The name and hash of a file."""
   return f"{Path(file).name} sha256:{digest}"
 
 
@@ -227,16 +223,16 @@ def prepare(
   encoder: str = "",
   per_device: int = stream.PER_DEVICE,
 ) -> Runner:
-  """Looks at every file and loads the networks; computes nothing.
+  """Checks every file and loads the networks; computes nothing.
 
   Args:
     apply: the network s(params, x, t, d, c, w).
-    shape: (h, w, c) of what it makes: pixels where c is 1 or 3, else latents for `spec.vae`.
-    encoder: SHA-256 of the autoencoder whose latents were trained on; "" takes any.
+    shape: (h, w, c) of its output: pixels if c is 1 or 3, else latents for `spec.vae`.
+    encoder: SHA-256 of the autoencoder of the training latents; "" takes any.
     per_device: samples of a batch on each device.
 
   Raises:
-    UserError: whatever would go wrong later.
+    UserError: a file is missing or does not fit the model or the metrics.
   """
   latent = shape[2] not in (1, 3)
   size = "x".join(map(str, shape))
@@ -250,30 +246,24 @@ def prepare(
       f"vae={spec.vae!r} (SHA-256 {digest}) is not the autoencoder of this model's latents "
       f"({encoder[:12]}); give that one."
     )
-  decoder = _load_decoder(spec.vae, mesh) if latent else None
+  decoder, image = None, shape
+  if latent:
+    from ism_jax.networks import autoencoder
+
+    loaded = autoencoder.load(spec.vae)
+    decoder = mesh_lib.replicate(loaded.params, mesh), loaded.decode
+    batch = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    image = jax.eval_shape(loaded.decode, loaded.params, batch).shape[1:]
+  image = (*image[:2], 3)  # grey images get three equal channels
   draw = sample.make_image_sampler(apply, shape, mesh, spec.seed, decoder)
   names = dict.fromkeys(METRICS[metric][0] for metric in spec.metrics)
-  networks = [stream.load_network(name, getattr(spec, name), mesh) for name in names]
-  sizes = {kind: f for network in networks for kind, f in network.sizes.items()}
-  image, opened = _image_shape(shape, decoder), None
+  networks = tuple(stream.load_network(name, getattr(spec, name), mesh) for name in names)
+  reference = None
   if spec.kinds:
-    opened = reference_lib.open_reference(
-      spec.reference, spec.kinds, sizes, image, None if latent else shape[2]
-    )
-  return Runner(spec, image, classes, mesh, draw, tuple(networks), opened, digest, per_device)
+    channels, sizes = None if latent else shape[2], _feature_sizes(networks)
+    reference = reference_lib.open_reference(spec.reference, spec.kinds, sizes, image, channels)
+  return Runner(spec, image, classes, mesh, draw, networks, reference, digest, per_device)
 
 
-def _image_shape(shape: tuple[int, int, int], decoder) -> tuple[int, int, int]:
-  """(h, w, 3) of the images that samples of `shape` become."""
-  if decoder:
-    params, decode = decoder
-    shape = jax.eval_shape(decode, params, jax.ShapeDtypeStruct((1, *shape), np.float32)).shape[1:]
-  return (*shape[:2], 3)
-
-
-def _load_decoder(file: str, mesh: jax.sharding.Mesh) -> tuple[Any, Callable]:
-  """(parameters, decode) of a VAE."""
-  from ism_jax.networks import autoencoder
-
-  loaded = autoencoder.load(file)
-  return mesh_lib.replicate(loaded.params, mesh), loaded.decode
+def _feature_sizes(networks: Sequence[stream.FeatureNetwork]) -> dict[str, int]:
+  return {kind: f for network in networks for kind, f in network.sizes.items()}

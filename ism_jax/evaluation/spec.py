@@ -1,4 +1,4 @@
-"""What a benchmark measures, and how its numbers are named.
+"""The settings of an evaluation, its metrics, and the names of its numbers.
 
     fid, sfid    Fréchet distance of Inception's pooled and spatial features (arXiv 1706.08500,
                  2103.03841)
@@ -20,7 +20,7 @@ import numpy as np
 
 from train_jax.errors import UserError, check_at_least, check_one_of
 
-# metric -> the network that it needs, and what of its features
+# metric -> the network that it needs, and the kind of its features (stream.py)
 METRICS = {
   "fid": ("inception", "pool"),
   "sfid": ("inception", "spatial"),
@@ -38,20 +38,20 @@ def balanced_labels(n: int, classes: int) -> np.ndarray:
 
 
 def random_labels(n: int, classes: int, seed: int) -> np.ndarray:
-  """Uniform draws, the first of which do not depend on n: int32 [n]."""
+  """Uniform draws int32 [n]; the first ones do not depend on n."""
   return np.random.default_rng(seed).integers(classes, size=n).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-  """What to measure, on which samples, against what: `config.eval`, and a seed.
+  """The settings of an evaluation: `config.eval`, and a seed.
 
   Attributes:
     nfe, guidance: numbers of steps and guidance scales; each pair of them is a setting.
-    samples: of each setting; in training a quarter.
-    metrics: of METRICS; () for those of classifier.py, by a classifier fitted to the data.
+    samples: of each setting; a quarter of them in training.
+    metrics: names in METRICS; () for those of classifier.py.
     reference: an ADM .npz or a folder of images.
-    inception, dinov2, vae: files of weights; "" where none is needed.
+    inception, dinov2, vae: files of weights; "" for none.
     classes: balanced (sample i is of class i mod classes) or random (uniform, by the seed).
     seed: of noise and classes.
   """
@@ -101,18 +101,18 @@ class EvaluationSpec:
 
   @property
   def kinds(self) -> list[str]:
-    """What is needed of the reference: kinds of moments; `features` for precision and recall."""
+    """The statistics needed of the reference: kinds of moments, and `features` for `pr`."""
     return [METRICS[metric][1] for metric in self.metrics if metric != "is"]
 
   def labels(self, n: int, classes: int) -> np.ndarray:
-    """The classes int32 [n] that n samples are asked to be of."""
+    """The classes int32 [n] of n samples."""
     if self.classes == "balanced":
       return balanced_labels(n, classes)
     return random_labels(n, classes, self.seed)
 
 
 def column(metric: str, n: int) -> str:
-  """How a number from n samples is called: fid-50k from 50 000, fid@2000 from 2000."""
+  """The name of a number from n samples: fid-50k from 50 000, fid@2000 from 2000."""
   return f"{metric}-50k" if n == 50_000 else f"{metric}@{n}"
 
 

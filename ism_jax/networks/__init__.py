@@ -1,1 +1,1 @@
-"""Networks of other people, with their published weights."""
+"""Networks of other authors, with their published weights."""

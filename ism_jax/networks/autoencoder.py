@@ -1,12 +1,12 @@
 """The autoencoder of Stable Diffusion: images to latents an eighth as wide, and back.
 
-AutoencoderKL of `stabilityai/sd-vae-ft-mse` (latent diffusion, arXiv 2112.10752), the one of DiT,
-SiT and iSM; the weights are diffusers' `diffusion_pytorch_model.safetensors`.
+This is the AutoencoderKL of `stabilityai/sd-vae-ft-mse` (latent diffusion, arXiv 2112.10752), which
+DiT, SiT and iSM use. The weights are diffusers' `diffusion_pytorch_model.safetensors`.
 
 There are two latent spaces. `encode` returns the posterior's mean and standard deviation in the
-UNSCALED space, the autoencoder's own. Generative models live in the scaled space, SCALE times the
-unscaled one, where latents have about unit variance: `sample` returns scaled latents and `decode`
-takes them.
+autoencoder's own, UNSCALED space. Generative models use the scaled space, SCALE times the unscaled
+one, where latents have about unit variance: `sample` returns scaled latents and `decode` takes
+them.
 
 Dimensions: b batch, h w image, c channel, z latent channel, k width.
 """
@@ -44,7 +44,7 @@ class AutoencoderConfig:
 
   @property
   def shrink(self) -> int:
-    """Pixels of an image along the side of one latent pixel."""
+    """The number of image pixels along one latent pixel."""
     return 2 ** (len(self.widths) - 1)
 
 
@@ -53,10 +53,10 @@ class Autoencoder(NamedTuple):
 
   Attributes:
     params: nested dict of float32 arrays.
-    encode: (params, images [b, h, w, c] in [-1, 1]) -> mean, std, each [b, h/8, w/8, z] float32, of
-      the posterior in the unscaled space.
-    decode: (params, scaled latents [b, h, w, z]) -> images [b, 8 h, 8 w, c] float32, about in
-      [-1, 1]: clip them before you round them.
+    encode: (params, images [b, h, w, c] in [-1, 1]) -> mean, std of the posterior in the unscaled
+      space, each float32 [b, h/8, w/8, z].
+    decode: (params, scaled latents [b, h, w, z]) -> images float32 [b, 8 h, 8 w, c], around
+      [-1, 1]: clip before rounding.
   """
 
   params: dict
@@ -65,7 +65,7 @@ class Autoencoder(NamedTuple):
 
 
 def sample(mean: jax.Array, std: jax.Array, key: jax.Array) -> jax.Array:
-  """A draw from the posterior that `encode` found, in the scaled space; std = 0 gives its mode."""
+  """A draw from the posterior of `encode`, in the scaled space; std = 0 gives the mode."""
   return SCALE * (mean + std * jax.random.normal(key, mean.shape, mean.dtype))
 
 
@@ -78,7 +78,7 @@ def make_conv(inputs: int, outputs: int, side: int = 3, **kwargs) -> nnx.Conv:
 
 
 class Residual(nnx.Module):
-  """Two convolutions, each after a norm and a SiLU, added to the input."""
+  """Two convolutions, each after a norm and a SiLU, with a skip connection."""
 
   def __init__(self, inputs: int, outputs: int, groups: int, **kwargs):
     self.norm1 = make_norm(inputs, groups, **kwargs)
@@ -94,7 +94,7 @@ class Residual(nnx.Module):
 
 
 class PixelAttention(nnx.Module):
-  """Self-attention of one head over the pixels, added to the input."""
+  """Self-attention with one head over the pixels, with a skip connection."""
 
   def __init__(self, width: int, groups: int, **kwargs):
     self.group_norm = make_norm(width, groups, **kwargs)
@@ -129,10 +129,10 @@ class Level(nnx.Module):
     self.resnets = nnx.List(
       [Residual(widths[i], widths[i + 1], groups, **kwargs) for i in range(depth)]
     )
-    # When halving, zeros only below and to the right.
-    below = {"strides": 2, "padding": ((0, 1), (0, 1))}
+    # Downsampling pads with zeros only at the bottom and right.
+    half = {"strides": 2, "padding": ((0, 1), (0, 1))}
     halve, double = resize == "halve", resize == "double"
-    self.downsample = make_conv(outputs, outputs, **below, **kwargs) if halve else None
+    self.downsample = make_conv(outputs, outputs, **half, **kwargs) if halve else None
     self.upsample = make_conv(outputs, outputs, **kwargs) if double else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -202,7 +202,7 @@ class AutoencoderModule(nnx.Module):
     self.decoder = Decoder(config, **kwargs)
 
 
-# What diffusers calls them, and the attention's names in older files.
+# diffusers' names, and the attention's names in older files.
 NAMES = {
   "attention": "attentions.0",
   "downsample": "downsamplers.0.conv",
@@ -213,11 +213,10 @@ OLD_NAMES = {**NAMES, "to_q": "query", "to_k": "key", "to_v": "value", "to_out":
 
 
 def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> Autoencoder:
-  """Reads an autoencoder from diffusers' safetensors file, under either naming of its attention.
+  """Reads an autoencoder from diffusers' safetensors file, with either naming of its attention.
 
   Raises:
-    UserError: the file is not there, or lacks a tensor of these sizes. `encode` and `decode` raise
-      it for arrays of other channels, and sides that do not halve evenly.
+    UserError: the file is missing, or lacks a tensor of these sizes.
   """
   weights = Weights(path)
   init, merge = recipe(lambda rngs: AutoencoderModule(config, rngs=rngs))
@@ -227,7 +226,7 @@ def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> A
 
   @torch_weights.full_precision
   def encode(params, images) -> tuple[jax.Array, jax.Array]:
-    _check("images", images, config.channels, config.shrink)
+    _check(images, config.channels, config.shrink)
     network = merge(params)
     moments = network.quant_conv(network.encoder(images))
     mean, log_variance = jnp.split(moments, 2, axis=-1)
@@ -235,50 +234,44 @@ def load(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> A
 
   @torch_weights.full_precision
   def decode(params, latents) -> jax.Array:
-    _check("latents", latents, config.latents, 1)
+    _check(latents, config.latents, 1)
     network = merge(params)
     return network.decoder(network.post_quant_conv(latents / SCALE))
 
   return Autoencoder(params, encode, decode)
 
 
-def decoding(sample: Callable, path: str, expected: str) -> Callable:
-  """`sample` (see ism_jax/sample.py) of latents -> the same, of images in [-1, 1].
+def with_decoder(sample: Callable, path: str, digest: str) -> Callable:
+  """A sampler of latents (see ism_jax/sample.py) -> a sampler of images in [-1, 1].
 
   Args:
     path: the autoencoder's safetensors file.
-    expected: its SHA-256, of the latents that were trained on; "" takes any.
+    digest: SHA-256 of the autoencoder of the training latents; "" accepts any.
 
   Raises:
-    UserError: no such file, or another autoencoder.
+    UserError: the file is missing, or another autoencoder.
   """
-  if expected and (found := sha256(path)) != expected:
+  if digest and (actual := sha256(path)) != digest:
     raise UserError(
-      f"{path} (SHA-256 {found[:12]}) is not the autoencoder that the latents were encoded with "
-      f"({expected[:12]}); give that one."
+      f"{path} (SHA-256 {actual[:12]}) is not the autoencoder that the latents were encoded with "
+      f"({digest[:12]}); give that one."
     )
   model = load(path)
   decode = jax.jit(model.decode)
 
   @functools.wraps(sample)
-  def decoded(*args, **kwargs) -> np.ndarray:
+  def sample_images(*args, **kwargs) -> np.ndarray:
     latents = sample(*args, **kwargs)
-    # The power of two that holds them, 16 at most: a few cost little, and all share compilations.
+    # A power of two, at most 16: few latents are cheap, and all numbers share few compilations.
     images, batch = [], min(16, 1 << (len(latents) - 1).bit_length())
     for start in range(0, len(latents), batch):
-      rows = np.minimum(np.arange(start, start + batch), len(latents) - 1)  # the last: filled up
+      rows = np.minimum(np.arange(start, start + batch), len(latents) - 1)  # pads the last batch
       images.append(np.asarray(decode(model.params, latents[rows]))[: len(latents) - start])
     return np.concatenate(images)
 
-  return decoded
+  return sample_images
 
 
-def _check(what: str, x: jax.Array, channels: int, multiple: int) -> None:
-  sides = x.shape[1:3]
-  fits = x.ndim == 4 and x.shape[3] == channels and not any(side % multiple for side in sides)
-  if not fits or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise UserError(
-      f"{what} are {x.dtype} of the shape {tuple(x.shape)}, and this autoencoder takes floats "
-      f"[b, h, w, {channels}] with sides that are multiples of {multiple}; crop or resize them, "
-      "and divide 8-bit ones by 127.5 and subtract 1."
-    )
+def _check(x: jax.Array, channels: int, multiple: int) -> None:
+  assert x.ndim == 4 and x.shape[3] == channels and jnp.issubdtype(x.dtype, jnp.floating), x.shape
+  assert not any(size % multiple for size in x.shape[1:3]), x.shape

@@ -1,16 +1,16 @@
 """DINOv2 (arXiv 2304.07193): the features of FD-DINOv2.
 
-ViT-S/14, B/14 and L/14 with weights from Hugging Face's `facebook/dinov2-{small,base,large}`
-(`model.safetensors`), under either naming of the attention. FD-DINOv2 (Stein et al., arXiv
+ViT-S/14, B/14 and L/14 take weights from Hugging Face's `facebook/dinov2-{small,base,large}`
+(`model.safetensors`), with either naming of the attention. FD-DINOv2 (Stein et al., arXiv
 2306.04675) compares class tokens of ViT-L/14 after the last norm.
 
-Images are resized to 224 x 224 as EDM2's metric does it: bicubic, antialiased, in floating point,
-not clipped, then normalised by ImageNet's mean and deviation. dgm-eval, the paper's code, resizes
-with PIL, which is the same filter rounded to 8 bits.
+Images are resized to 224 x 224 as in EDM2's metric: bicubic, antialiased, in floating point, not
+clipped. They are normalised by ImageNet's mean and deviation. dgm-eval, the paper's code, resizes
+with PIL, which rounds the same filter to 8 bits.
 
-The stored position embedding is of 37 x 37 patches and is interpolated to the 16 x 16 of 224
-pixels. Hugging Face's code does so by the ratio 16/37 (`offset` 0), the authors' own by 16.1/37
-(`offset` 0.1). Published FD-DINOv2 were computed with the latter.
+The stored position embedding has 37 x 37 patches and is interpolated to the 16 x 16 of 224 pixels.
+Hugging Face's code uses the ratio 16/37 (`offset` 0), the authors' code 16.1/37 (`offset` 0.1).
+Published FD-DINOv2 use the latter.
 
 Dimensions: b batch, h w image, l patches and class token, k width, n heads.
 """
@@ -39,7 +39,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pix
 
 @dataclass(frozen=True)
 class ViTConfig:
-  """Sizes of a DINOv2 encoder; `stored` is the side of the stored grid of position embeddings."""
+  """Sizes of a DINOv2 encoder; the stored position embeddings are a grid of `stored` x `stored`."""
 
   width: int
   depth: int
@@ -78,10 +78,10 @@ def cubic_matrix(size: int, out: int, offset: float) -> np.ndarray:
   """
   a = -0.75
   matrix = np.zeros((out, size))
-  at = (np.arange(out) + 0.5) * size / (out + offset) - 0.5
+  position = (np.arange(out) + 0.5) * size / (out + offset) - 0.5
   for tap in range(-1, 3):
-    source = np.floor(at) + tap
-    x = np.abs(at - source)
+    source = np.floor(position) + tap
+    x = np.abs(position - source)
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = a * (((x - 5) * x + 8) * x - 4)
     index = np.clip(source, 0, size - 1).astype(int)
@@ -124,7 +124,7 @@ class ViT(nnx.Module):
     return self.norm(x[:, 0])
 
 
-# What Hugging Face calls them, and the attention's names in the published files.
+# Hugging Face's names, and the attention's names in the published files.
 NAMES = {
   "cls_token": "embeddings.cls_token",
   "position_embeddings": "embeddings.position_embeddings",
@@ -149,19 +149,16 @@ OLD_NAMES = {
 
 
 def read_config(weights: Weights, offset: float = 0.0) -> ViTConfig:
-  """The sizes of the encoder in a file, from its shapes.
+  """The sizes of the encoder in a file.
 
   Raises:
-    UserError: the file holds no DINOv2 of this kind: ViT-g has another MLP, and register tokens
-      make another network.
+    UserError: the file holds another network, such as ViT-g or a DINOv2 with register tokens.
   """
   shapes = weights.shapes
-  names = {
-    "positions": "embeddings.position_embeddings",
-    "patch": "embeddings.patch_embeddings.projection.weight",
-    "mlp": "encoder.layer.0.mlp.fc1.weight",
-  }
-  for name in names.values():
+  position = "embeddings.position_embeddings"
+  patch = "embeddings.patch_embeddings.projection.weight"
+  mlp = "encoder.layer.0.mlp.fc1.weight"
+  for name in (position, patch, mlp):
     if name not in shapes:
       raise UserError(
         f"{weights.path} has no tensor {name!r}, so it is not DINOv2 ViT-S, B or L; give the "
@@ -172,21 +169,22 @@ def read_config(weights: Weights, offset: float = 0.0) -> ViTConfig:
       f"{weights.path} is a DINOv2 with register tokens, whose features are not those of "
       "FD-DINOv2; give the model.safetensors of facebook/dinov2-small, -base or -large."
     )
-  _, tokens, width = shapes[names["positions"]]
+  _, tokens, width = shapes[position]
   return ViTConfig(
     width=width,
     depth=len({name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")}),
-    hidden=shapes[names["mlp"]][0],
-    patch=shapes[names["patch"]][-1],
+    hidden=shapes[mlp][0],
+    patch=shapes[patch][-1],
     stored=round((tokens - 1) ** 0.5),
     offset=offset,
   )
 
 
 def make_network(config: ViTConfig) -> tuple[dict, Callable]:
-  """Returns (shapes, forward): of the parameters, and `forward(params, x) -> [b, k]`.
+  """Returns (shapes of the parameters, forward).
 
-  `x` are normalised images [b, h, w, 3], with sides that are multiples of the patch.
+  `forward(params, x) -> [b, k]` takes normalised images [b, h, w, 3]; h and w are multiples of the
+  patch.
   """
   init, merge = recipe(lambda rngs: ViT(config, rngs=rngs))
 
@@ -198,7 +196,7 @@ def make_network(config: ViTConfig) -> tuple[dict, Callable]:
 
 
 def read_params(weights: Weights, shapes: dict, depth: int) -> dict:
-  """The parameters of `make_network`, each block's stacked along a leading axis."""
+  """The parameters of `make_network`; those of the blocks are stacked along a leading axis."""
   names = OLD_NAMES if "encoder.layer.0.attention.attention.query.weight" in weights else NAMES
   block = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), shapes["blocks"])
   blocks = [torch_weights.read(weights, block, names, f"encoder.layer.{i}.") for i in range(depth)]
@@ -222,8 +220,7 @@ def load(path: str | Path, offset: float = 0.0) -> tuple[dict, Callable]:
     offset: of the position embedding's grid: 0, or 0.1 as in the authors' release.
 
   Raises:
-    UserError: the file is not there, or holds another network; `apply` raises it for images that
-      are not uint8 [b, h, w, 3].
+    UserError: the file is missing, or holds another network.
   """
   weights = Weights(path)
   config = read_config(weights, offset)

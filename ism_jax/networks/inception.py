@@ -1,12 +1,12 @@
-"""FID-Inception: the network of 2015-12-05 that FID, sFID and the inception score are defined on.
+"""FID-Inception: the network of 2015-12-05 that defines FID, sFID and the inception score.
 
-Inception v3 (Szegedy et al., arXiv 1512.00567) as in TensorFlow's `classify_image_graph_def.pb`. It
-differs from every later Inception v3: 1008 logits, average pools that leave the padding out, a
-maximum pool in the last block, and TensorFlow 1's bilinear resize to 299 x 299, whose corner
-pixels are aligned at the top left only. The weights are a conversion by torch-fidelity or
-pytorch-fid (`*-inception-2015-12-05-*.pth`) after tools/convert_weights.py.
+This is Inception v3 (Szegedy et al., arXiv 1512.00567) as in TensorFlow's
+`classify_image_graph_def.pb`. It differs from every later Inception v3: it has 1008 logits, average
+pools without the padding, a maximum pool in the last block, and TensorFlow 1's bilinear resize to
+299 x 299, which aligns corner pixels at the top left only. tools/convert_weights.py converts the
+weights of torch-fidelity or pytorch-fid (`*-inception-2015-12-05-*.pth`).
 
-What each metric takes of it, as guided-diffusion's evaluator (ADM) does:
+The metrics use these features, as in guided-diffusion's evaluator (ADM):
 
     FID, precision, recall    pool, 2048: the average over the last feature map
     sFID                      spatial, 17 x 17 x 7: the first 7 channels of `mixed_6/conv`, which
@@ -42,13 +42,13 @@ def resize(images: jax.Array) -> jax.Array:
   x = images.astype(jnp.float32)
   for axis in (2, 1):  # TensorFlow's order: along each row first
     size = x.shape[axis]
-    at = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
-    low = at.astype(np.int32)
+    position = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
+    low = position.astype(np.int32)
     shape = [1, 1, 1, 1]
     shape[axis] = SIDE
-    share = (at - low).reshape(shape)
-    below = jnp.take(x, low, axis)
-    x = below + (jnp.take(x, np.minimum(low + 1, size - 1), axis) - below) * share
+    fraction = (position - low).reshape(shape)
+    lower = jnp.take(x, low, axis)
+    x = lower + (jnp.take(x, np.minimum(low + 1, size - 1), axis) - lower) * fraction
   return x
 
 
@@ -63,12 +63,12 @@ class Conv(nnx.Conv):
 
 
 def average(x: jax.Array) -> jax.Array:
-  """The mean over 3 x 3 pixels, of those that there are."""
+  """The mean over 3 x 3 pixels, without the padding."""
   return nnx.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
 def halve(x: jax.Array) -> jax.Array:
-  """The maximum over 3 x 3 pixels, at every second."""
+  """The maximum over 3 x 3 pixels, with stride 2."""
   return nnx.max_pool(x, (3, 3), (2, 2), "VALID")
 
 
@@ -151,7 +151,7 @@ class MixedD(nnx.Module):
 
 
 class MixedE(nnx.Module):
-  """8 x 8: rows and columns of 3 beside each other; the last block's pool takes the maximum."""
+  """8 x 8: parallel rows and columns of 3; the last block has a maximum pool."""
 
   def __init__(self, inputs: int, maximum: bool, **kwargs):
     row, column = (1, 3), (3, 1)
@@ -232,8 +232,7 @@ def load(path: str | Path) -> tuple[dict, Callable]:
   [b, 2048], "spatial" [b, 2023] and "logits" [b, 1008] without the bias.
 
   Raises:
-    UserError: the file is not there, or lacks a tensor of this network; `apply` raises it for
-      images that are not uint8 [b, h, w, 3].
+    UserError: the file is missing, or lacks a tensor of this network.
   """
   weights = Weights(path)
   init, merge = recipe(lambda rngs: Inception(rngs=rngs))

@@ -1,17 +1,17 @@
-"""SiT's published weights (arXiv 2401.08740), converted from PyTorch to safetensors, as ours.
+"""SiT's published weights (arXiv 2401.08740, as safetensors) converted to those of dit.py.
 
-Theirs is our network with d = 0 and w = 0: the same path x_t = (1 - t) x0 + t x1 from noise to data
-(its linear path; the code calls it ICPlan) and the same velocity x1 - x0. What differs:
+SiT is our network with d = 0 and w = 0. It has the same path x_t = (1 - t) x0 + t x1 from noise to
+data (the linear path, ICPlan in its code) and the same velocity x1 - x0. The differences:
 
-    position  their sinusoids have sin before cos: the residual stream's features in another order,
-              turned in every matrix that reads or writes it
-    t         is fed in [0, 1], ours in [0, 1000]. On [0, 1] their waves are combinations of our
-              slow ones, to 1e-8 with coefficients below 1; our fast ones begin with no effect
-    output    twice the channels where it was built with learn_sigma; the second half is unused
+    position  SiT's sinusoids have sin before cos. So the residual stream's features have another
+              order, and every matrix that reads or writes it is permuted.
+    t         SiT's t is in [0, 1], ours in [0, 1000]. On [0, 1] SiT's waves are combinations of our
+              slow ones, to 1e-8 with coefficients below 1; our fast ones begin with no effect.
+    output    SiT has twice the channels if built with learn_sigma; the second half is unused.
 
-So the converted network equals theirs to rounding. d and w are embedded afresh, at zero effect.
-DiT's weights have the same names and shapes, but predict noise along another path: a file can't
-tell, and they would only be a warm start.
+The converted network equals SiT up to rounding. d and w get new embeddings of zero effect. DiT's
+weights have the same names and shapes, but predict noise along another path. Nothing in a file
+shows this, and they would only be a warm start.
 
 Dimensions: k width, p patch, c channel, f features.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from train_jax.errors import UserError
 from train_jax.storage.weights import Weights
 
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: what S, B, L and XL are published with
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published S, B, L and XL, by width
 OURS = {
   "embed_time.inner": "t_embedder.mlp.0",
   "embed_time.outer": "t_embedder.mlp.2",
@@ -37,7 +37,7 @@ BLOCK = {
   "mlp.outer": "mlp.fc2",
   "modulation": "adaLN_modulation.1",
 }
-# What multiplies the residual stream, and what is added to it or scales it.
+# The matrices that read the residual stream, and those that write or scale it.
 READ = ("blocks.attention.qkv", "blocks.mlp.inner", "out")
 WRITE = (
   "embed_patch",
@@ -55,7 +55,7 @@ def _waves(t: np.ndarray, features: int) -> np.ndarray:
 
 
 def slow_waves(features: int = 256) -> np.ndarray:
-  """The matrix m [f, f] with waves(1000 t) m = waves(t) for t in [0, 1]."""
+  """The matrix m [f, f] with _waves(1000 t) m = _waves(t) for t in [0, 1]."""
   t = np.linspace(0, 1, 1001)
   ours, theirs = _waves(1000 * t, features), _waves(t, features)
   slow = np.tile(np.arange(features // 2) >= features * 3 // 8, 2)  # at most one radian
@@ -65,7 +65,7 @@ def slow_waves(features: int = 256) -> np.ndarray:
 
 
 def reorder(a: np.ndarray, width: int, axis: int) -> np.ndarray:
-  """Exchanges sin and cos, for rows and columns of positions, in each group of `width` features."""
+  """Exchanges sin and cos of both position axes in each group of `width` features."""
   a = np.moveaxis(a, axis, -1)
   quarters = a.reshape(*a.shape[:-1], -1, 2, 2, width // 4)
   return np.moveaxis(quarters[..., ::-1, :].reshape(a.shape), -1, axis)
@@ -94,13 +94,13 @@ def _check(weights: Weights, heads: int, used: set[str]) -> None:
 
 
 def convert(weights: Weights, config) -> dict[str, np.ndarray]:
-  """SiT's tensors -> ours by dotted name, float32.
+  """SiT's tensors as parameters of dit.py, float32 by dotted name.
 
   Args:
-    config: of the run; its model.heads must be SiT's, which no shape shows.
+    config: the run's; its model.heads must be SiT's, which no shape shows.
 
   Raises:
-    UserError: the file is not a SiT's, or was trained with other heads or positions.
+    UserError: the file is no SiT, or was trained with other heads or positions.
   """
   used: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""What networks trained in PyTorch share: their tensors in Flax's names, precision, inputs.
+"""Shared by networks trained in PyTorch: their tensors under Flax's names, precision, inputs.
 
 Flax and PyTorch name and lay out the same parameter differently:
 
@@ -8,7 +8,7 @@ Flax and PyTorch name and lay out the same parameter differently:
     scale                              weight
     anything else                      the same
 
-A linear layer and a 1 x 1 convolution are the same matrix, and files have either for the other.
+A linear layer and a 1 x 1 convolution are the same matrix, and files may store either shape.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train_jax.errors import UserError
 from train_jax.storage.weights import Weights
 
 
 def kernel(weights: Weights, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The weight `name` of a convolution or a linear layer, turned into the kernel `shape`.
+  """The weight `name` of a convolution or a linear layer, as a kernel of `shape`.
 
   Args:
     shape: [h, w, in, out] or [in, out].
@@ -49,11 +48,11 @@ def read(
 
   Args:
     shapes: the network's parameters as a nested dict of jax.ShapeDtypeStruct.
-    names: what a component of a parameter's path is called in the file, where that differs.
+    names: component of a parameter's path -> its name in the file, if that differs.
     prefix: of every name in the file.
 
   Raises:
-    UserError: the file has no tensor of a name that is needed, or one of another shape.
+    UserError: the file lacks a tensor, or has one of another shape.
   """
   names = {"kernel": "weight", "scale": "weight", **(names or {})}
 
@@ -67,10 +66,10 @@ def read(
 
 
 def full_precision(function: Callable) -> Callable:
-  """`function` with float32 products that are float32 on every device.
+  """`function` with full float32 products on every device.
 
-  GPUs and TPUs round the factors of a float32 product to 10 or 7 bits unless they are told not to:
-  enough to move a published number. Products of bfloat16 are as they were.
+  By default GPUs and TPUs round the factors of a float32 product to 10 or 7 bits, which changes
+  published numbers. Products of bfloat16 stay the same.
   """
 
   @functools.wraps(function)
@@ -82,9 +81,5 @@ def full_precision(function: Callable) -> Callable:
 
 
 def check_images(images: jax.Array) -> None:
-  """UserError unless images are uint8 [b, h, w, 3]."""
-  if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
-    raise UserError(
-      f"images are {images.dtype} of the shape {tuple(images.shape)}, and must be uint8 "
-      "[b, h, w, 3]: round them as the metric's reference was, and repeat a single channel."
-    )
+  """Asserts that images are uint8 [b, h, w, 3]."""
+  assert images.dtype == jnp.uint8 and images.ndim == 4 and images.shape[3] == 3, images.shape

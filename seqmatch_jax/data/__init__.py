@@ -1,1 +1,1 @@
-"""Questions and texts as training data: read or made, encoded, noised, packed, by position."""
+"""Questions and texts as training data: read or generated, encoded, noised, packed."""

@@ -1,8 +1,8 @@
-"""Documents of text, in random access: files, JSON lines, ArrayRecord, TFDS, or what Python ships.
+"""Documents of text, in random access: files, JSON lines, ArrayRecord, TFDS, or Python's own.
 
-A source knows how many documents there are and where each lies; they are read one by one. In a
-plain text file, and in nothing else, a line that is only `<|endoftext|>` ends a document: a file
-without one is a document, and blank lines are a part of it.
+A source knows the number of documents and the place of each, and reads them one by one. In plain
+text files only, a line `<|endoftext|>` ends a document. A file without one is a document, and blank
+lines are a part of it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Corpus:
   """Documents.
 
   Attributes:
-    size: how many.
-    read: i -> its text. Raises ValueError where it is no text in UTF-8.
-    name: i -> where it is from, the same wherever the source lies.
+    size: their number.
+    read: i -> the text of document i. Raises ValueError if it is not UTF-8.
+    name: i -> the origin of document i, the same wherever the source lies.
   """
 
   size: int
@@ -56,12 +56,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _plain(path: Path) -> list[tuple[Path, int, int, str]]:
-  """(file, offset, bytes, name) of each document of a plain text file, blank ones left out."""
-  found, start, stop, blank = [], 0, 0, True
+  """(file, offset, bytes, name) of each document of a plain text file, without blank ones."""
+  documents, start, stop, blank = [], 0, 0, True
 
   def close():
     if not blank:
-      found.append((path, start, stop - start, f"{path.name}:{start}"))
+      documents.append((path, start, stop - start, f"{path.name}:{start}"))
 
   for offset, line in _lines(path):
     if line.strip() == SEPARATOR:
@@ -70,31 +70,26 @@ def _plain(path: Path) -> list[tuple[Path, int, int, str]]:
     else:
       stop, blank = offset + len(line), blank and not line.strip()
   close()
-  return found
+  return documents
 
 
 def _json_lines(path: Path) -> list[tuple[Path, int, int, str]]:
   """(file, offset, bytes, name) of each line that is not blank."""
-  lines = enumerate(_lines(path), 1)
   return [
     (path, offset, len(line), f"{path.name}:{number}")
-    for number, (offset, line) in lines
+    for number, (offset, line) in enumerate(_lines(path), 1)
     if line.strip()
   ]
 
 
 def files(paths: list[Path]) -> Corpus:
-  """Plain text and JSON lines, `{"text": "...", ...}` each; read where they lie.
-
-  Raises:
-    UserError: a file cannot be read. Later: a line is not an object with a text.
-  """
-  found = []
+  """Plain text, and JSON lines `{"text": "...", ...}`; read, and checked, where they lie."""
+  documents = []
   for path in paths:
-    found += (_json_lines if path.suffix in LINES else _plain)(path)
+    documents += (_json_lines if path.suffix in LINES else _plain)(path)
 
   def read(i: int) -> str:
-    path, offset, size, name = found[i]
+    path, offset, size, name = documents[i]
     with path.open("rb") as file:
       file.seek(offset)
       text = file.read(size).decode("utf-8" if offset else "utf-8-sig")
@@ -108,44 +103,41 @@ def files(paths: list[Path]) -> Corpus:
       pass
     raise UserError(f'{name} is not a JSON object {{"text": "...", ...}}; mend or remove the line.')
 
-  return Corpus(len(found), read, lambda i: found[i][3])
+  return Corpus(len(documents), read, lambda i: documents[i][3])
 
 
-def _decoded(found: records.Records) -> Corpus:
-  return Corpus(found.size, lambda i: found.read(i)[0].decode("utf-8"), found.name)
+def _decoded(source: records.Records) -> Corpus:
+  return Corpus(source.size, lambda i: source.read(i)[0].decode("utf-8"), source.name)
 
 
 def find(source: str, flag: str) -> Corpus:
-  """Whatever `flag=source` names.
+  """The documents that `flag=source` names; UserError if there are none.
 
   Args:
     source: a file, a pattern, or a directory (with those below it) of .txt, .md, .rst, .jsonl or
-      .array_record files (of these alone, where there are some); a TFDS builder's directory; or
-      `tfds:NAME[@SPLIT]`.
-
-  Raises:
-    UserError: it is none of these, or has no document.
+      .array_record files; where there are .array_record files, the others are ignored. Or a TFDS
+      builder's directory, or `tfds:NAME[@SPLIT]`.
   """
   path = Path(source).expanduser()
   if records.is_tfds(source):
-    found = _decoded(records.open_tfds(source, flag, *FIELDS))
+    corpus = _decoded(records.open_tfds(source, flag, *FIELDS))
   else:
     named = [path] if path.is_file() else map(Path, glob.glob(str(path)))
     inside = path.rglob("*") if path.is_dir() else named
-    there = sorted(file for file in inside if file.is_file())
-    packed = [file for file in there if RECORDS in file.name]
-    written = [file for file in there if file.suffix in (*PLAIN, *LINES)]
-    if not there:
+    paths = sorted(file for file in inside if file.is_file())
+    packed = [file for file in paths if RECORDS in file.name]
+    written = [file for file in paths if file.suffix in (*PLAIN, *LINES)]
+    if not paths:
       raise UserError(f"{flag}={source!r} is not there; give a file, a directory or a pattern.")
     if not packed and not written:
       raise UserError(
         f"{flag}={source!r} has no texts; give .txt files (a document each, or split by lines "
         f"{SEPARATOR.decode()}), .jsonl or .array_record files, a TFDS directory, or tfds:NAME."
       )
-    found = _decoded(records.open_array_records(packed, *FIELDS)) if packed else files(written)
-  if not found.size:
+    corpus = _decoded(records.open_array_records(packed, *FIELDS)) if packed else files(written)
+  if not corpus.size:
     raise UserError(f"{flag}={source!r} holds no document; give texts that are not blank.")
-  return found
+  return corpus
 
 
 _ASCII = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "...", "—": "--", "–": "-"})
@@ -163,12 +155,9 @@ def _paragraphs(text: str) -> Iterator[str]:
 def python_prose() -> Corpus:
   """The English that every Python comes with: about 0.7 MB, some 5000 documents of a paragraph.
 
-  Those are the paragraphs of the language reference (pydoc_data.topics) and of the docstrings in
-  the standard library's modules that are one file. The text differs by a few per cent from one
-  version of Python to the next; its characters, printable ASCII, do not.
-
-  Raises:
-    UserError: this Python comes without the sources of its library.
+  These are the paragraphs of the language reference (pydoc_data.topics) and of the docstrings in
+  the standard library's single-file modules. The text differs by a few per cent from one version of
+  Python to the next; its characters, printable ASCII, do not.
   """
   try:
     from pydoc_data.topics import topics
@@ -177,9 +166,9 @@ def python_prose() -> Corpus:
   texts = [topics[name] for name in sorted(topics)]
   for path in sorted(Path(os.__file__).parent.glob("*.py")):
     texts += re.findall(r'"""(.*?)"""', path.read_text(encoding="utf-8", errors="ignore"), re.S)
-  found = list(dict.fromkeys(line for text in texts for line in _paragraphs(text)))
-  if len(found) < 1000:
+  texts = list(dict.fromkeys(line for text in texts for line in _paragraphs(text)))
+  if len(texts) < 1000:
     raise UserError(
       "this Python comes without the texts of its library; give others with data.path."
     )
-  return from_list(found, "paragraph")
+  return from_list(texts, "paragraph")

@@ -2,10 +2,10 @@
 
 A stored set is a directory (see encode.py):
 
-    manifest.json                    what it is: counts, its vocabulary, what it was made from
-    tokenizer.json                   the tokenizer, if it is not one token a character
+    manifest.json                    the counts, the vocabulary, and the origin of the texts
+    tokenizer.json                   the tokenizer, unless a token is a character
     tokens-00003-of-00157.npy        the tokens of one shard's documents, one after the other
-    lengths-00003-of-00157.npy       how many each of them has
+    lengths-00003-of-00157.npy       the number of tokens of each document
 
 Dimensions: d documents.
 """
@@ -18,19 +18,20 @@ from pathlib import Path
 
 import numpy as np
 
-from seqmatch_jax import tokens
 from seqmatch_jax.data.corpus import Corpus
-from seqmatch_jax.tokens import TextVocab, Vocab
+from seqmatch_jax.huggingface import tokenizer
+from seqmatch_jax.huggingface.tokenizer import TextVocab
+from seqmatch_jax.tokens import Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json
 from train_jax.storage.shards import shard_name
 
 VERSION = 1  # of the layout above
-MOST = 100_000_000  # characters that are turned into tokens at the start of a run
+MAX_CHARACTERS = 100_000_000  # that are turned into tokens at the start of a run
 
 
 def token_type(size: int) -> np.dtype:
-  """How a token of a vocabulary of `size` is stored."""
+  """The stored type of the tokens of a vocabulary of `size`."""
   return np.dtype("<u2" if size <= 2**16 else "<i4")
 
 
@@ -41,7 +42,7 @@ class Documents:
   Attributes:
     parts: 1-D arrays of tokens, which may be mapped files.
     length: int64 [d], tokens of each document, <eos> not counted.
-    part, offset: int64 [d], where it begins.
+    part, offset: int64 [d], the part that holds it, and its first place there.
   """
 
   parts: tuple[np.ndarray, ...]
@@ -63,13 +64,13 @@ class Documents:
     return self.parts[self.part[document]][begin + start : begin + stop].astype(np.int32)
 
   def select(self, index: np.ndarray) -> Documents:
-    """Some of them."""
+    """The documents of `index`."""
     return Documents(self.parts, self.length[index], self.part[index], self.offset[index])
 
   def split(self, tests: int) -> tuple[Documents, Documents]:
-    """(the others, `tests` documents that are evenly spread over all); UserError if too few.
+    """(the others, `tests` documents spread evenly over all); UserError if there are too few.
 
-    Of a single document, such as a book, its last tenth is held out.
+    The last tenth is held out from a single document, such as a book.
     """
     size = len(self.length)
     if size == 1:
@@ -88,29 +89,25 @@ class Documents:
 
 
 def encode_texts(texts: Corpus, vocab: Vocab | TextVocab) -> Documents:
-  """All of `texts`, in memory; a text without tokens is left out.
-
-  Raises:
-    UserError: a text cannot be encoded, or they are too many for that.
-  """
-  rows, characters = [], 0
+  """All of `texts` that have tokens, in memory; UserError if there are too many."""
+  encoded, characters = [], 0
   for i in range(texts.size):
     text = read_text(texts, i)
     characters += len(text)
-    if characters > MOST:
+    if characters > MAX_CHARACTERS:
       raise UserError(
-        f"these texts have more than {MOST:,} characters; turn them into tokens once, with "
-        "--mode=encode --texts=..., and give its directory as data.path."
+        f"these texts have more than {MAX_CHARACTERS:,} characters; turn them into tokens once, "
+        "with --mode=encode --texts=..., and give its directory as data.path."
       )
-    rows.append(np.array(vocab.encode(text), token_type(vocab.size)))
-  rows = [row for row in rows if len(row)]
-  if not rows:
+    encoded.append(np.array(vocab.encode(text), token_type(vocab.size)))
+  encoded = [ids for ids in encoded if len(ids)]
+  if not encoded:
     raise UserError("these texts have no tokens; give texts that are not blank.")
-  return Documents.from_parts([np.concatenate(rows)], [np.array([len(row) for row in rows])])
+  return Documents.from_parts([np.concatenate(encoded)], [np.array([len(ids) for ids in encoded])])
 
 
 def read_text(texts: Corpus, i: int) -> str:
-  """Text i; UserError where it is no text."""
+  """Text i; UserError if it is not UTF-8."""
   try:
     return texts.read(i)
   except UserError:
@@ -125,11 +122,7 @@ def is_set(path: str) -> bool:
 
 
 def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
-  """The stored set in the directory `path`, with its vocabulary.
-
-  Raises:
-    UserError: not a whole set, or of another layout.
-  """
+  """The stored set in the directory `path`, with its vocabulary; UserError if it is not whole."""
   top = Path(path).expanduser()
   try:
     manifest = read_json(top / "manifest.json")
@@ -142,7 +135,7 @@ def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
     )
   if "tokenizer" in manifest["vocab"]:
     manifest["vocab"]["tokenizer"]["path"] = str(top / "tokenizer.json")
-  vocab, shards = tokens.from_metadata(manifest["vocab"]), manifest["shards"]
+  vocab, shards = tokenizer.from_metadata(manifest["vocab"]), manifest["shards"]
   parts, lengths = [], []
   for i in range(shards):
     files = [top / shard_name(file, i, shards) for file in ("tokens.npy", "lengths.npy")]
@@ -156,7 +149,8 @@ def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
       ) from err
     if lengths[-1].sum() != len(parts[-1]):
       raise UserError(f"{files[0]} and {files[1].name} do not belong together; encode again.")
-  found = Documents.from_parts(parts, lengths)
-  if (len(found.length), found.length.sum()) != (manifest["documents"], manifest["tokens"]):
+  documents = Documents.from_parts(parts, lengths)
+  counts = len(documents.length), documents.length.sum()
+  if counts != (manifest["documents"], manifest["tokens"]):
     raise UserError(f"the shards in {path!r} are not those of its manifest.json; encode again.")
-  return found, vocab
+  return documents, vocab

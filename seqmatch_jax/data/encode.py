@@ -1,8 +1,7 @@
 """`--mode=encode --texts=...`: texts -> a set of token documents (see documents.py), in shards.
 
-The threads of a process share out the texts of a shard; for what processes do see shards.py. Texts
-that cannot be used, because they are no UTF-8, hold a backspace or are blank, are named, skipped
-and counted.
+The threads of a process share the texts of a shard; see shards.py for the processes. Texts that are
+not UTF-8, hold a backspace or are blank are named, skipped and counted.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from seqmatch_jax import tokens
 from seqmatch_jax.data import corpus
 from seqmatch_jax.data.corpus import Corpus
 from seqmatch_jax.data.documents import VERSION, token_type
-from seqmatch_jax.tokens import TextVocab, Vocab
+from seqmatch_jax.huggingface import tokenizer
+from seqmatch_jax.huggingface.tokenizer import TextVocab
+from seqmatch_jax.tokens import Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json, whole_file, write_json
 from train_jax.metrics import progress_bar
@@ -31,7 +32,7 @@ CHUNK = 64  # texts that a thread takes at a time
 
 
 def _read(texts: Corpus, i: int, use: Callable):
-  """(use(text i), ""), or (None, why it is skipped)."""
+  """(use(text i), ""), or (None, the reason why it is skipped)."""
   try:
     text = texts.read(i)
   except UserError:
@@ -47,33 +48,33 @@ def _read(texts: Corpus, i: int, use: Callable):
   return use(text), ""
 
 
-def _over(texts: Corpus, rows: range, use: Callable, progress: Callable) -> tuple[list, int]:
-  """([use(text) of each that can be used], how many were skipped), by threads, in order."""
-  parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
-  used, skipped = [], 0
+def _map(texts: Corpus, rows: range, use: Callable, progress: Callable) -> tuple[list, int]:
+  """([use(text) of each usable text], the number of skipped ones), by threads, in order."""
+  chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+  results, skipped = [], 0
   with ThreadPoolExecutor(os.cpu_count(), "encode") as pool:
-    for found in pool.map(lambda part: [_read(texts, i, use) for i in part], parts):
-      for result, why in found:
-        if why:
-          logging.warning("skipped: %s", why)
+    for pairs in pool.map(lambda chunk: [_read(texts, i, use) for i in chunk], chunks):
+      for result, reason in pairs:
+        if reason:
+          logging.warning("skipped: %s", reason)
           skipped += 1
         else:
-          used.append(result)
-      progress(len(found))
-  return used, skipped
+          results.append(result)
+      progress(len(pairs))
+  return results, skipped
 
 
 def find_symbols(texts: Corpus, job: Job, out: Path) -> Vocab:
-  """One token for each character there is in the texts; found once, and kept in `out`."""
+  """One token for each character of the texts; the characters are kept in `out`."""
   path = out / "symbols.json"
-  known = read_json(path) if path.exists() else {}
-  if known.get("texts") != job.metadata["texts"]:  # a job that was broken off read others, perhaps
-    bar, found = progress_bar(texts.size, 0, unit="text", desc="looking for characters"), {*()}
-    _over(texts, range(texts.size), found.update, bar.update)
+  stored = read_json(path) if path.exists() else {}
+  if stored.get("texts") != job.metadata["texts"]:  # those of a broken job on other texts, perhaps
+    bar, symbols = progress_bar(texts.size, 0, unit="text", desc="looking for characters"), set()
+    _map(texts, range(texts.size), symbols.update, bar.update)
     bar.close()
-    known = {"texts": job.metadata["texts"], "symbols": sorted(found)}
-    write_json(path, known)
-  return Vocab(tuple(known["symbols"]))
+    stored = {"texts": job.metadata["texts"], "symbols": sorted(symbols)}
+    write_json(path, stored)
+  return Vocab(tuple(stored["symbols"]))
 
 
 def encode_shard(
@@ -85,17 +86,17 @@ def encode_shard(
   def use(text: str):
     return np.array(vocab.encode(text), kind), len(text)
 
-  used, skipped = _over(texts, job.rows(shard), use, progress)
-  lengths = np.array([len(ids) for ids, _ in used], np.int64)
-  ids = np.concatenate([ids for ids, _ in used]) if used else np.zeros(0, kind)
+  encoded, skipped = _map(texts, job.rows(shard), use, progress)
+  lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
+  ids = np.concatenate([ids for ids, _ in encoded]) if encoded else np.zeros(0, kind)
   for path, array in zip(job.paths(out, shard), (ids, lengths), strict=False):
     with whole_file(path) as file:
       np.save(file, array)
   part = {
     "job": job.metadata,
-    "documents": len(used),
+    "documents": len(encoded),
     "tokens": len(ids),
-    "characters": sum(size for _, size in used),
+    "characters": sum(size for _, size in encoded),
     "skipped": skipped,
   }
   write_json(job.paths(out, shard)[-1], part)
@@ -104,23 +105,20 @@ def encode_shard(
 def encode_texts(
   texts: Corpus, make_vocab: Callable[[], Vocab | TextVocab], job: Job, out: Path
 ) -> dict | None:
-  """Makes what is missing of this process's shards.
+  """Makes the missing ones of this process's shards.
 
   Returns:
     The manifest once every shard is there; None while other processes are at work.
-
-  Raises:
-    UserError: `out` holds tokens of another job, or no text can be used.
   """
   if not make_missing(job, out, lambda _: partial(encode_shard, texts, make_vocab(), job, out)):
     return None
-  found, vocab = job.parts(out), make_vocab()
+  parts, vocab = job.parts(out), make_vocab()
   names = ("documents", "tokens", "characters", "skipped")
-  counts = {name: sum(part[name] for part in found) for name in names}
+  counts = {name: sum(part[name] for part in parts) for name in names}
   if not counts["tokens"]:
     raise UserError(f"none of the {job.size} texts can be used; give text in UTF-8.")
-  metadata = tokens.to_metadata(vocab)
-  if isinstance(vocab, TextVocab):  # the set goes with its tokenizer, wherever it is moved to
+  metadata = tokenizer.to_metadata(vocab)
+  if isinstance(vocab, TextVocab):  # the set is moved with its tokenizer
     with whole_file(out / "tokenizer.json") as file:
       file.write(Path(vocab.path).read_bytes())
     metadata["tokenizer"]["path"] = "tokenizer.json"
@@ -130,12 +128,12 @@ def encode_texts(
 
 
 def encode(source: str, tokenizer: str, shards: int, out: Path) -> None:
-  """Encodes the texts of `source` into `out`, and says what was made; see `encode_texts`.
+  """Encodes the texts of `source` into `out`, and prints the counts; see `encode_texts`.
 
   Args:
     source: .txt, .jsonl or .array_record files, or tfds:NAME.
-    tokenizer: tokenizer.json, or its folder; "": a token a character.
-    shards: files to make; 0 chooses their number.
+    tokenizer: tokenizer.json, or its folder; "": a token for each character.
+    shards: number of files; 0 chooses it.
   """
   texts = corpus.find(source, "--texts")
   vocab = TextVocab.from_file(tokenizer) if tokenizer else None

@@ -1,12 +1,12 @@
 """Token documents to batches of packed rows, addressed by position.
 
 A document is cut into pieces that fit into a row, and short pieces share one. They do not see each
-other. A piece begins with <bos> and a prompt, which carries no loss; <eos> ends the last piece of a
-document, while the others just break off. All rows of a run have one shape, with noise and without:
-wrong tokens have a part of the row kept for them.
+other. A piece begins with <bos> and a prompt, which carries no loss. <eos> ends the last piece of a
+document, and the others break off. All rows of a run have one shape, with noise and without: a part
+of the row is reserved for wrong tokens.
 
-Which pieces share a row is fixed; each epoch is a new permutation of the rows, with new noise. So
-every piece comes once an epoch, and a batch is a function of (seed, position) only.
+The pieces of a row are fixed. Each epoch is a new permutation of the rows, with new noise. So every
+piece comes once an epoch, and a batch is a function of (seed, position) only.
 
 Dimensions: i pieces, r rows of a batch, n data actions of a row, a actions, v vocabulary.
 """
@@ -19,27 +19,28 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from seqmatch_jax.actions import Noise, corrupt, pack_rows, tree
+from seqmatch_jax.actions import Noise, corrupt, tree
 from seqmatch_jax.data.documents import Documents
+from seqmatch_jax.data.rows import pack_rows
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, SPECIAL
 from train_jax.errors import UserError
 
 
-def cut(length: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Documents of `length` [d] in pieces of at most `most` tokens -> document, start, stop [i]."""
-  count = -(-length // most)
+def cut(length: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Documents of `length` [d] in pieces of at most `limit` tokens -> document, start, stop [i]."""
+  count = -(-length // limit)
   document = np.repeat(np.arange(len(length)), count)
-  start = most * (np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count))
-  return document, start, np.minimum(start + most, length[document])
+  start = limit * (np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count))
+  return document, start, np.minimum(start + limit, length[document])
 
 
 def assign(size: np.ndarray, capacity: int) -> np.ndarray:
   """Puts pieces of `size` [i] <= capacity into few rows -> the row of each, int64 [i].
 
-  Best fit, the largest first; all pieces of one size at once.
+  It is best fit with the largest first, and all pieces of one size at once.
   """
   row, rows = np.empty(len(size), np.int64), 0
-  free = [np.empty(0, np.int64) for _ in range(capacity + 1)]  # rows, by the room that they have
+  free = [np.empty(0, np.int64) for _ in range(capacity + 1)]  # rows, by their room
   order = np.argsort(-size, kind="stable")
   for group in np.split(order, np.flatnonzero(np.diff(-size[order])) + 1):
     each = size[group[0]]
@@ -48,14 +49,14 @@ def assign(size: np.ndarray, capacity: int) -> np.ndarray:
       if not len(free[room]):
         opened = -(-len(group) // (capacity // each))
         free[room], rows = np.arange(rows, rows + opened), rows + opened
-      taken, free[room] = free[room][: len(group)], free[room][len(group) :]
-      row[group[: len(taken)]], group = taken, group[len(taken) :]
-      free[room - each] = np.concatenate([free[room - each], taken])
+      targets, free[room] = free[room][: len(group)], free[room][len(group) :]
+      row[group[: len(targets)]], group = targets, group[len(targets) :]
+      free[room - each] = np.concatenate([free[room - each], targets])
   return row
 
 
 class _Generators:
-  """One generator a row, used as one: what a row draws does not depend on the others."""
+  """One generator for each row, used as one: the draws of a row do not depend on the others."""
 
   def __init__(self, generators: list[np.random.Generator]):
     self.generators = generators
@@ -77,7 +78,7 @@ class Packed:
     first: int64 [rows + 1], the first piece of each row.
     prompt: tokens of a piece's prompt, <bos> not counted.
     nodes: tokens of a row, wrong ones included.
-    errors: wrong tokens of a row, at most.
+    errors: most wrong tokens of a row.
     vocab: v.
   """
 
@@ -93,25 +94,21 @@ class Packed:
 
   @property
   def rows(self) -> int:
-    """How many there are."""
+    """The number of rows."""
     return len(self.first) - 1
 
-  def pieces(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of the rows `chosen` [r]: numbers of their pieces [i], and which of `chosen` has them."""
-    parts = [np.arange(self.first[k], self.first[k + 1]) for k in chosen]
+  def pieces(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces [i] of `rows` [r], and the place in `rows` of each."""
+    parts = [np.arange(self.first[k], self.first[k + 1]) for k in rows]
     return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
   def texts(self, piece: np.ndarray) -> list[np.ndarray]:
     """The tokens of pieces, prompt included and <eos>, where there is one, last."""
-    found = []
-    for document, start, stop in zip(*(x[piece] for x in self._columns), strict=True):
+    texts, columns = [], (self.document, self.start, self.stop)
+    for document, start, stop in zip(*(x[piece] for x in columns), strict=True):
       tokens = self.documents.read(document, start, stop)
-      found.append(np.append(tokens, EOS) if stop == self.documents.length[document] else tokens)
-    return found
-
-  @property
-  def _columns(self):
-    return self.document, self.start, self.stop
+      texts.append(np.append(tokens, EOS) if stop == self.documents.length[document] else tokens)
+    return texts
 
   def prompts(self, piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(prompt int32 [i, p], its length int32 [i]) of pieces, <bos> first."""
@@ -122,31 +119,31 @@ class Packed:
       row[1 : k + 1] = self.documents.read(self.document[i], self.start[i], self.start[i] + k)
     return prompt, (1 + length).astype(np.int32)
 
-  def batch(self, chosen: np.ndarray, rng, noise: Noise) -> dict[str, np.ndarray]:
-    """The rows `chosen` as `actions.tree` describes a batch; `rng` draws the noise."""
-    piece, row = self.pieces(chosen)
+  def batch(self, rows: np.ndarray, rng, noise: Noise) -> dict[str, np.ndarray]:
+    """The `rows` [r] as `actions.tree` describes a batch; `rng` draws the noise."""
+    piece, row = self.pieces(rows)
     prompt, prompt_length = self.prompts(piece)
-    said = [text[k - 1 :] for text, k in zip(self.texts(piece), prompt_length, strict=True)]
-    answer = np.full((len(chosen), self.nodes - self.errors), PAD, np.int32)
+    answers = [text[k - 1 :] for text, k in zip(self.texts(piece), prompt_length, strict=True)]
+    answer = np.full((len(rows), self.nodes - self.errors), PAD, np.int32)
     owner = np.zeros_like(answer)
-    count = np.array([len(text) for text in said])
-    for k in range(len(chosen)):
+    count = np.array([len(text) for text in answers])
+    for k in range(len(rows)):
       here = np.flatnonzero(row == k)
-      answer[k, : count[here].sum()] = np.concatenate([said[i] for i in here])
+      answer[k, : count[here].sum()] = np.concatenate([answers[i] for i in here])
       owner[k, : count[here].sum()] = np.repeat(here, count[here])
     wrong = np.arange(self.vocab)[None] >= SPECIAL
     actions, weight = corrupt(rng, answer, wrong, noise)
     acts, weights = _by_piece(actions, weight, owner, len(piece))
-    most = np.max(prompt_length + np.sum(acts > BACKSPACE, axis=1))
-    nodes = max(prompt.shape[1], int(most))  # all of them may be shorter than a prompt
-    made = tree(prompt, prompt_length, acts, nodes) | {"weight": weights}
-    return pack_rows(made, row, self.nodes, actions.shape[1])
+    longest = np.max(prompt_length + np.sum(acts > BACKSPACE, axis=1))
+    nodes = max(prompt.shape[1], int(longest))  # all of them may be shorter than a prompt
+    trees = tree(prompt, prompt_length, acts, nodes) | {"weight": weights}
+    return pack_rows(trees, row, self.nodes, actions.shape[1])
 
 
 def _by_piece(actions, weight, owner, pieces: int):
   """Actions and weight [r, a] of rows -> those of their pieces [i, a'], PAD last.
 
-  `owner` [r, n] is the piece of each data action; what leads up to it belongs to it.
+  `owner` [r, n] is the piece of each data action, and of the errors before it.
   """
   data = (weight > 0) & (actions != BACKSPACE)
   index = np.minimum(np.cumsum(data, 1) - data, owner.shape[1] - 1)
@@ -154,11 +151,13 @@ def _by_piece(actions, weight, owner, pieces: int):
   piece = owner[row, index[row, time]]
   count = np.bincount(piece, minlength=pieces)
   place = np.arange(len(piece)) - (np.cumsum(count) - count)[piece]
-  out = []
-  for values in (actions, weight):
-    out.append(np.zeros((pieces, count.max()), values.dtype))
-    out[-1][piece, place] = values[row, time]
-  return out
+
+  def split(values):
+    out = np.zeros((pieces, count.max()), values.dtype)
+    out[piece, place] = values[row, time]
+    return out
+
+  return split(actions), split(weight)
 
 
 def pack(documents: Documents, vocab: int, context: int, errors: int, prompt: int) -> Packed:
@@ -166,29 +165,26 @@ def pack(documents: Documents, vocab: int, context: int, errors: int, prompt: in
 
   Args:
     vocab: size of the vocabulary.
-    errors: wrong tokens that a row must have room for.
+    errors: wrong tokens for which a row must have room.
     prompt: tokens of a piece's prompt, <bos> not counted.
-
-  Raises:
-    UserError: the numbers do not fit each other.
   """
-  most = context - errors - 1
-  if most < 1:
+  limit = context - errors - 1
+  if limit < 1:
     raise UserError(
       f"data.context={context} leaves no room for text: <bos> takes 1 and noise.max_errors "
       f"{errors}; choose more context."
     )
-  if not 0 <= prompt < most:
+  if not 0 <= prompt < limit:
     raise UserError(
       f"data.prompt={prompt} must be at least 0 and, with data.context={context} and "
-      f"noise.max_errors={errors}, less than {most}; choose a smaller one, or more context."
+      f"noise.max_errors={errors}, less than {limit}; choose a smaller one, or more context."
     )
   if documents.length.max() <= prompt:
     raise UserError(
       f"data.prompt={prompt} leaves nothing to learn: none of these {len(documents.length)} texts "
       f"has more tokens; choose less than {documents.length.max()}."
     )
-  document, start, stop = cut(documents.length, most)
+  document, start, stop = cut(documents.length, limit)
   row = assign(1 + stop - start, context - errors)
   order = np.argsort(row, kind="stable")
   first = np.searchsorted(row[order], np.arange(row.max() + 2))
@@ -206,16 +202,16 @@ def stream(
     rows: this process's rows of it.
 
   Yields:
-    What `actions.tree` returns, with weight 0 at the wrong tokens, several trees in a row; and the
-    prompt of one of its pieces, `prompt` [r, p] with `prompt_length` [r].
+    A batch of `actions.tree` with several trees in a row and weight 0 at the wrong tokens, and the
+    prompt of one piece of each row, `prompt` [r, p] with `prompt_length` [r].
   """
   order = grain.MapDataset.range(packed.rows).seed(seed).shuffle().repeat()
   while True:
-    numbers = position * batch + np.asarray(rows)
-    chosen = np.array([order[int(number)] for number in numbers])
-    rngs = [np.random.default_rng((seed, int(number))) for number in numbers]
-    bounds = zip(rngs, packed.first[chosen], packed.first[chosen + 1], strict=True)
+    numbers = (position * batch + np.asarray(rows)).tolist()
+    index = np.array([order[number] for number in numbers])
+    rngs = [np.random.default_rng((seed, number)) for number in numbers]
+    bounds = zip(rngs, packed.first[index], packed.first[index + 1], strict=True)
     prompt, length = packed.prompts(np.array([rng.integers(a, b) for rng, a, b in bounds]))
-    made = packed.batch(chosen, _Generators(rngs), noise)
-    yield made | {"prompt": prompt, "prompt_length": length}
+    trees = packed.batch(index, _Generators(rngs), noise)
+    yield trees | {"prompt": prompt, "prompt_length": length}
     position += 1

@@ -1,7 +1,6 @@
 """Questions and answers from files or generators to batches of action trees, addressed by position.
 
-A batch is a function of (seed, position) only, as in the other method: its rows, and the noise in
-them.
+The examples and the noise of a batch are a function of (seed, position) only.
 
 Dimensions: e examples, b batch, p prompt, n data actions, v vocabulary, s nodes, a actions.
 """
@@ -19,7 +18,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from seqmatch_jax.actions import Noise, corrupt, group_into_rows, pack, tree
+from seqmatch_jax.actions import Noise, corrupt, tree
+from seqmatch_jax.data.rows import group_into_rows, pack
 from seqmatch_jax.tokens import BACKSPACE, EOS, SPECIAL, Vocab, encode_prompts, padded
 from train_jax.errors import UserError
 from train_jax.storage.faults import LIMIT, Faults
@@ -28,7 +28,7 @@ OFFICIAL = Path(__file__).parent / "mathematics_dataset"
 
 
 class Example(NamedTuple):
-  """A question, its answer, and the characters that a wrong token may be (`Noise.source`)."""
+  """A question, its answer, and the candidates for a wrong token (`Noise.source`)."""
 
   question: str
   answer: str
@@ -38,11 +38,8 @@ class Example(NamedTuple):
 def read_module(path, max_faults: int = LIMIT) -> tuple[Example, ...]:
   """A text file of any module of mathematics_dataset: question and answer on alternating lines.
 
-  A question with bytes in it that are no text (a damaged disk, say) is named, skipped and counted.
-
-  Raises:
-    UserError: no such file, nothing in it, a line that is not as it should be, or more than
-      `max_faults` questions that are no text.
+  A question with bytes that are not UTF-8 (from a damaged disk, say) is named, skipped and counted,
+  and more than `max_faults` of them are a UserError.
   """
   try:
     content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -59,42 +56,43 @@ def read_module(path, max_faults: int = LIMIT) -> tuple[Example, ...]:
       )
   if len(lines) % 2:
     raise UserError(f"{path}, line {len(lines)}: the last question has no answer; add it.")
-  faults, found = Faults(max_faults, str(path)), []
+  faults, examples = Faults(max_faults, str(path)), []
   for number in range(0, len(lines), 2):
     try:
       question, answer = (line.decode() for line in lines[number : number + 2])
       if "\0" in question + answer:
         raise ValueError("zero bytes")
-      found.append(Example(question, answer, question))
+      examples.append(Example(question, answer, question))
     except ValueError:
       faults.add(f"the question of line {number + 1}", "it is not text in UTF-8")
-  if not found:
+  if not examples:
     raise UserError(f"{path} has no question that is text in UTF-8; save it as such.")
-  return tuple(found)
+  return tuple(examples)
 
 
-def _distinct(draw: Callable[[], tuple | None], count: int, what: str) -> tuple[Example, ...]:
+def _distinct(draw: Callable[[], tuple | None], count: int, source: str) -> tuple[Example, ...]:
   """`count` examples with different keys, of `draw() -> (key, example)`, or None for a bad draw."""
-  found, misses = {}, 0
-  while len(found) < count:
+  examples, misses = {}, 0
+  while len(examples) < count:
     drawn = draw()
-    if drawn is None or drawn[0] in found:
+    if drawn is None or drawn[0] in examples:
       misses += 1
     else:
-      misses, found[drawn[0]] = 0, drawn[1]
+      misses, examples[drawn[0]] = 0, drawn[1]
     if misses > 1000:
       raise UserError(
-        f"{what} has hardly more than {len(found)} different questions, and {count} are asked for; "
-        "ask for fewer."
+        f"{source} has hardly more than {len(examples)} different questions, and {count} are asked "
+        "for; ask for fewer."
       )
-  return tuple(found.values())
+  return tuple(examples.values())
 
 
 def make_add_or_sub_in_base(count: int, seed: int) -> tuple[Example, ...]:
-  """`count` different questions of the distribution of the official files.
+  """`count` different questions from the distribution of the official files.
 
-  (mathematics_dataset/modules/arithmetic.py: 3 to 10 decimal digits, shared out between the two
-  numbers; a base from 2 to 16.) Parts of the result are disjoint sets for training and testing.
+  It is that of mathematics_dataset/modules/arithmetic.py: the two numbers share 3 to 10 decimal
+  digits, and the base is from 2 to 16. Parts of the result are disjoint sets for training and
+  testing.
   """
   rng = np.random.default_rng(seed)
 
@@ -120,7 +118,7 @@ def make_two_sum(count: int, seed: int, numbers: int = 6, modulus: int = 16) -> 
   """`count` different questions of 2-SUM: which two of the numbers add up to the target?
 
   "a13f06=4" -> "13": 1 + 3 = 4 modulo 16, in the order of the question; no other two do. A number
-  is one character, a digit in base `modulus`. No two questions differ in order only, so that parts
+  is one character, a digit in base `modulus`. No two questions differ only in their order, so parts
   of the result are disjoint sets for training and testing.
   """
   if not 2 <= numbers <= modulus <= 36:
@@ -153,7 +151,7 @@ class Encoded:
     prompt_length: int32 [e].
     answer: int32 [e, n], data actions: characters, <eos>, PAD.
     alphabet: bool [v], the characters of all answers.
-    candidates: bool [e, v], those among them that are candidates for a wrong token.
+    candidates: bool [e, v], the candidates for a wrong token among them.
   """
 
   prompt: np.ndarray
@@ -177,18 +175,14 @@ class Encoded:
     return self.answer.shape[1] + 2 * noise.max_errors
 
   def wrong(self, noise: Noise) -> np.ndarray:
-    """bool [e, v]: what the wrong tokens of an example are drawn from."""
+    """bool [e, v]: the tokens that an example's wrong tokens are drawn from."""
     if noise.source == "prompt":
       return self.candidates
     return np.broadcast_to(self.alphabet, self.candidates.shape)
 
 
 def encode(examples: Sequence[Example], vocab: Vocab, context: int) -> Encoded:
-  """Examples as tokens; `context` is the most nodes that a row may have.
-
-  Raises:
-    UserError: as `encode_prompts`, or an example that does not fit into the context.
-  """
+  """Examples as tokens; UserError for one of more than `context`, or with unknown characters."""
   prompt, prompt_length = encode_prompts([x.question for x in examples], vocab, context)
   answers = [vocab.encode(x.answer) for x in examples]
   for x, before, answer in zip(examples, prompt_length, answers, strict=True):
@@ -207,7 +201,7 @@ def encode(examples: Sequence[Example], vocab: Vocab, context: int) -> Encoded:
 
 
 def row_nodes(data: Encoded, noise: Noise, batch: int, sequences_per_row: int) -> int:
-  """Nodes of a row: what the fullest of 100 random batches takes."""
+  """Nodes of a row: those of the fullest row of 100 random batches."""
   if sequences_per_row == 1:
     return data.nodes(noise)
   size = data.prompt_length + np.sum(data.answer >= SPECIAL, axis=1)
@@ -235,29 +229,29 @@ def stream(
     sequences_per_row: examples in a row.
 
   Yields:
-    What `actions.tree` returns, `sequences_per_row` trees in a row, with weight 0 at wrong tokens,
+    A batch of `actions.tree` with `sequences_per_row` trees in a row and weight 0 at wrong tokens,
     and the examples' prompts, `prompt` [b, p] with `prompt_length` [b]. A batch of unusually long
-    rows is wider than the others (and compiled anew) rather than cut off.
+    rows is not cut off: it is wider than the others, and compiled anew.
   """
   nodes, wrong = data.nodes(noise), data.wrong(noise)
   usual = row_nodes(data, noise, batch, sequences_per_row)
 
   def make(index: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    # Noise is drawn and rows are made for the global batch: they must not depend on the number of
-    # processes.
+    # Noise and rows are those of the global batch: they must not depend on the number of processes.
     actions, weight = corrupt(rng, data.answer[index], wrong[index], noise)
     size = data.prompt_length[index] + np.sum(actions > BACKSPACE, axis=1)
     table = group_into_rows(size, sequences_per_row)
     width = usual if (fullest := size[table].sum(1).max()) <= usual else -(-fullest // 32) * 32
-    mine = table[rows].reshape(-1)
-    prompts = data.prompt[index], data.prompt_length[index]
-    made = tree(*(x[mine] for x in prompts), actions[mine], nodes) | {"weight": weight[mine]}
-    # In the order in which they were drawn, not in that of the table, which goes by size: the first
-    # of them are what is rolled out.
+    prompt, length = data.prompt[index], data.prompt_length[index]
+    local = table[rows].reshape(-1)
+    trees = tree(prompt[local], length[local], actions[local], nodes) | {"weight": weight[local]}
+    # The prompts keep the order of their draw. That of the table goes by size, and only the first
+    # prompts are rolled out.
     drawn = np.arange(batch).reshape(-1, sequences_per_row)[rows].reshape(-1)
-    names = ("prompt", "prompt_length")
-    return pack(made, sequences_per_row, width) | {
-      k: x[drawn] for k, x in zip(names, prompts, strict=True)
+    return {
+      **pack(trees, sequences_per_row, width),
+      "prompt": prompt[drawn],
+      "prompt_length": length[drawn],
     }
 
   order = grain.MapDataset.range(len(data.answer)).seed(seed).shuffle().repeat().batch(batch)

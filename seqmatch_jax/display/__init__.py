@@ -1,1 +1,1 @@
-"""What a person looks at: generations with their erasures, in a terminal or on a page."""
+"""Generations with their erasures for a person: in a terminal or on a page."""

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from seqmatch_jax.tokens import BACKSPACE, EOS, PAD, TextVocab, Vocab
+from seqmatch_jax.huggingface.tokenizer import TextVocab
+from seqmatch_jax.tokens import BACKSPACE, EOS, PAD, Vocab
 
 END = "\x04"  # what <eos> is typed as
 # A model may type any character; those that move a cursor are shown as pictures of themselves.
@@ -19,10 +20,10 @@ _STRIKE, _PLAIN = "\x1b[9;31m", "\x1b[0m"
 
 
 class Typist:
-  """Turns actions into keys as a reader sees them: text, "\\b" for <backspace>, END for <eos>.
+  """Turns actions into keys for a reader: text, "\\b" for <backspace>, END for <eos>.
 
-  A token's text depends on those before it, so that a typist keeps what is written so far: it
-  begins with the prompt's tokens.
+  The text of a token depends on the tokens before it. So a typist keeps those written so far, the
+  prompt's first.
   """
 
   def __init__(self, vocab: Vocab | TextVocab, prompt: Iterable[int] = ()):
@@ -49,22 +50,12 @@ class Typist:
     return typed
 
 
-def strokes(
-  actions: Sequence[int], vocab: Vocab | TextVocab, prompt: Iterable[int] = ()
-) -> list[str]:
-  """The keys of a whole trajectory, see `Typist`."""
-  return Typist(vocab, prompt).keys(actions)
-
-
 def _struck(text: str) -> str:
   return f"{_STRIKE}{text}{_PLAIN}"
 
 
 def line(typed: Sequence[str], color: bool) -> str:
-  """All that was typed: what was erased struck through, or as [-x-] where there is no colour.
-
-  Typed on a row, an erased character stays where it was typed.
-  """
+  """All keys on one line, with the erased ones struck through, or as [-x-] without colour."""
   shown: list[list] = []  # [character, erased?]
   alive: list[int] = []
   for key in typed:
@@ -80,18 +71,18 @@ def line(typed: Sequence[str], color: bool) -> str:
 
 def _width(char: str) -> int:
   """The columns of a terminal that a character takes."""
-  if unicodedata.category(char) in ("Mn", "Me", "Cf"):  # put on the one before, or not seen
+  if unicodedata.category(char) in ("Mn", "Me", "Cf"):  # drawn over the one before, or invisible
     return 0
   return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 class Screen:
-  """Types keys as they come. In a terminal, what is erased is struck through where it stands.
+  """Types keys as they come. A terminal shows erased text struck through where it stands.
 
-  Elsewhere nothing can be changed any more, and an erasure is a ⌫ behind what it erases.
+  Other outputs cannot change what they have shown, and an erasure is a ⌫ behind the erased text.
 
   Args:
-    columns: of the terminal; 0 where it is none.
+    columns: of the terminal; 0 for another output.
   """
 
   def __init__(self, out: TextIO, columns: int):
@@ -106,7 +97,7 @@ class Screen:
     return cls(out, shutil.get_terminal_size().columns if out.isatty() else 0)
 
   def _put(self, text: str, erased: bool) -> None:
-    """Writes text, and breaks lines itself: where a terminal would is not known for sure."""
+    """Writes text, and breaks the lines, because terminals break them in different places."""
     lines = [""]
     for char in text.replace("\t", "    "):
       width = _width(char)
@@ -116,7 +107,7 @@ class Screen:
       if char != "\n":
         lines[-1] += char
         self.column += width
-    # Each line is coloured by itself, so that none is when the next begins.
+    # Each line is coloured by itself: no colour is on when the next begins.
     self.out.write("\n".join(_struck(part) if erased and part else part for part in lines))
 
   def prompt(self, text: str) -> None:
@@ -202,7 +193,7 @@ play();
 
 
 def page(title: str, prompts: Sequence[str], typed: Sequence[Sequence[str]]) -> str:
-  """A self-contained HTML page on which one watches the generations being typed and erased."""
+  """A self-contained HTML page that types and erases the generations."""
   # "</script" inside a script would end it, and "<!--" change what ends it.
   data = json.dumps([list(row) for row in zip(prompts, map(list, typed), strict=True)])
   return _PAGE.format(title=html.escape(title), data=data.replace("<", "\\u003c"))
@@ -219,8 +210,8 @@ def write(
   """Writes `out/generations.html` and `out/generations.json`: prompt, typed, answer.
 
   Args:
-    gap: what stands between a prompt and what follows.
-    references: what the data have after each prompt, for the second file; or none.
+    gap: the text between a prompt and the keys.
+    references: the data's text after each prompt, for the second file; or none.
   """
   out.mkdir(parents=True, exist_ok=True)
   shown = page(title, [prompt + gap for prompt in prompts], typed)
@@ -236,11 +227,11 @@ def write(
 
 
 def answer(typed: Sequence[str]) -> str:
-  """What is left when all is typed and erased."""
-  left: list[str] = []
+  """The text after all keys, without the erased ones."""
+  text: list[str] = []
   for key in typed:
     if key == "\b":
-      left.pop()
+      text.pop()
     elif key != END:
-      left.append(key)
-  return "".join(left)
+      text.append(key)
+  return "".join(text)

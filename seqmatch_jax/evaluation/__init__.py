@@ -1,1 +1,1 @@
-"""How good a policy is: exact answers, likelihood, erasures, and texts beside real ones."""
+"""Metrics of a policy: exact answers, likelihood, erasures, and texts beside real ones."""

@@ -1,8 +1,8 @@
-"""How varied texts are: entropy of n-grams, distinct n-grams, repetition. Plain NumPy.
+"""The variety of texts: entropy of n-grams, distinct n-grams, repetition. Plain NumPy.
 
-Tokens are whatever the network types: characters, bytes or pieces of words. Entropy and distinct-n
-grow and fall with the amount of text: compare equally many texts of equal length, and beside the
-real texts' own numbers.
+Tokens are those of the network: characters, bytes or pieces of words. Entropy and distinct-n depend
+on the amount of text. So compare equally many texts of equal length, and look at the numbers of the
+real texts, too.
 
 Sources: Ent-n, Zhang et al., arXiv 1809.05972; distinct-n, Li et al., arXiv 1510.03055; seq-rep-n,
 Welleck et al., arXiv 1908.04319.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from train_jax.errors import UserError
+from train_jax.errors import check_at_least
 
 
 def _ngrams(tokens: np.ndarray, length: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -22,19 +22,15 @@ def _ngrams(tokens: np.ndarray, length: np.ndarray, n: int) -> tuple[np.ndarray,
 
   Args:
     tokens: int [m, l].
-    length: int [m], tokens of each text; what follows is padding.
-
-  Raises:
-    UserError: n is below 1.
+    length: int [m], tokens of each text; padding follows.
   """
-  if n < 1:
-    raise UserError(f"n={n} must be at least 1: n-grams are runs of n tokens.")
+  check_at_least("n", n, 1)
   tokens, length = np.asarray(tokens), np.asarray(length)
   places = max(tokens.shape[1] - n + 1, 0)
   inside = np.arange(places) <= length[:, None] - n  # [m, places]
   number = np.zeros(inside.sum(), np.int64)
   for i in range(n):
-    # Numbered anew after each token, so that numbers stay below g and never overflow.
+    # New numbers after each token stay below g and never overflow.
     token = np.unique(tokens[:, i : i + places][inside], return_inverse=True)[1]
     both = number * (token.max(initial=0) + 1) + token
     number = np.unique(both, return_inverse=True)[1]
@@ -44,7 +40,7 @@ def _ngrams(tokens: np.ndarray, length: np.ndarray, n: int) -> tuple[np.ndarray,
 def entropy(tokens: np.ndarray, length: np.ndarray, n: int) -> float:
   """Entropy in nats of the n-grams of all texts together (Ent-n); NaN without any.
 
-  At most log(number of n-grams), which is what texts that never repeat one have.
+  It is at most log(number of n-grams), the value of texts that never repeat one.
   """
   number = _ngrams(tokens, length, n)[1]
   if not len(number):
@@ -60,7 +56,7 @@ def distinct(tokens: np.ndarray, length: np.ndarray, n: int) -> float:
 
 
 def repetition(tokens: np.ndarray, length: np.ndarray, n: int) -> float:
-  """The share of a text's n-grams that came before in it, mean over texts (seq-rep-n).
+  """The share of a text's n-grams that came before in it, averaged over texts (seq-rep-n).
 
   Texts shorter than n are left out; NaN if all are.
   """

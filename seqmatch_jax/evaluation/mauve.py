@@ -1,15 +1,15 @@
-"""MAUVE: how far generated texts are from real ones, from their features.
+"""MAUVE: the closeness of generated texts to real ones, from their features.
 
 Pillutla et al., arXiv 2102.01454: the features of both sets are quantised together, and the two
 histograms p (real) and q (generated) are compared with their mixtures r = w p + (1 - w) q. Along
 w the points exp(-c KL(q, r)), exp(-c KL(p, r)) draw a curve from (1, 0) to (0, 1), and MAUVE is the
-area below it: 1 for equal histograms, (c!)^2 / (2c)! for disjoint ones. The settings that the paper
-leaves open are those of the authors' mauve-text package, so that numbers can be compared with it:
+area below it: 1 for equal histograms, (c!)^2 / (2c)! for disjoint ones. The paper leaves some
+settings open. They are those of the authors' mauve-text package, which makes numbers comparable:
 unit features, PCA to 90% of the variance, a tenth as many buckets as texts, c = 5, 25 mixtures.
 
-The k-means is not that package's, and its seed moves the result: mean and spread over seeds are
-given. MAUVE also depends on the number of texts, on their length and on the network that the
-features are of: compare at equal ones only. All of it is float64 NumPy on the host.
+The k-means is not that package's, and its seed moves the result: the result is a mean and a spread
+over seeds. MAUVE also depends on the number of texts, on their length and on the network of the
+features: compare at equal ones only. All of it is float64 NumPy on the host.
 
 Dimensions: n real texts, m generated ones, f features, r features after PCA, k buckets, s seeds.
 """
@@ -25,11 +25,11 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least
 
 SCALE = 5.0  # c
 MIXTURES = 25
-VARIANCE = 0.9  # of the features, that PCA keeps
+VARIANCE = 0.9  # the share that PCA keeps
 TEXTS_A_BUCKET = 10
 RESTARTS, ITERATIONS = 5, 500  # of one k-means
 
@@ -57,11 +57,7 @@ def mauve(real: ArrayLike, generated: ArrayLike, buckets: int = 0, seeds: int = 
     real: features [n, f].
     generated: features [m, f].
     buckets: k; 0 for a tenth of the smaller set, at least 2.
-    seeds: how many times the features are quantised.
-
-  Raises:
-    UserError: a set is no finite matrix, the feature counts differ, or there are fewer texts than
-      buckets.
+    seeds: number of quantisations.
   """
   real, generated = _matrix("real", real), _matrix("generated", generated)
   if real.shape[1] != generated.shape[1]:
@@ -69,8 +65,7 @@ def mauve(real: ArrayLike, generated: ArrayLike, buckets: int = 0, seeds: int = 
       f"real has {real.shape[1]} features and generated {generated.shape[1]}: both must come from "
       "the same network; recompute one of them."
     )
-  if seeds < 1:
-    raise UserError(f"seeds={seeds} must be at least 1; 5 give a spread.")
+  check_at_least("seeds", seeds, 1)
   fewest = min(len(real), len(generated))
   k = buckets or max(2, round(fewest / TEXTS_A_BUCKET))
   if not 2 <= k <= fewest:
@@ -78,7 +73,7 @@ def mauve(real: ArrayLike, generated: ArrayLike, buckets: int = 0, seeds: int = 
       f"buckets={k} must lie from 2 to the {fewest} texts of the smaller set; give more texts or "
       "other buckets."
     )
-  # On shared cores the BLAS's threads wait for each other.
+  # On shared cores the threads of the BLAS wait for each other.
   with threadpool_limits(1):
     points = reduce(np.concatenate([real, generated]))
     counts = [_counts(quantise(points, k, seed), len(real), k) for seed in range(seeds)]
@@ -120,10 +115,10 @@ def divergence_curve(
   Args:
     p, q: histograms [k], of any sum; buckets may be empty.
     scale: c.
-    mixtures: how many w; the two ends, (1, 0) and (0, 1), come on top.
+    mixtures: number of w, without the two ends (1, 0) and (0, 1).
   """
   p, q = (np.asarray(x, np.float64) / np.sum(x) for x in (p, q))
-  # Not 0 and 1, where the mixture would lack what one of the two has.
+  # At 0 and 1 the mixture would lack buckets of p or q.
   w = np.linspace(1e-6, 1 - 1e-6, mixtures)[:, None]
   mixture = w * p + (1 - w) * q
   divergences = [rel_entr(x, mixture).sum(axis=1) for x in (q, p)]
@@ -134,7 +129,7 @@ def divergence_curve(
 def area(curve: np.ndarray) -> float:
   """The area below a curve [points, 2] from (1, 0) to (0, 1), by trapezia.
 
-  As the ends lie on the axes, integrating over either coordinate gives the same.
+  The ends lie on the axes, so integrating over either coordinate gives the same.
   """
   x, y = curve.T
   return float(np.trapezoid(y[::-1], x[::-1]))

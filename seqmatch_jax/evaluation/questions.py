@@ -1,4 +1,4 @@
-"""How good is a policy that may take tokens back? Exact match, recovery, erasures, likelihood.
+"""Metrics of a policy on questions: exact match, recovery, erasures, likelihood.
 
 Dimensions: e examples, a actions, n data actions.
 """
@@ -20,8 +20,8 @@ from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import mesh as mesh_lib
 from train_jax.multihost.signals import pause
 
-# (temperature, allow_retype) of a generation, see `rollout.make_rollout`. Above 0 the
-# policy is the model's as it is; not to type again what was erased is a search of its own.
+# (temperature, allow_retype) of a generation, see `rollout.Settings`. With a temperature and with
+# retyping it is the policy itself. Without retyping it is a search.
 GENERATIONS = {
   "greedy": (0.0, False),
   "T=1": (1.0, True),
@@ -31,15 +31,15 @@ GENERATIONS = {
 
 
 class Erasures(NamedTuple):
-  """What became of wrong tokens.
+  """Rates of erased tokens.
 
-  A token is wrong where the text up to and with it does not begin the right answer; it is an error
-  where it is the first such, that is, where it was typed after a text that did.
+  A token is wrong if the text up to it does not begin the right answer. The first wrong token,
+  typed after a text that does, is an error.
 
   Attributes:
     rate: <backspace>s over all actions.
-    precision: erased tokens that were wrong, of all erased tokens; NaN without any.
-    recall: errors that were erased, of all errors; NaN without any.
+    precision: the share of wrong tokens among the erased ones; NaN without any.
+    recall: the share of errors that were erased; NaN without any.
   """
 
   rate: float
@@ -48,7 +48,7 @@ class Erasures(NamedTuple):
 
 
 def erasures(actions: np.ndarray, answer: np.ndarray) -> Erasures:
-  """Counts over trajectories [e, a] against the right answers [e, n], one stack each."""
+  """Rates over trajectories [e, a] against the right answers [e, n]."""
   total = erased = erased_wrong = errors = errors_erased = 0
   for trajectory, right in zip(actions.tolist(), answer.tolist(), strict=True):
     stack: list[tuple[bool, bool]] = []  # of each token: is it wrong, is it an error
@@ -62,11 +62,10 @@ def erasures(actions: np.ndarray, answer: np.ndarray) -> Erasures:
         erased_wrong += wrong
         errors_erased += error
       elif action != EOS:
-        before = stack[-1][0] if stack else False
-        place = len(stack)
-        wrong = before or place >= len(right) or right[place] != action
-        stack.append((wrong, wrong and not before))
-        errors += wrong and not before
+        place, after_wrong = len(stack), bool(stack) and stack[-1][0]
+        wrong = after_wrong or place >= len(right) or right[place] != action
+        stack.append((wrong, wrong and not after_wrong))
+        errors += wrong and not after_wrong
   return Erasures(
     rate=erased / max(total, 1),
     precision=erased_wrong / erased if erased else math.nan,
@@ -75,7 +74,7 @@ def erasures(actions: np.ndarray, answer: np.ndarray) -> Erasures:
 
 
 def exact_match(actions: np.ndarray, answer: np.ndarray) -> np.ndarray:
-  """bool [e]: did the trajectory [e, a] end, and leave the right answer [e, n]?"""
+  """bool [e]: whether the trajectory [e, a] ends with the right answer [e, n]."""
   return np.array(
     [
       EOS in trajectory and [*replay([], trajectory), EOS] == [x for x in right if x != PAD]
@@ -89,17 +88,18 @@ def force_error(
 ) -> np.ndarray:
   """The right answer up to a random place, and there a wrong token -> int32 [e, max_actions].
 
-  PAD after it, or in its place where no token can be wrong: from there on the model is on its own.
+  From there on the model is on its own: PAD follows, or replaces the token if none can be wrong.
 
   Args:
     answer: int32 [e, n], characters, <eos>, PAD.
-    wrong: bool [e, v], what a wrong token may be.
+    wrong: bool [e, v], the candidates for the wrong token.
   """
   letters = np.sum(answer > BACKSPACE, axis=1)
   place = (rng.random(len(answer)) * letters).astype(int)
-  may = wrong.copy()
-  may[np.arange(len(answer)), answer[np.arange(len(answer)), place]] = False
-  mistake = np.where(may.any(1), np.argmax(rng.random(may.shape) * may, 1), PAD)
+  candidates, example = wrong.copy(), np.arange(len(answer))
+  candidates[example, answer[example, place]] = False
+  best = np.argmax(rng.random(candidates.shape) * candidates, 1)
+  mistake = np.where(candidates.any(1), best, PAD)
   index = np.arange(answer.shape[1])
   forced = np.where(index < place[:, None], answer, PAD)
   forced = np.where(index == place[:, None], mistake[:, None], forced)
@@ -112,27 +112,48 @@ def force_error(
 def policies(backspace: bool) -> dict[str, bool]:
   """The policies whose likelihood is measured: end of a metric's name -> whether it may erase.
 
-  The policy itself, and if that may erase, the same where it may not. Right answers and real texts
-  have no <backspace>: the first counts the probability that it has there as an error, so the second
-  is the one to compare with a model without it.
+  They are the policy itself, and if it may erase, the same policy without <backspace>. Right
+  answers and real texts have no <backspace>, so the first one loses the probability that it has
+  there. Only the second one compares with a model that has no <backspace>.
   """
   return {"": True, ", forbidden": False} if backspace else {"": False}
 
 
 def make_total(apply: Callable, config: LossConfig, mesh: Mesh | None = None) -> Callable:
-  """Returns `total(params, rows)`: the actions' summed log-likelihood in nats, and their number.
+  """Returns `total(params, trees)`: summed log-likelihoods in nats, and the number of actions.
 
-  Under each of `policies`: float32 [policies]; of the actions that carry weight, <eos> too. Of
-  `config`, whether it may erase counts. The devices of `mesh` share the rows out.
+  The sums are float32 [policies], one under each of `policies`, over the actions with weight, <eos>
+  too. `config` says whether the model may erase. The devices of `mesh` share the rows.
   """
   may_erase = policies(config.backspace).values()
 
-  def total(params, rows):
-    logits = apply(params, rows["token"], rows["position"], rows["end"])
-    sums = jnp.stack([log_likelihood(logits, rows, may).sum() for may in may_erase])
-    return sums, rows["weight"].sum()
+  def total(params, trees):
+    logits = apply(params, trees["token"], trees["position"], trees["end"])
+    sums = jnp.stack([log_likelihood(logits, trees, may).sum() for may in may_erase])
+    return sums, trees["weight"].sum()
 
   return mesh_lib.jit(total, mesh)
+
+
+def sum_batches(
+  total: Callable, params, select: Callable, rows: int, batch: int
+) -> tuple[np.ndarray, float]:
+  """(log-likelihoods [policies], number of actions) of `rows` rows, `batch` at a time.
+
+  Args:
+    total: see `make_total`.
+    select: numbers of rows, int [batch] -> these rows, a batch of `actions.tree`.
+  """
+  nats, count = 0.0, 0.0
+  for start in range(0, rows, batch):
+    index = np.arange(start, start + batch)
+    trees = select(index % rows)
+    # The last batch is filled with rows that carry no loss: one shape, one compilation.
+    trees["weight"] = trees["weight"] * (index < rows)[:, None]
+    sums = total(params, trees)
+    nats, count = nats + np.float64(sums[0]), count + float(sums[1])
+    pause()
+  return nats, count
 
 
 def make_likelihood(
@@ -140,23 +161,19 @@ def make_likelihood(
 ) -> Callable:
   """Returns `likelihood(params, data) -> [policies]`, which computes `batch` examples at a time.
 
-  That is the mean log-likelihood of an answer's actions under each of `policies`, in nats an
-  action, <eos> too.
+  It is the mean log-likelihood of an answer's actions under each of `policies`, in nats per action,
+  <eos> too.
   """
   total = make_total(apply, config, mesh)
 
   def likelihood(params, data: Encoded) -> list[float]:
-    made = tree(data.prompt, data.prompt_length, data.answer, data.nodes(Noise()))
-    log_likelihood, count = 0.0, 0.0
-    for start in range(0, len(data.answer), batch):
-      # The last batch is filled with rows that carry no loss: one shape, one compilation.
-      index = np.arange(start, start + batch)
-      rows = {name: x[index % len(x)] for name, x in made.items()}
-      rows["weight"] = rows["weight"] * (index < len(data.answer))[:, None]
-      sums = total(params, rows)
-      log_likelihood, count = log_likelihood + np.float64(sums[0]), count + float(sums[1])
-      pause()
-    return (log_likelihood / count).tolist()
+    trees = tree(data.prompt, data.prompt_length, data.answer, data.nodes(Noise()))
+
+    def select(index):
+      return {name: x[index] for name, x in trees.items()}
+
+    nats, count = sum_batches(total, params, select, len(data.answer), batch)
+    return (nats / count).tolist()
 
   return likelihood
 
@@ -164,23 +181,24 @@ def make_likelihood(
 def make_score(apply: Callable, batch: int, mesh: Mesh | None = None) -> Callable:
   """Returns `score(params, data, actions) -> float32 [e]`, the log-likelihood of each trajectory.
 
-  Of trajectories [e, a] without <backspace>, under a model that has none.
+  The trajectories [e, a] and the model have no <backspace>.
   """
 
-  def of_rows(params, rows):
-    logits = apply(params, rows["token"], rows["position"], rows["end"])
-    return log_likelihood(logits, rows, backspace=False)
+  def score_rows(params, trees):
+    logits = apply(params, trees["token"], trees["position"], trees["end"])
+    return log_likelihood(logits, trees, backspace=False)
 
-  of_rows = mesh_lib.jit(of_rows, mesh)
+  score_rows = mesh_lib.jit(score_rows, mesh)
 
   def score(params, data: Encoded, actions: np.ndarray) -> np.ndarray:
     nodes = data.prompt.shape[1] + actions.shape[1]
-    made, found = tree(data.prompt, data.prompt_length, actions, nodes), []
+    trees, scores = tree(data.prompt, data.prompt_length, actions, nodes), []
     for start in range(0, len(actions), batch):
       index = np.arange(start, start + batch) % len(actions)  # the last batch is filled
-      found.append(mesh_lib.to_host(of_rows(params, {name: x[index] for name, x in made.items()})))
+      part = {name: x[index] for name, x in trees.items()}
+      scores.append(mesh_lib.to_host(score_rows(params, part)))
       pause()
-    return np.concatenate(found)[: len(actions)]
+    return np.concatenate(scores)[: len(actions)]
 
   return score
 
@@ -188,10 +206,10 @@ def make_score(apply: Callable, batch: int, mesh: Mesh | None = None) -> Callabl
 def best_of(
   score: Callable, draws: list[np.ndarray], answer: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(bool [e], int [e]): does the likeliest of several trajectories [e, a] match, and all actions.
+  """(bool [e], int [e]): whether the likeliest of several trajectories [e, a] matches, all actions.
 
-  The control for what erasing costs: a model that draws as many answers as a correction takes
-  actions, and keeps the one that it finds likeliest itself.
+  It is the control for the cost of erasing: a model draws as many answers as a correction takes
+  actions, and keeps the one that it finds likeliest.
 
   Args:
     score: trajectories -> their log-likelihood [e].
@@ -207,30 +225,30 @@ def measure(
   """Yields ("exact/greedy", value) and so on.
 
   For each of GENERATIONS: `exact`, exact match with <backspace> allowed; `forbidden`, without it;
-  `recovery`, the final answer is right although a wrong token was forced into it; `actions`, how
-  many an answer takes; `rate`, `precision`, `recall` of erasures; `finished`, trajectories that
-  came to <eos>. Where the model has no <backspace> there are `exact`, `recovery`, `actions` and
-  `finished` only, retyping makes no difference, and there is `best_of` 3 draws at T = 1.
+  `recovery`, exact match although a wrong token was forced; `actions`, their number in an answer;
+  `rate`, `precision`, `recall` of erasures; `finished`, trajectories that came to <eos>. A model
+  without <backspace> has only `exact`, `recovery`, `actions` and `finished`, and `best_of` 3 draws
+  at T = 1; retyping makes no difference there.
 
   Args:
     generate: (temperature, allow_retype, backspace, forced or None, seed) -> actions int32 [e, a].
     score: actions -> their log-likelihood [e]; see `make_score`.
-    noise: of the training; the tokens that are forced are of its kind.
+    noise: of the training; the forced tokens are of its kind.
   """
   rng = np.random.default_rng(seed)
   wrong = data.wrong(noise)
-  for name, how in GENERATIONS.items():
-    temperature, allow_retype = how
+  for name, settings in GENERATIONS.items():
+    temperature, allow_retype = settings
     search = temperature > 0 and not allow_retype  # without <backspace> it is as with retyping
     if search and not backspace:
       continue
-    actions = generate(*how, backspace, None, seed)
+    actions = generate(*settings, backspace, None, seed)
     yield f"exact/{name}", float(exact_match(actions, data.answer).mean())
     if backspace and not search:
-      plain = generate(*how, False, None, seed)
+      plain = generate(*settings, False, None, seed)
       yield f"forbidden/{name}", float(exact_match(plain, data.answer).mean())
     forced = force_error(rng, data.answer, wrong, actions.shape[1])
-    recovered = generate(*how, backspace, forced, seed)
+    recovered = generate(*settings, backspace, forced, seed)
     yield f"recovery/{name}", float(exact_match(recovered, data.answer).mean())
     yield f"actions/{name}", float(np.mean(np.sum(actions != PAD, axis=1)))
     if backspace:
@@ -239,7 +257,7 @@ def measure(
           yield f"{metric}/{name}", value
     yield f"finished/{name}", float(np.mean(np.any(actions == EOS, axis=1)))
     if name == "T=1" and not backspace:
-      draws = [actions, *(generate(*how, False, None, seed + i) for i in (1, 2))]
-      match, taken = best_of(score, draws, data.answer)
+      draws = [actions, *(generate(*settings, False, None, seed + i) for i in (1, 2))]
+      match, count = best_of(score, draws, data.answer)
       yield f"exact/{name}, best of 3", float(match.mean())
-      yield f"actions/{name}, best of 3", float(taken.mean())
+      yield f"actions/{name}, best of 3", float(count.mean())

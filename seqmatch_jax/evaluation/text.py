@@ -1,7 +1,7 @@
-"""How good is a policy at text, where there is no right answer?
+"""Metrics of a policy on text, where there is no right answer.
 
-Perplexity; erasures and endings of generated texts; how close these are to real ones (MAUVE), and
-how varied both are.
+They are perplexity, the erasures and endings of generated texts, their closeness to real ones
+(MAUVE), and the variety of both.
 
 Dimensions: m texts, a actions, l tokens of a text, p of a prompt, f features.
 """
@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from seqmatch_jax.actions import Noise
@@ -20,10 +19,9 @@ from seqmatch_jax.data.packing import Packed
 from seqmatch_jax.evaluation import diversity
 from seqmatch_jax.evaluation.features import Features
 from seqmatch_jax.evaluation.mauve import mauve
-from seqmatch_jax.evaluation.questions import policies
+from seqmatch_jax.evaluation.questions import policies, sum_batches
 from seqmatch_jax.rollout import Rollout
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD, padded
-from train_jax.multihost.signals import pause
 
 N = 4  # tokens of the n-grams
 
@@ -37,22 +35,19 @@ def likelihood(
 ) -> Iterator[tuple[str, float]]:
   """Perplexity of the first `rows` rows of held-out text, for each token and for each character.
 
-  Under each of `questions.policies`. <eos> counts as a token and as no character; prompts count as
-  neither.
+  There is one under each of `questions.policies`. <eos> counts as a token and as no character;
+  prompts count as neither.
 
   Args:
     total: see `questions.make_total`.
     batch: rows that are computed at a time.
   """
-  quiet, log_likelihood, count = Noise(0.0, held.errors), 0.0, 0.0
-  for start in range(0, rows, batch):
-    index = np.arange(start, start + batch)
-    made = held.batch(index % rows, np.random.default_rng(0), quiet)
-    # The last batch is filled with rows that carry no loss: one shape, one compilation.
-    made["weight"] = made["weight"] * (index < rows)[:, None]
-    sums = jax.device_get(total(params, made))
-    log_likelihood, count = log_likelihood + np.float64(sums[0]), count + float(sums[1])
-    pause()
+  quiet = Noise(0.0, held.errors)
+
+  def select(index):
+    return held.batch(index, np.random.default_rng(0), quiet)
+
+  log_likelihood, count = sum_batches(total, params, select, rows, batch)
   pieces, _ = held.pieces(np.arange(rows))
   characters = 0
   for text, k in zip(held.texts(pieces), held.prompts(pieces)[1] - 1, strict=True):
@@ -64,23 +59,23 @@ def likelihood(
       yield f"perplexity/character{name}", _exp(nats / characters)
 
 
-def measure(made: Rollout, name: str) -> Iterator[tuple[str, float]]:
+def measure(rollout: Rollout, name: str) -> Iterator[tuple[str, float]]:
   """Yields ("backspaces/NAME", value) and so on.
 
-  `backspaces`, the share of all actions; `erasing`, the share of texts with one; `run`, how many
-  follow each other, in the mean; `finished`, the share of texts that came to <eos> before there was
-  no more room; `tokens`, how many a text has in the end, its prompt included.
+  `backspaces` is their share of all actions; `erasing` the share of texts with one; `run` the mean
+  number of neighbouring ones; `finished` the share of texts that came to <eos> before the room was
+  used up; `tokens` the mean length of the final text, its prompt included.
   """
-  erased = made.actions == BACKSPACE
+  erased = rollout.actions == BACKSPACE
   count = erased.sum()
-  yield "backspaces/" + name, float(count / np.sum(made.actions != PAD))
+  yield "backspaces/" + name, float(count / np.sum(rollout.actions != PAD))
   if count:
     begins = erased & ~np.pad(erased, ((0, 0), (1, 0)))[:, :-1]
     yield "erasing/" + name, float(erased.any(1).mean())
     yield "run/" + name, float(count / begins.sum())
-  finished = made.finished & (made.length < made.tokens.shape[1])
+  finished = rollout.finished & (rollout.length < rollout.tokens.shape[1])
   yield "finished/" + name, float(finished.mean())
-  yield "tokens/" + name, float(made.length.mean() - 1)
+  yield "tokens/" + name, float(rollout.length.mean() - 1)
 
 
 class PromptedTexts(NamedTuple):
@@ -99,21 +94,21 @@ class PromptedTexts(NamedTuple):
 
 def real_texts(packed: Packed, piece: np.ndarray) -> PromptedTexts:
   """Pieces of documents as they are."""
-  rows = [[BOS, *text[text != EOS]] for text in packed.texts(piece)]
-  length = np.array([len(row) for row in rows])
-  return PromptedTexts(padded(rows), packed.prompts(piece)[1], length)
+  texts = [[BOS, *text[text != EOS]] for text in packed.texts(piece)]
+  length = np.array([len(text) for text in texts])
+  return PromptedTexts(padded(texts), packed.prompts(piece)[1], length)
 
 
 def variety(texts: PromptedTexts, name: str) -> Iterator[tuple[str, float]]:
   """Yields ("entropy/NAME", value), `distinct` and `repetition`, see diversity.py.
 
-  Of what follows the prompts, which is the same text for all models.
+  They leave out the prompts, which are the same for all models.
   """
   tokens, start, length = texts
   after = np.minimum(start[:, None] + np.arange(tokens.shape[1]), tokens.shape[1] - 1)
-  said = np.take_along_axis(tokens, after, 1), length - start
+  answers = np.take_along_axis(tokens, after, 1), length - start
   for metric in (diversity.entropy, diversity.distinct, diversity.repetition):
-    yield f"{metric.__name__}/{name}", metric(*said, N)
+    yield f"{metric.__name__}/{name}", metric(*answers, N)
 
 
 def embed(texts: PromptedTexts, vocab, features: Features) -> np.ndarray:
@@ -123,10 +118,10 @@ def embed(texts: PromptedTexts, vocab, features: Features) -> np.ndarray:
 
 
 def closeness(
-  real_features: np.ndarray, made_features: np.ndarray, name: str
+  real_features: np.ndarray, features: np.ndarray, name: str
 ) -> Iterator[tuple[str, float]]:
   """Yields ("mauve/NAME", value): mean, `mauve_spread` over k-means seeds, and `mauve_star`."""
-  found = mauve(real_features, made_features)
-  yield f"mauve/{name}", found.mean
-  yield f"mauve_spread/{name}", found.spread
-  yield f"mauve_star/{name}", found.smoothed
+  result = mauve(real_features, features)
+  yield f"mauve/{name}", result.mean
+  yield f"mauve_spread/{name}", result.spread
+  yield f"mauve_star/{name}", result.smoothed

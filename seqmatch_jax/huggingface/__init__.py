@@ -1,1 +1,1 @@
-"""GPT-2 and Llama as Hugging Face lays them out: read as ours, and ours written as theirs."""
+"""GPT-2 and Llama in Hugging Face's layout: read, made from a config, and written."""

@@ -1,10 +1,10 @@
-"""The decoder that a config asks for: drawn or pretrained, learned as a whole or by adapters.
+"""The decoder of a config: drawn or pretrained, learned as a whole or by adapters.
 
-    config.pretrained   a folder as Hugging Face lays it out; "": drawn, with config.model's sizes
-    config.erase_bias   how far the logit of its new <backspace> is lowered
+    config.pretrained   a folder in Hugging Face's layout; "": drawn, with config.model's sizes
+    config.erase_bias   the bias of the new <backspace>'s logit
     config.lora         rank (0: all parameters are learned), alpha, targets, base
 
-`metadata` are those saved with a checkpoint; they hold a pretrained decoder's sizes.
+The `metadata` saved with a checkpoint hold a pretrained decoder's sizes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import math
 import jax
 from jax.sharding import Mesh
 
-from seqmatch_jax import tokens, transformer
-from seqmatch_jax.huggingface import pretrained
-from seqmatch_jax.tokens import TextVocab
+from seqmatch_jax import transformer
+from seqmatch_jax.huggingface import pretrained, tokenizer
+from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora
 from train_jax import mesh as mesh_lib
@@ -28,10 +28,10 @@ from train_jax.storage.weights import Weights
 
 
 def with_tokenizer(config):
-  """`config`, or a copy in which the data's tokens are those of the pretrained decoder."""
+  """`config`, in which the data's tokens are those of the pretrained decoder, if there is one."""
   if not config.get("pretrained") or config.data.get("tokenizer"):
     return config
-  pretrained.read_sizes(config.pretrained)  # a folder that is none is refused as that
+  pretrained.read_sizes(config.pretrained)  # raises a clearer error than the tokenizer would
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.data.tokenizer = config.pretrained
@@ -39,11 +39,7 @@ def with_tokenizer(config):
 
 
 def make_metadata(config, metadata: dict) -> dict:
-  """`metadata` of the data, and what identifies the pretrained decoder, if there is one.
-
-  Raises:
-    UserError: the folder is not one, or the data have other tokens than it, or longer texts.
-  """
+  """The data's `metadata`, with sizes and digest of the pretrained decoder, if there is one."""
   if config.get("pretrained"):
     sizes, vocab = pretrained.read_sizes(config.pretrained), TextVocab.from_file(config.pretrained)
     if metadata.get("tokenizer", {}).get("sha256") != vocab.sha256:
@@ -58,11 +54,7 @@ def make_metadata(config, metadata: dict) -> dict:
 
 
 def moved(config, metadata: dict, folder: str) -> tuple:
-  """`config` and `metadata` of a trained run whose pretrained decoder is in `folder` now.
-
-  Raises:
-    UserError: the run has none, or what is there is another one.
-  """
+  """`config` and `metadata` of a trained run whose pretrained decoder was moved to `folder`."""
   if not config.get("pretrained"):
     raise UserError(f"--pretrained={folder} is read by runs that began from one; leave it out.")
   config = config.copy_and_resolve_references()
@@ -70,7 +62,7 @@ def moved(config, metadata: dict, folder: str) -> tuple:
   path = TextVocab.from_file(folder).path
   here = make_metadata(config, {**metadata, "tokenizer": {**metadata["tokenizer"], "path": path}})
   for name in ("sizes", "weights_sha256"):
-    if here[name] != metadata.get(name, here[name]):  # older runs do not know the weights'
+    if here[name] != metadata[name]:
       raise UserError(
         f"--pretrained={folder} is not what the run began from: its {name} are {here[name]}, and "
         f"those of the run {metadata[name]}; give that folder."
@@ -79,45 +71,47 @@ def moved(config, metadata: dict, folder: str) -> tuple:
 
 
 def make_sizes(config, metadata: dict) -> TransformerConfig:
-  """Sizes of the network: those of the pretrained one, if there is one, else the config's.
+  """Sizes of the network: the pretrained one's, or else those of `config.model`.
 
-  `config.model.vocab` may ask for more tokens than there are, as large as some pretrained model's.
+  `config.model.vocab` may be more than the tokens that there are, to compile a larger model.
   """
-  sizes, vocab = dict(config.model), tokens.from_metadata(metadata).size
-  most = sizes.pop("vocab", 0)
+  sizes, vocab = dict(config.model), tokenizer.from_metadata(metadata).size
+  larger = sizes.pop("vocab", 0)
   if "sizes" in metadata:
-    sizes, most = {**sizes, **metadata["sizes"]}, 0
+    sizes |= metadata["sizes"]
+  else:
+    vocab = max(vocab, larger)
   if config.get("lora") and config.lora.rank:
     sizes["lora"] = lora.LoraConfig(**config.lora)
-  return TransformerConfig(vocab=max(vocab, most), **sizes)
+  return TransformerConfig(vocab=vocab, **sizes)
 
 
 def make_network(config, metadata: dict) -> transformer.TransformerFunctions:
-  """The network as functions."""
+  """The functions of the config's network."""
   return transformer.make_network(make_sizes(config, metadata))
 
 
 def read(config, metadata: dict) -> dict[str, Lazy]:
-  """All parameters of the pretrained decoder by name, checked but not read; {} without one."""
+  """The parameters of the pretrained decoder by name, checked but not read; {} without one."""
   if not config.get("pretrained"):
     return {}
-  sizes, vocab = make_sizes(config, metadata), tokens.from_metadata(metadata)
+  sizes, vocab = make_sizes(config, metadata), tokenizer.from_metadata(metadata)
   return pretrained.read(config.pretrained, sizes, vocab, config.erase_bias)
 
 
 def make_init_params(config, metadata: dict) -> dict[str, Lazy]:
   """The pretrained parameters that are learned from here on, by name."""
-  network, key, found = make_network(config, metadata), jax.random.key(0), read(config, metadata)
-  learned = flatten(jax.eval_shape(network.init, key))
-  if found and jax.process_index() == 0:
-    count = sum(math.prod(a.shape) for a in found.values()) / 1e6
-    own = sum(a.size for a in learned.values()) / 1e6
-    print(f"began from {config.pretrained}: {count:.1f} M parameters; {own:.2f} M are learned")
-  return {name: a for name, a in found.items() if name in learned}
+  network, tensors = make_network(config, metadata), read(config, metadata)
+  learned = flatten(jax.eval_shape(network.init, jax.random.key(0)))
+  if tensors and jax.process_index() == 0:
+    total = sum(math.prod(tensor.shape) for tensor in tensors.values()) / 1e6
+    own = sum(leaf.size for leaf in learned.values()) / 1e6
+    print(f"began from {config.pretrained}: {total:.1f} M parameters; {own:.2f} M are learned")
+  return {name: tensor for name, tensor in tensors.items() if name in learned}
 
 
 def make_frozen(config, metadata: dict) -> Frozen | None:
-  """The parameters that are not learned: pretrained, or else drawn. None without LoRA."""
+  """The parameters that are not learned, pretrained or drawn; None without LoRA."""
   draw, key = make_network(config, metadata).frozen, jax.random.key(config.seed)
   shapes = jax.eval_shape(draw, key)
   if not shapes:
@@ -132,16 +126,15 @@ def make_frozen(config, metadata: dict) -> Frozen | None:
 
 
 def mesh_of(config, devices: list | None = None) -> Mesh:
-  """Where a trained decoder is used: shared by `tensor`.
+  """The mesh on which a trained decoder is used: `tensor` over all devices.
 
-  A token's activations then move from device to device, which are less than the parameters that
-  `fsdp` would gather for each token.
+  It moves the activations of a token. `fsdp` would gather the parameters for each token.
   """
   return mesh_lib.mesh_for_inference("tensor", **config.mesh, devices=devices)
 
 
 def with_frozen(config, metadata: dict, params: dict, mesh: Mesh) -> dict:
-  """All of the network's parameters, laid out on `mesh`: those learned, and the frozen ones."""
+  """All of the network's parameters on `mesh`: the learned ones, and the frozen ones."""
   frozen = make_frozen(config, metadata)
   if not frozen:
     return params

@@ -1,8 +1,8 @@
-"""A trained decoder written as Hugging Face lays it out (see pretrained.py), float32.
+"""A trained decoder in Hugging Face's layout (see pretrained.py), float32.
 
 Adapters are added to the matrices that they adapt. <backspace> becomes a token of the tokenizer
-with a row of its own. So does <bos> where the pretrained model begins texts with the token that
-ends them, as GPT-2 does, and training has made two rows of that one.
+with a row of its own. So does <bos> if the pretrained model has one token for both ends of a text,
+as GPT-2 does, and training has made two rows of it.
 
 Dimensions: v vocabulary, k width, l layers.
 """
@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from seqmatch_jax.huggingface import pretrained
-from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, NAME, TextVocab
+from seqmatch_jax.huggingface.tokenizer import TextVocab
+from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, NAME
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import lora
 from train_jax import mesh as mesh_lib
@@ -36,15 +37,15 @@ def write(
   source: str | Path,
   record: dict,
 ) -> None:
-  """Writes a folder that `pretrained.read` and others' programs read; replaces an older one.
+  """Writes a folder that `pretrained.read` and other programs read; replaces an older one.
 
-  All processes must call it; the first one writes.
-  config.json is removed first and written last, so that a folder that has one is whole.
+  All processes must call it, and the first one writes. It removes config.json first and writes it
+  last: a folder that has one is whole.
 
   Args:
     params: all parameters of the network, as nested dicts of arrays.
-    source: the folder that the network comes from: the rest of config.json is taken over.
-    record: see loaded.py; an entry of config.json, called as its `method`, which others ignore.
+    source: the folder that the network comes from; the other entries of its config.json are copied.
+    record: see `model.make_record`; an entry of config.json under the name of its `method`.
   """
   tops = {name: layer for name, layer in params.items() if name != "blocks"}
   params = {**params, **jax.tree.map(mesh_lib.to_host, tops)}
@@ -54,7 +55,7 @@ def write(
   )
   if jax.process_index() == 0:
     _write(folder, params, blocks, sizes, vocab, source, record)
-  else:  # takes part in fetching
+  else:  # takes part in the transfers
     collections.deque(blocks, 0)
   multihost_utils.sync_global_devices(f"{folder} is written")
 
@@ -72,7 +73,7 @@ def _write(folder, params, blocks, sizes, vocab, source, record) -> None:
 
 
 def _write_tokenizer(folder: Path, vocab: TextVocab, twins: bool) -> TextVocab:
-  """The tokenizer with <backspace>, and with <bos> if `twins` -> its vocabulary."""
+  """Writes the tokenizer with <backspace>, and with <bos> if `twins` -> its vocabulary."""
   from tokenizers import Tokenizer
 
   tokenizer = Tokenizer.from_file(vocab.path)
@@ -89,7 +90,7 @@ def _write_tokenizer(folder: Path, vocab: TextVocab, twins: bool) -> TextVocab:
 def _tensors(
   params: dict, blocks: Iterator[dict], sizes: TransformerConfig, vocab: TextVocab
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors by their names there, one after the other."""
+  """The tensors with their names there, one after the other."""
   layout, embedding = pretrained.LAYOUTS[sizes.family], params["embed"]["embedding"]
   row = params["erase"]["kernel"][:, 0]
   weight = sizes.lora.alpha / sizes.lora.rank if sizes.lora else 0.0
@@ -115,36 +116,38 @@ def _tensors(
 
 
 def _rows(ours: np.ndarray, vocab: TextVocab, backspace: np.ndarray) -> np.ndarray:
-  """Rows by our numbers -> by the tokenizer's."""
+  """Rows in our order -> in the tokenizer's."""
   theirs = np.zeros((vocab.hf_size, ours.shape[1]), np.float32)
-  # EOS after BOS: of two copies, the one whose logit is used.
-  there = np.flatnonzero(vocab.hf_ids >= 0)
-  theirs[vocab.hf_ids[there]] = ours[there]
-  theirs[vocab.hf_ids[EOS]] = ours[EOS]
+  known = np.flatnonzero(vocab.hf_ids >= 0)
+  theirs[vocab.hf_ids[known]] = ours[known]
+  theirs[vocab.hf_ids[EOS]] = ours[EOS]  # of two copies, the one whose logit is used
   theirs[vocab.hf_ids[BACKSPACE]] = backspace
   return theirs
 
 
 def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-  """One file, or several of at most LIMIT with an index; an older export's files are removed."""
+  """One file, or several of at most LIMIT with an index; removes an older export's files."""
   for old in (*folder.glob("model-?????.safetensors"), folder / weights.INDEX):
     old.unlink(missing_ok=True)
-  held, size, index = {}, 0, {}
+  part, size, index = {}, 0, {}
 
   def flush(name: str) -> None:
-    weights.save(folder / name, held, {"format": "pt"})
-    index.update(dict.fromkeys(held, name))
-    held.clear()
+    weights.save(folder / name, part, {"format": "pt"})
+    index.update(dict.fromkeys(part, name))
+    part.clear()
+
+  def numbered() -> str:
+    return f"model-{len(set(index.values())) + 1:05}.safetensors"
 
   for name, tensor in tensors:
-    if held and size + tensor.size * 4 > LIMIT:
-      flush(f"model-{len(set(index.values())) + 1:05}.safetensors")
+    if part and size + tensor.size * 4 > LIMIT:
+      flush(numbered())
       size = 0
-    held[name] = np.asarray(tensor, np.float32)
+    part[name] = np.asarray(tensor, np.float32)
     size += tensor.size * 4
   if not index:
     return flush(weights.WHOLE)
-  flush(f"model-{len(set(index.values())) + 1:05}.safetensors")
+  flush(numbered())
   (folder / weights.WHOLE).unlink(missing_ok=True)
   total = {"total_size": sum(f.stat().st_size for f in folder.glob("model-?????.safetensors"))}
   write_json(folder / weights.INDEX, {"metadata": total, "weight_map": index})

@@ -1,14 +1,14 @@
-"""Pretrained decoders: folders as Hugging Face lays them out, read as ours and written back.
+"""Pretrained decoders: folders in Hugging Face's layout, read as our parameters.
 
     config.json                     the architecture
     model.safetensors               the tensors; or model.safetensors.index.json and its files
     tokenizer.json, tokenizer_config.json
 
-Our tokens are in another order (see tokens.py), so that rows of the embedding and the output move;
-q, k, v and gate, up are one matrix each here. <backspace> has a row and a bias of its own
-(`erase`): the row is the mean of the output's rows at first, the bias lowers it. In a folder that
-was written here <backspace> is a token as any other, and its bias the tensor `backspace_bias`,
-which others ignore.
+Our tokens are in another order (see tokenizer.py), so the rows of the embedding and the output
+move. q, k, v are one matrix here, and so are gate, up. <backspace> has a row and a bias of its own
+(`erase`): at first the row is the mean of the output's rows, and the bias lowers its logit. In a
+folder that was written here <backspace> is a token like any other, and its bias is the tensor
+`backspace_bias`, which other programs ignore.
 
 Dimensions: v vocabulary, k width, l layers.
 """
@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from seqmatch_jax.tokens import TextVocab
-from seqmatch_jax.transformer import TransformerConfig
-from train_jax import mesh
+from seqmatch_jax.huggingface.tokenizer import TextVocab
+from seqmatch_jax.transformer import TransformerConfig, make_network
+from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.files import read_json
 from train_jax.state import dotted, flatten
@@ -37,13 +38,13 @@ CHUNK = 8192  # rows of the output that are averaged at a time
 
 
 class Layout(NamedTuple):
-  """How a family names and lays out its tensors.
+  """A family's names and layout of its tensors.
 
   Attributes:
     prefix: of all names but the output's; files of GPT-2 may lack it.
-    tops: our names of tensors that are there once -> theirs.
+    tops: our names of the tensors outside the blocks -> theirs.
     layer: prefix of a layer's tensors, with its number.
-    blocks: our names of tensors of a block -> theirs, side by side.
+    blocks: our names of a block's tensors -> theirs, side by side.
     transposed: whether their matrices are [out, in].
   """
 
@@ -96,9 +97,6 @@ LAYOUTS = {
 OUTPUT = "lm_head.weight"
 
 
-# --- the architecture -----------------------------------------------------------------------------
-
-
 def read_config(folder: str | Path) -> dict:
   """The folder's config.json; UserError if it cannot be read."""
   path = Path(folder).expanduser() / "config.json"
@@ -112,35 +110,34 @@ def read_config(folder: str | Path) -> dict:
 
 
 def read_sizes(folder: str | Path) -> dict:
-  """Fields of TransformerConfig that the folder's config.json decides, as JSON.
+  """The fields of TransformerConfig that the folder's config.json decides, as JSON.
 
-  Raises:
-    UserError: the architecture is none of those that are supported, or a variant of one.
+  UserError if the architecture is not supported.
   """
-  found = read_config(folder)
+  config = read_config(folder)
   readers = {"gpt2": _gpt2, "llama": _llama}
-  kind = found.get("model_type")
+  kind = config.get("model_type")
   if kind not in readers:
     raise UserError(
       f"pretrained={str(folder)!r} is of the architecture {kind!r}; supported are "
       f"{', '.join(readers)}."
     )
   try:
-    expected, sizes = readers[kind](found)
+    expected, sizes = readers[kind](config)
   except KeyError as err:
     raise UserError(f"{folder}/config.json does not say {err}; fetch it again.") from err
   for name, value in expected.items():
-    if (there := found.get(name, value)) not in (value, None):
+    if (actual := config.get(name, value)) not in (value, None):
       raise UserError(
-        f"{folder}/config.json has {name}={there!r}, a variant of {kind} that is not supported; "
+        f"{folder}/config.json has {name}={actual!r}, a variant of {kind} that is not supported; "
         f"{name}={value!r} is."
       )
   without = {"kv_heads": 0, "theta": 10_000.0, "scaling": [], "context": 0}
   return {"family": kind, "erase": True, **without, **sizes}
 
 
-def _gpt2(found: dict) -> tuple[dict, dict]:
-  """(what other entries must be, sizes)."""
+def _gpt2(config: dict) -> tuple[dict, dict]:
+  """(entries that must be so, sizes)."""
   expected = {
     "activation_function": "gelu_new",
     "scale_attn_weights": True,
@@ -149,27 +146,27 @@ def _gpt2(found: dict) -> tuple[dict, dict]:
     "tie_word_embeddings": True,
   }
   return expected, {
-    "width": found["n_embd"],
-    "depth": found["n_layer"],
-    "heads": found["n_head"],
-    "hidden": found.get("n_inner") or 4 * found["n_embd"],
-    "context": found["n_positions"],
-    "epsilon": found.get("layer_norm_epsilon", 1e-5),
+    "width": config["n_embd"],
+    "depth": config["n_layer"],
+    "heads": config["n_head"],
+    "hidden": config.get("n_inner") or 4 * config["n_embd"],
+    "context": config["n_positions"],
+    "epsilon": config.get("layer_norm_epsilon", 1e-5),
     "tied": True,
   }
 
 
-def _llama(found: dict) -> tuple[dict, dict]:
-  """(what other entries must be, sizes)."""
-  width, heads = found["hidden_size"], found["num_attention_heads"]
+def _llama(config: dict) -> tuple[dict, dict]:
+  """(entries that must be so, sizes)."""
+  width, heads = config["hidden_size"], config["num_attention_heads"]
   expected = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "head_dim": width // heads,
   }
-  # What was rope_scaling and rope_theta is rope_parameters in newer files.
-  rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+  # Newer files have rope_parameters in place of rope_scaling and rope_theta.
+  rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "llama3"):
     raise UserError(
@@ -178,35 +175,28 @@ def _llama(found: dict) -> tuple[dict, dict]:
   names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
   return expected, {
     "width": width,
-    "depth": found["num_hidden_layers"],
+    "depth": config["num_hidden_layers"],
     "heads": heads,
-    "hidden": found["intermediate_size"],
-    "kv_heads": found.get("num_key_value_heads") or heads,
-    "theta": float(rope.get("rope_theta", found.get("rope_theta", 10_000.0))),
+    "hidden": config["intermediate_size"],
+    "kv_heads": config.get("num_key_value_heads") or heads,
+    "theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
     "scaling": [rope[name] for name in names] if kind == "llama3" else [],
-    "epsilon": found.get("rms_norm_eps", 1e-6),
-    "tied": found.get("tie_word_embeddings", False),
+    "epsilon": config.get("rms_norm_eps", 1e-6),
+    "tied": config.get("tie_word_embeddings", False),
   }
-
-
-# --- reading --------------------------------------------------------------------------------------
 
 
 def read(
   folder: str | Path, sizes: TransformerConfig, vocab: TextVocab, bias: float
 ) -> dict[str, Lazy]:
-  """The network's parameters by dotted name, to be read share by share; checked by shape at once.
+  """The network's parameters by dotted name: their shapes are checked, their values read later.
 
   Args:
     bias: of <backspace>'s logit, where the folder does not know that token.
-
-  Raises:
-    UserError: a file is missing, or a tensor, or one has another shape, or the tokenizer has more
-      tokens than the weights have rows.
   """
   weights, layout = Weights(folder), LAYOUTS[sizes.family]
-  known = any(name.startswith(layout.prefix) for name in weights.shapes)
-  prefix = layout.prefix if known else ""
+  prefixed = any(name.startswith(layout.prefix) for name in weights.shapes)
+  prefix = layout.prefix if prefixed else ""
 
   def matrix(name: str, inputs: int, outputs: int) -> Lazy:
     if layout.transposed:
@@ -245,8 +235,16 @@ def read(
   return {**tensors, **_erase(weights, output, vocab, bias)}
 
 
+def load(folder: str | Path, sizes: TransformerConfig, vocab: TextVocab, mesh: Mesh) -> tuple:
+  """(network, its parameters on `mesh`) of a folder; a new <backspace> has the bias 0."""
+  network = make_network(sizes)
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  tensors = read(folder, sizes, vocab, 0.0)
+  return network, to_device(tensors, shapes, mesh_lib.state_sharding(shapes, mesh))
+
+
 def to_device(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
-  """Those of `tensors` that `shapes` (nested dicts of abstract arrays) asks for, as it says.
+  """The `tensors` that are named in `shapes`, nested dicts of abstract arrays, on the devices.
 
   Where a kernel is to be int8, its scale is made with it.
   """
@@ -256,14 +254,14 @@ def to_device(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
       scale = f"{name.removesuffix('kernel')}scale"
       tensors[name], tensors[scale] = lazy.quantised(tensors[name])
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf, sharding: mesh.to_device(tensors[dotted(path)], sharding, leaf.dtype),
+    lambda path, leaf, sharding: mesh_lib.to_device(tensors[dotted(path)], sharding, leaf.dtype),
     shapes,
     shardings,
   )
 
 
 def _rows(weights: Weights, name: str, sizes: TransformerConfig, vocab: TextVocab) -> int:
-  """How many rows the embedding has: the tokenizer's tokens, and perhaps padding."""
+  """The embedding's number of rows: the tokenizer's tokens, and perhaps padding."""
   rows = weights.shapes.get(name, (vocab.hf_size, sizes.width))[0]
   if rows < vocab.hf_size:
     raise UserError(
@@ -281,11 +279,10 @@ def _erase(weights: Weights, output: Lazy, vocab: TextVocab, bias: float) -> dic
   def row() -> np.ndarray:
     if number >= 0:
       return output[slice(number, number + 1), slice(0, width)][0]
-    starts = range(0, vocab.hf_size, CHUNK)
-    parts = [
+    parts = (
       output[slice(i, min(i + CHUNK, vocab.hf_size)), slice(0, width)].sum(0, dtype=np.float64)
-      for i in starts
-    ]
+      for i in range(0, vocab.hf_size, CHUNK)
+    )
     return sum(parts) / vocab.hf_size
 
   def fill_row(out, index):

@@ -1,1 +1,1 @@
-"""What is written: each task joins its data, its evaluation and its prompts (see ../task.py)."""
+"""Questions and texts: each task joins its data, its evaluation and its prompts."""

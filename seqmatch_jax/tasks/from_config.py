@@ -9,6 +9,6 @@ from train_jax.errors import check_one_of
 
 
 def find_task(config) -> ModuleType:
-  """The module of what is written (see task.py)."""
+  """The module of the task (see task.py)."""
   check_one_of("data.source", config.data.source, (*questions.SOURCES, "text"))
   return text if config.data.source == "text" else questions

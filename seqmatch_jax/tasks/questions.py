@@ -7,26 +7,27 @@ import hashlib
 
 import jax
 
-from seqmatch_jax import rollout, tokens
+from seqmatch_jax import tokens
 from seqmatch_jax.actions import Noise
 from seqmatch_jax.data import questions as data
 from seqmatch_jax.data.questions import Encoded, Example
 from seqmatch_jax.evaluation import questions as evaluate
-from seqmatch_jax.task import Asked, Evaluation, Task
+from seqmatch_jax.huggingface import tokenizer
+from seqmatch_jax.tasks.task import Evaluation, Prompts, Task
 from seqmatch_jax.tokens import Vocab
 from train_jax import mesh as mesh_lib
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least
 
-TEMPERATURE = 0.0  # of a generation, where none is asked for
-RETYPE = False  # whether a sample may type again what it has erased
+TEMPERATURE = 0.0  # of a generation, by default
+RETYPE = False  # whether a sample may type an erased token again
 OPEN_ENDED = False  # a full row is a whole answer: it ends, or is erased
-GAP = "  "  # between a prompt and what is typed, as it is shown
+GAP = "  "  # shown between a prompt and the answer
 SOURCES = ("files", "add_or_sub_in_base", "two_sum")
 
 
 def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
   """Training and test examples of `config.data`."""
-  source, wanted = config.data, config.data.examples + config.data.tests
+  source = config.data
   if source.source == "files":
     train = source.train or data.OFFICIAL / "add_or_sub_in_base_train.txt"
     test = source.test or data.OFFICIAL / "add_or_sub_in_base_test.txt"
@@ -41,15 +42,14 @@ def make_examples(config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
       f"data.train={source.train!r} and data.test={source.test!r} are not read where data.source="
       f"{source.source!r}; choose data.source=files, or leave them empty."
     )
-  if min(source.examples, source.tests) < 1:
-    raise UserError(
-      f"data.examples={source.examples} and data.tests={source.tests} must be at least 1."
-    )
+  for name in ("examples", "tests"):
+    check_at_least(f"data.{name}", source[name], 1)
+  count = source.examples + source.tests
   if source.source == "two_sum":
-    made = data.make_two_sum(wanted, source.seed, source.numbers, source.modulus)
+    examples = data.make_two_sum(count, source.seed, source.numbers, source.modulus)
   else:
-    made = data.make_add_or_sub_in_base(wanted, source.seed)
-  return made[: source.examples], made[source.examples :]
+    examples = data.make_add_or_sub_in_base(count, source.seed)
+  return examples[: source.examples], examples[source.examples :]
 
 
 def _digest(examples: tuple[Example, ...]) -> str:
@@ -57,7 +57,7 @@ def _digest(examples: tuple[Example, ...]) -> str:
 
 
 def _tests(config, metadata: dict) -> tuple[Example, ...]:
-  """The test examples of a trained run; UserError where they are others now."""
+  """The test examples of a trained run; UserError if they have changed."""
   test = make_examples(config)[1]
   if _digest(test) != metadata["tests_sha256"]:
     raise UserError(
@@ -70,11 +70,12 @@ def _tests(config, metadata: dict) -> tuple[Example, ...]:
 def _check_rows(config, mesh) -> None:
   n, batch = config.data.sequences_per_row, config.batch
   parts = mesh_lib.batch_parts(mesh) * config.optim.grad_accum_steps
-  if n < 1 or batch % (n * parts):
+  check_at_least("data.sequences_per_row", n, 1)
+  if batch % (n * parts):
     raise UserError(
       f"data.sequences_per_row={n}: batch={batch} does not divide into rows of {n} examples in "
       f"{parts} parts (devices times optim.grad_accum_steps); choose data.sequences_per_row=1, or "
-      f"a batch that is a multiple of {max(n, 1) * parts}."
+      f"a batch that is a multiple of {n * parts}."
     )
 
 
@@ -83,68 +84,74 @@ def make_task(config, mesh) -> Task:
   _check_rows(config, mesh)
   train, test = make_examples(config)
   vocab = Vocab.from_texts([text for x in (*train, *test) for text in (x.question, x.answer)])
-  known, asked = (data.encode(x, vocab, config.data.context) for x in (train, test))
-  # What a generation may take: the data's longest row, and as many errors as the data make.
-  answers = max(x.actions(Noise()) for x in (known, asked))
+  train_data, test_data = (data.encode(x, vocab, config.data.context) for x in (train, test))
+  # The limits of a generation: the data's longest text, and as many errors as the data make.
+  longest = max(x.actions(Noise()) for x in (train_data, test_data))
   max_backspaces = config.eval.max_backspaces
   metadata = {
-    **tokens.to_metadata(vocab),
+    **tokenizer.to_metadata(vocab),
     "examples": len(train),
     "examples_sha256": _digest(train),
     "tests_sha256": _digest(test),
-    "max_length": max(x.nodes(Noise()) for x in (known, asked)),
-    "max_actions": answers + 2 * max_backspaces,
+    "max_length": max(x.nodes(Noise()) for x in (train_data, test_data)),
+    "max_actions": longest + 2 * max_backspaces,
     "max_backspaces": max_backspaces,
   }
-  sequences_per_row = config.data.sequences_per_row
-  rows = mesh_lib.process_rows(config.batch // sequences_per_row, mesh)
+  per_row = config.data.sequences_per_row
+  rows = mesh_lib.process_rows(config.batch // per_row, mesh)
 
   def stream(noise, seed, position):
-    return data.stream(known, noise, config.batch, rows, seed, position, sequences_per_row)
+    return data.stream(train_data, noise, config.batch, rows, seed, position, per_row)
 
   def evaluation(model, features) -> Evaluation:
     del features
-    return _evaluate(config, asked, model, config.seed)
+    return _evaluate(config, test_data, model, config.seed)
 
-  return Task(metadata, known.prompt.shape[1], stream, evaluation)
+  return Task(metadata, train_data.prompt.shape[1], stream, evaluation)
 
 
-def _evaluate(config, asked: Encoded, model, seed: int) -> Evaluation:
-  """All test examples at the end, a quarter of them on the way."""
+def _evaluate(config, test_data: Encoded, model, seed: int) -> Evaluation:
+  """All test examples at the end, a quarter of them before."""
   apply, mesh, loss_config = model.network.apply, model.mesh, model.loss_config
   likelihood = evaluate.make_likelihood(apply, loss_config, config.batch, mesh)
   score = evaluate.make_score(apply, config.batch, mesh)
 
   def run(model, final: bool):
-    few = asked if final else asked.first(max(len(asked.answer) // 4, 1))
+    examples = test_data if final else test_data.first(max(len(test_data.answer) // 4, 1))
+    prompts = examples.prompt, examples.prompt_length, config.batch
 
-    def actions(temperature, allow_retype, backspace, forced, seed):
-      how = {"temperature": temperature, "allow_retype": allow_retype}
-      how |= {"allow_backspace": backspace, "forced": forced}
-      prompts, key = (few.prompt, few.prompt_length), jax.random.key(seed)
-      return rollout.in_batches(
-        model.rollout, model.params, *prompts, config.batch, key, **how
+    def generate(temperature, allow_retype, backspace, forced, seed):
+      return model.roll_out(
+        *prompts,
+        jax.random.key(seed),
+        temperature=temperature,
+        allow_retype=allow_retype,
+        allow_backspace=backspace,
+        forced=forced,
       ).actions
 
-    noise, own = Noise(source=config.noise.source), functools.partial(score, model.params, few)
-    yield from evaluate.measure(actions, own, few, loss_config.backspace, seed, noise)
-    names = evaluate.policies(loss_config.backspace)
-    for name, value in zip(names, likelihood(model.params, few), strict=True):
+    own_score = functools.partial(score, model.params, examples)
+    noise, erases = Noise(source=config.noise.source), loss_config.backspace
+    yield from evaluate.measure(generate, own_score, examples, erases, seed, noise)
+    for name, value in zip(
+      evaluate.policies(erases), likelihood(model.params, examples), strict=True
+    ):
       yield f"log_likelihood/data{name}", value
 
   return run
 
 
 def make_evaluate(config, metadata: dict, model, seed: int, features) -> tuple[Evaluation, int]:
-  """(The evaluation of a trained run, number of test examples)."""
+  """(the evaluation of a trained run, number of test examples)."""
   del features
-  asked = data.encode(_tests(config, metadata), tokens.from_metadata(metadata), config.data.context)
-  return _evaluate(config, asked, model, seed), len(asked.answer)
+  vocab = tokenizer.from_metadata(metadata)
+  test_data = data.encode(_tests(config, metadata), vocab, config.data.context)
+  return _evaluate(config, test_data, model, seed), len(test_data.answer)
 
 
-def ask(config, metadata: dict, given: list[str], count: int) -> Asked:
-  """The prompts that are `given`, or else the first `count` test questions."""
-  found = [] if given else _tests(config, metadata)[:count]
-  texts, answers = given or [x.question for x in found], [x.answer for x in found]
-  encoded = tokens.encode_prompts(texts, tokens.from_metadata(metadata), metadata["max_length"])
-  return Asked(texts, *encoded, answers)
+def make_prompts(config, metadata: dict, prompts: list[str], count: int) -> Prompts:
+  """The `prompts`, or if there are none, the first `count` test questions."""
+  examples = [] if prompts else _tests(config, metadata)[:count]
+  texts, answers = prompts or [x.question for x in examples], [x.answer for x in examples]
+  encoded = tokens.encode_prompts(texts, tokenizer.from_metadata(metadata), metadata["max_length"])
+  return Prompts(texts, *encoded, answers)

@@ -1,4 +1,4 @@
-"""The task of text without a right answer: documents of a corpus (see corpus.py, packing.py)."""
+"""The task of text without a right answer: documents of a corpus (see data/packing.py)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import jax
 import numpy as np
 from absl import logging
 
-from seqmatch_jax import rollout, tokens
+from seqmatch_jax import tokens
 from seqmatch_jax.data import corpus, documents, packing
 from seqmatch_jax.data.documents import Documents
 from seqmatch_jax.evaluation import questions as evaluate
 from seqmatch_jax.evaluation import text as evaluate_text
-from seqmatch_jax.task import Asked, Evaluation, Task
-from seqmatch_jax.tokens import TextVocab, Vocab
+from seqmatch_jax.huggingface import tokenizer
+from seqmatch_jax.huggingface.tokenizer import TextVocab
+from seqmatch_jax.tasks.task import Evaluation, Prompts, Task
+from seqmatch_jax.tokens import Vocab
 from train_jax import mesh as mesh_lib
-from train_jax.errors import UserError
+from train_jax.errors import UserError, check_at_least
 
-TEMPERATURE = 1.0  # of a generation, where none is asked for
-RETYPE = True  # whether a sample may type again what it has erased
-OPEN_ENDED = True  # whether a generation that fills its row is broken off there, see rollout.py
-GAP = ""  # between a prompt and what is typed, as it is shown
+TEMPERATURE = 1.0  # of a generation, by default
+RETYPE = True  # whether a sample may type an erased token again
+OPEN_ENDED = True  # whether a generation breaks off where its row is full, see rollout.py
+GAP = ""  # shown between a prompt and its continuation
 
 
 def _find(path: str, key: str) -> corpus.Corpus:
@@ -29,12 +31,12 @@ def _find(path: str, key: str) -> corpus.Corpus:
 
 
 def _characters(texts: list[corpus.Corpus]) -> Vocab:
-  """One token for each character there is."""
-  found = {*()}
+  """One token for each character of the texts."""
+  symbols = set()
   for source in texts:
     for i in range(source.size):
-      found.update(documents.read_text(source, i))
-  return Vocab.from_texts([found])
+      symbols.update(documents.read_text(source, i))
+  return Vocab.from_texts([symbols])
 
 
 def open_documents(
@@ -43,10 +45,7 @@ def open_documents(
   """Training and test documents of `config.data`, and their vocabulary.
 
   Args:
-    vocab: what texts are encoded with; None chooses as `config.data` says.
-
-  Raises:
-    UserError: they cannot be read, or do not belong together.
+    vocab: encodes the texts; None chooses as `config.data` says.
   """
   if vocab is None and source.tokenizer:
     vocab = TextVocab.from_file(source.tokenizer)
@@ -68,12 +67,12 @@ def open_documents(
 
 
 def _check_same(path: str, stored: Vocab | TextVocab, vocab: Vocab | TextVocab | None):
-  """`vocab`, or where it is None, `stored`; UserError if they differ."""
+  """`vocab`, or `stored` if it is None; UserError if they differ."""
 
-  def mark(x):
+  def identity(x):
     return x.sha256 if isinstance(x, TextVocab) else x.symbols
 
-  if vocab is not None and mark(vocab) != mark(stored):
+  if vocab is not None and identity(vocab) != identity(stored):
     raise UserError(
       f"the documents in {path!r} were encoded with other tokens than this run has; encode them "
       "with its tokenizer."
@@ -81,18 +80,18 @@ def _check_same(path: str, stored: Vocab | TextVocab, vocab: Vocab | TextVocab |
   return stored if vocab is None else vocab
 
 
-def _pack(config, found: Documents, vocab) -> packing.Packed:
-  source = config.data
-  return packing.pack(found, vocab.size, source.context, config.noise.max_errors, source.prompt)
+def _pack(config, source: Documents, vocab) -> packing.Packed:
+  errors, data = config.noise.max_errors, config.data
+  return packing.pack(source, vocab.size, data.context, errors, data.prompt)
 
 
-def _digest(found: Documents) -> str:
-  """Of how many tokens each document has, in order."""
-  return hashlib.sha256(found.length.tobytes()).hexdigest()
+def _digest(source: Documents) -> str:
+  """Of the number of tokens of each document, in order."""
+  return hashlib.sha256(source.length.tobytes()).hexdigest()
 
 
 def _describe(packed: packing.Packed, batch: int) -> None:
-  """Prints how much there is to learn; warns where most of it is prompts."""
+  """Prints the amount of data; warns if most of it are prompts."""
   size, length = packed.stop - packed.start, packed.documents.length
   learned = np.maximum(size - packed.prompt, 0).sum() / size.sum()
   if jax.process_index():
@@ -117,21 +116,23 @@ def make_task(config, mesh) -> Task:
     raise UserError(
       f"noise.source={config.noise.source!r} is for questions; choose 'uniform' for text."
     )
-  least = 8 if config.eval.features else 1  # a quarter of them on the way, two for MAUVE
-  if config.eval.samples < least:
-    why = " for MAUVE, which eval.features asks for" if least > 1 else ""
-    raise UserError(f"eval.samples={config.eval.samples} must be at least {least}{why}.")
+  check_at_least("eval.samples", config.eval.samples, 1)
+  if config.eval.features and config.eval.samples < 8:  # two for MAUVE in a quarter of them
+    raise UserError(
+      f"eval.samples={config.eval.samples} must be at least 8 for MAUVE, which eval.features asks "
+      "for."
+    )
   train, test, vocab = open_documents(config.data)
   packed, max_backspaces = _pack(config, train, vocab), config.eval.max_backspaces
   _describe(packed, config.batch)
-  most = config.data.context - config.noise.max_errors  # tokens of a text in training, <bos> too
+  longest = config.data.context - config.noise.max_errors  # a text in training, <bos> too
   metadata = {
-    **tokens.to_metadata(vocab),
+    **tokenizer.to_metadata(vocab),
     "documents": len(train.length),
     "lengths_sha256": _digest(train),
     "tests_lengths_sha256": _digest(test),
-    "max_length": most,
-    "max_actions": most + 2 * max_backspaces,
+    "max_length": longest,
+    "max_actions": longest + 2 * max_backspaces,
     "max_backspaces": max_backspaces,
   }
   mesh_lib.check_batch(config.batch, mesh)
@@ -147,12 +148,12 @@ def make_task(config, mesh) -> Task:
 
 
 def _evaluate(config, held: packing.Packed, vocab, model, seed: int, features) -> Evaluation:
-  """All that is held out at the end, a quarter of it on the way."""
+  """All that is held out at the end, a quarter of it before."""
   total = evaluate.make_total(model.network.apply, model.loss_config, model.mesh)
   erases = model.loss_config.backspace
-  settings = {"T=1": (erases, None), "p=0.95": (erases, 0.95)}
+  policies = {"T=1": (erases, None), "p=0.95": (erases, 0.95)}
   if erases:
-    settings["T=1, forbidden"] = (False, None)
+    policies["T=1, forbidden"] = (False, None)
 
   def run(model, final: bool):
     rows = held.rows if final else max(held.rows // 4, 1)
@@ -161,41 +162,47 @@ def _evaluate(config, held: packing.Packed, vocab, model, seed: int, features) -
     piece = continued(held, count)
     real = evaluate_text.real_texts(held, np.unique(piece))
     yield from evaluate_text.variety(real, "real")
-    known = evaluate_text.embed(real, vocab, features) if features else None
+    real_features = evaluate_text.embed(real, vocab, features) if features else None
     prompt, length = held.prompts(piece)
-    key = jax.random.key(seed)
-    for name, (backspace, top_p) in settings.items():
-      # The policy itself: it may type again what it has just erased. Where a good token was erased
-      # only worse ones would be left otherwise, which are erased in their turn.
-      how = {"temperature": 1.0, "allow_backspace": backspace, "allow_retype": True, "top_p": top_p}
-      prompts = (prompt, length, config.batch, key)
-      made = rollout.in_batches(model.rollout, model.params, *prompts, **how)
-      yield from evaluate_text.measure(made, name)
-      texts = evaluate_text.PromptedTexts(made.tokens, length, made.length)
+    for name, (backspace, top_p) in policies.items():
+      # The policy itself may type again what it has just erased. If it might not, only worse tokens
+      # would be left after the erasure of a good one, and they would be erased in their turn.
+      outputs = model.roll_out(
+        *(prompt, length, config.batch, jax.random.key(seed)),
+        temperature=1.0,
+        allow_backspace=backspace,
+        allow_retype=True,
+        top_p=top_p,
+      )
+      yield from evaluate_text.measure(outputs, name)
+      texts = evaluate_text.PromptedTexts(outputs.tokens, length, outputs.length)
       yield from evaluate_text.variety(texts, name)
       if features:
-        yield from evaluate_text.closeness(known, evaluate_text.embed(texts, vocab, features), name)
+        embedded = evaluate_text.embed(texts, vocab, features)
+        yield from evaluate_text.closeness(real_features, embedded, name)
 
   return run
 
 
 def continued(held: packing.Packed, count: int) -> np.ndarray:
-  """`count` held-out pieces whose prompts are gone on from: numbers, int64 [count].
+  """The held-out pieces whose prompts are continued: numbers, int64 [count].
 
-  Those that documents begin with, in the order of these; then their second ones, and so on; and
-  where there are not so many, all again.
+  The first pieces of all documents come first, in their order, then the second pieces, and so on.
+  If these are too few, they repeat.
   """
   order = np.lexsort((held.document, held.start))
   return order[np.arange(count) % len(order)]
 
 
 def _held_out(config, metadata: dict) -> tuple[packing.Packed, Vocab | TextVocab]:
-  """What a trained run has held out, and its vocabulary; UserError where the data are others."""
-  train, test, vocab = open_documents(config.data, tokens.from_metadata(metadata))
-  now = {"lengths_sha256": _digest(train), "tests_lengths_sha256": _digest(test)}
-  if len(train.length) != metadata["documents"] or any(
-    digest != metadata[name] for name, digest in now.items()
-  ):
+  """The held-out texts of a trained run, and its vocabulary; UserError if the data have changed."""
+  train, test, vocab = open_documents(config.data, tokenizer.from_metadata(metadata))
+  state = {
+    "documents": len(train.length),
+    "lengths_sha256": _digest(train),
+    "tests_lengths_sha256": _digest(test),
+  }
+  if any(value != metadata[name] for name, value in state.items()):
     raise UserError(
       f"data.path={config.data.path!r} has {len(train.length)} documents to train on now, and the "
       f"run had {metadata['documents']}, or they or those held out are others or in another order; "
@@ -205,16 +212,16 @@ def _held_out(config, metadata: dict) -> tuple[packing.Packed, Vocab | TextVocab
 
 
 def make_evaluate(config, metadata: dict, model, seed: int, features) -> tuple[Evaluation, int]:
-  """(The evaluation of a trained run, number of generations)."""
+  """(the evaluation of a trained run, number of generations)."""
   held, vocab = _held_out(config, metadata)
   return _evaluate(config, held, vocab, model, seed, features), config.eval.samples
 
 
-def ask(config, metadata: dict, given: list[str], count: int) -> Asked:
-  """The prompts that are `given`, or else those of `count` held-out pieces, see `continued`."""
-  if given:
-    vocab = tokens.from_metadata(metadata)
-    return Asked(given, *tokens.encode_prompts(given, vocab, metadata["max_length"]))
+def make_prompts(config, metadata: dict, prompts: list[str], count: int) -> Prompts:
+  """The `prompts`, or if there are none, those of `count` held-out pieces, see `continued`."""
+  if prompts:
+    vocab = tokenizer.from_metadata(metadata)
+    return Prompts(prompts, *tokens.encode_prompts(prompts, vocab, metadata["max_length"]))
   held, vocab = _held_out(config, metadata)
   piece = continued(held, count)
   prompt, length = held.prompts(piece)
@@ -222,4 +229,4 @@ def ask(config, metadata: dict, given: list[str], count: int) -> Asked:
   places = zip(held.document[piece], held.start[piece], strict=True)
   whole = [vocab.decode(held.documents.read(*place).tolist()) for place in places]
   rest = [text[len(begin) :] for text, begin in zip(whole, texts, strict=True)]
-  return Asked(texts, prompt, length, rest)
+  return Prompts(texts, prompt, length, rest)

@@ -1,14 +1,56 @@
-"""Stand-ins for the pretrained networks of large-scale evaluation, and what they judge against."""
+"""A run to open, and stand-ins for the pretrained networks of large-scale evaluation."""
 
 import functools
 import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+import main
+from configs import ism_digits
+from ism_jax.model import Model, make_network, make_record
 from ism_jax.networks import autoencoder
 from tests.ism.stand_ins import SHAPE, SIZES, project, put_stand_ins, weights
+
+DIGITS = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1], "examples": 1797}
+
+
+@pytest.fixture(scope="session")
+def small_config():
+  """(option, **changes) -> a small config of digits; `section__key=value` changes a value."""
+
+  def make(option="", **changes):
+    config = ism_digits.get_config(f"{option},debug")
+    config.batch, config.model.depth, config.eval.samples = 16, 1, 64
+    for name, value in changes.items():
+      config.update_from_flattened_dict({name.replace("__", "."): value})
+    return config
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def make_model(perturb):
+  """(config, metadata) -> a model of step 7 in memory, whose every input matters."""
+
+  def make(config, metadata=DIGITS, **changes):
+    init, _ = make_network(config, metadata)
+    params = jax.jit(lambda key: perturb(init(key)))(jax.random.key(0))
+    return Model.make(make_record(config.to_dict(), metadata, 7), lambda: params, **changes)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory, small_config, make_model):
+  """Directory of a run of two steps, which begins with the parameters of `make_model`."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = small_config(seed=5, mesh__fsdp=2, init_from=str(workdir / "begin"))
+  make_model(config).save_pretrained(workdir / "begin")
+  assert main.train(config, workdir)
+  return workdir
 
 
 @pytest.fixture

@@ -69,10 +69,9 @@ def network(params, x, t, d, c, w):
 
 
 def make(files, metrics=ALL, shape=SHAPE, mesh=None, encoder="", per_device=4, **changes):
-  protocol = EvaluationSpec(metrics, **{**files.flags, **changes})
-  return runner.prepare(
-    protocol, network, shape, 10, mesh or mesh_lib.make_mesh(), encoder, per_device
-  )
+  settings = {"nfe": (1,), "guidance": (0.0,), "samples": 400, "metrics": metrics}
+  spec = EvaluationSpec(**{**settings, **files.flags, **changes})
+  return runner.prepare(spec, network, shape, 10, mesh or mesh_lib.make_mesh(), encoder, per_device)
 
 
 def samples(n, nfe, w, labels, seed=0, shape=SHAPE):

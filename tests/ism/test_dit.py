@@ -12,6 +12,7 @@ from ism_jax import dit
 from train_jax.errors import UserError
 
 SMALL = dit.DiTConfig(image_size=8, channels=2, classes=3, patch=2, width=16, depth=2, heads=2)
+SIZES = ("patch", "width", "depth", "heads", "mlp_ratio")
 B = 4
 KEY = jax.random.key(0)
 
@@ -257,20 +258,18 @@ def test_bfloat16_is_close_to_float32(small, inputs):
   assert np.mean(half == half.astype(jnp.bfloat16)) < 0.1  # and its sums are not rounded
 
 
-def test_bad_sizes_are_refused_in_a_sentence():
-  with pytest.raises(UserError, match=r"model.patch=3 does not divide the image side 8"):
-    replace(SMALL, patch=3)
-  with pytest.raises(UserError, match=r"model.width=20 must be a multiple of .*nearest is 16"):
-    replace(SMALL, width=20, heads=4)
-  for name in ("patch", "width", "depth", "heads", "mlp_ratio"):
-    with pytest.raises(UserError, match=f"model.{name}=0 must be at least 1"):
-      replace(SMALL, **{name: 0})
-  with pytest.raises(UserError, match=r"model.attention='flash' is unknown"):
-    replace(SMALL, attention="flash")
-  with pytest.raises(UserError, match=r"model.attention='cudnn' needs .*'bfloat16', .*'float32'"):
-    replace(SMALL, attention="cudnn")
-  with pytest.raises(UserError, match=r"model.remat='True' is unknown; .* none, products, block"):
-    replace(SMALL, remat="True")
-  for dtype in ("fp32", "int8", "float16"):
-    with pytest.raises(UserError, match=f"model.dtype='{dtype}' is none of float32, bfloat16; ch"):
-      replace(SMALL, dtype=dtype)
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"patch": 3}, r"model.patch=3 does not divide data.image_size=8"),
+    ({"width": 20, "heads": 4}, r"model.width=20 must be a multiple of .*nearest is 16"),
+    *(({name: 0}, f"model.{name}=0 must be at least 1") for name in SIZES),
+    ({"attention": "flash"}, r"model.attention='flash' is unknown"),
+    ({"attention": "cudnn"}, r"model.attention='cudnn' needs .*'bfloat16', .*'float32'"),
+    ({"remat": "True"}, r"model.remat='True' is unknown; .* none, products, block"),
+    *(({"dtype": kind}, f"model.dtype='{kind}' is ") for kind in ("fp32", "int8", "float16")),
+  ],
+)
+def test_bad_sizes_are_refused_in_a_sentence(changes, message):
+  with pytest.raises(UserError, match=message):
+    replace(SMALL, **changes)

@@ -1,4 +1,4 @@
-"""The objective: who gets which rows, one call with a gradient, and a naive loop that agrees."""
+"""The objective: who gets which examples, one call with a gradient, as a naive loop has it."""
 
 from dataclasses import replace
 
@@ -8,27 +8,33 @@ import numpy as np
 import pytest
 import pywt
 
+from configs import ism_digits
 from ism_jax import loss
 from ism_jax.loss import LossConfig
 from train_jax.errors import UserError
 
-CLASSES = 3
+NULL = 3
 ISM = LossConfig(
-  split=(2, 1, 1),
-  weights=(1.0, 1.0, 1.0),
-  classes=CLASSES,
+  split={"velocity": 2, "guidance": 1, "consistency": 1},
+  weighting="by_term",
   class_dropout=0.5,
   w_max=2.0,
   w_step=0.5,
   zero_w_prob=0.25,
   interval_start=0.3,
   bootstrap_guidance=0.0,
-  levels=2,
+  wavelet_levels=2,
   level_decay=0.5,
   norm="l2",
 )
-FLOW = replace(ISM, split=(1, 0, 0), w_max=0.0, levels=0)
-SHORTCUT = replace(FLOW, split=(7, 0, 1), weights=(7 / 8, 0.0, 1 / 8), bootstrap_guidance=0.5)
+FLOW = replace(ISM, split={"velocity": 1}, w_max=0.0, wavelet_levels=0)
+SHORTCUT = replace(
+  FLOW,
+  split={"velocity": 7, "consistency": 1},
+  weighting="by_example",
+  bootstrap_guidance=0.5,
+  wavelet_levels=1,
+)
 B = 32
 KEY = jax.random.key(0)
 
@@ -40,7 +46,7 @@ def network(params, x, t, d, label, w):
 
 
 def network64(params, x, t, d, label, w):
-  """`network` for one row in float64."""
+  """`network` for one example in float64."""
   shift = params["class"][label] * (1 + w) + params["t"] * t + params["d"] * d
   return np.tanh(params["a"] * np.asarray(x, np.float64) + shift)
 
@@ -56,89 +62,70 @@ PARAMS, TARGET_PARAMS = make_params(1.0), make_params(0.6)
 @pytest.fixture(scope="module")
 def batch():
   x0, x1 = np.random.default_rng(0).normal(size=(2, B, 4, 4, 1)).astype(np.float32)
-  return x0, x1, jnp.arange(B) % CLASSES
-
-
-compiled_loss = jax.jit(loss.loss, static_argnames=("config", "apply"))
-compiled_rows = jax.jit(loss.make_rows, static_argnames=("config", "apply"))
+  return x0, x1, jnp.arange(B) % NULL
 
 
 def run(config, batch, params=PARAMS, target_params=TARGET_PARAMS, apply=network):
-  return compiled_loss(config, apply, params, target_params, *batch, KEY)
+  compiled = jax.jit(lambda p, q, *batch: loss.loss(config, apply, p, q, *batch, NULL, KEY))
+  return compiled(params, target_params, *batch)
 
 
-def make_rows(config, batch, params=PARAMS, key=KEY):
-  return compiled_rows(config, network, params, TARGET_PARAMS, *batch, key)
+def make_examples(config, batch, params=PARAMS, key=KEY):
+  def make(params, *batch):
+    networks = loss.Networks(network, params, TARGET_PARAMS, NULL)
+    return loss.make_examples(config, networks, *batch, key)
+
+  return jax.jit(make)(params, *batch)
 
 
-def roles_of_rows(split):
-  """The role of each of B rows, counted off one by one."""
-  wheel = [role for role, share in zip(loss.ROLES, split, strict=True) for _ in range(share)]
+def term_of_each(split):
+  """The term of each of B examples, counted off one by one."""
+  wheel = [term for term, n in split.items() for _ in range(n)]
   return [wheel[i % len(wheel)] for i in range(B)]
 
 
-def test_rows_are_dealt_in_turn():
-  rows = jnp.arange(B)
-  dealt = [part for (part,) in loss.split_rows((5, 2, 1), rows)]
-  for role, part in zip(loss.ROLES, dealt, strict=True):
-    expected = [i for i, name in enumerate(roles_of_rows((5, 2, 1))) if name == role]
-    np.testing.assert_array_equal(part, expected)
+@pytest.mark.parametrize("counts", [(1,), (2, 1, 1), (5, 2, 1), (7, 1)], ids=str)
+def test_examples_are_dealt_in_turn_and_gathered_again(counts):
+  split = dict(zip(loss.TERMS, counts, strict=False))
+  x, number = jnp.arange(B * 6).reshape(B, 2, 3), jnp.arange(B)
+  dealt = loss.deal(split, x, number)
+  for term, (images, numbers) in dealt.items():
+    mine = [i for i, name in enumerate(term_of_each(split)) if name == term]
+    np.testing.assert_array_equal(numbers, mine)
+    np.testing.assert_array_equal(images, x[np.array(mine)])
+  for i, whole in enumerate((x, number)):
+    parts = {term: arrays[i] for term, arrays in dealt.items()}
+    np.testing.assert_array_equal(loss.gather(split, parts), whole)
 
 
-@pytest.mark.parametrize("split", [(1,), (2, 1, 1), (5, 2, 1), (7, 1)])
-def test_merging_undoes_splitting(split):
-  x = jnp.arange(B * 6).reshape(B, 2, 3)
-  label = jnp.arange(B)
-  dealt = loss.split_rows(split, x, label)
-  assert [len(part) for part, _ in dealt] == [B // sum(split) * share for share in split]
-  np.testing.assert_array_equal(loss.merge_rows(split, [part for part, _ in dealt]), x)
-  np.testing.assert_array_equal(loss.merge_rows(split, [part for _, part in dealt]), label)
-
-
-def test_each_device_keeps_its_rows():
-  # Rows [0, 8) are one device's: after dealing and merging, what it computes is still about them.
-  parts = loss.split_rows((6, 1, 1), jnp.arange(B))
-  merged = loss.merge_rows((6, 1, 1), [part for (part,) in parts])
-  np.testing.assert_array_equal(merged.reshape(4, 8) // 8, np.arange(4)[:, None] + np.zeros(8))
-
-
-def test_rows_of_each_role(batch):
+def test_examples_of_each_term(batch):
   x0, x1, label = batch
-  rows = make_rows(ISM, batch)
-  assert rows.keys() == set(loss.ROLES)
-  for role, part in rows.items():
-    mine = [i for i, name in enumerate(roles_of_rows(ISM.split)) if name == role]
+  examples = make_examples(ISM, batch)
+  assert set(examples) == set(loss.TERMS)
+  for term, part in examples.items():
+    mine = [i for i, name in enumerate(term_of_each(ISM.split)) if name == term]
     t = np.asarray(part.t)[:, None, None, None]
     np.testing.assert_allclose(part.x, (1 - t) * x0[mine] + t * x1[mine], atol=1e-6)
     kept = np.asarray(part.label) == np.asarray(label)[mine]
-    assert np.all(kept | (np.asarray(part.label) == CLASSES))
-    assert (0 < np.mean(~kept) < 1) if role == "velocity" else np.all(kept)
-  velocity, guidance, consistency = (rows[role] for role in loss.ROLES)
+    assert np.all(kept | (np.asarray(part.label) == NULL))
+    assert (0 < np.mean(~kept) < 1) if term == "velocity" else np.all(kept)
+  velocity, guidance, consistency = (examples[term] for term in loss.TERMS)
   assert not np.any(velocity.w) and not np.any(velocity.d) and not np.any(guidance.d)
   assert np.all(guidance.w > 0) and np.all(guidance.w <= 2)
   assert np.all(consistency.d >= 1 / 64) and np.all(consistency.t + consistency.d <= 1)
   assert set(np.asarray(consistency.w).tolist()) <= {0.0, 0.5, 1.0, 1.5, 2.0}
+  # Each term draws for itself, and another key draws otherwise.
+  assert np.mean(velocity.t[: len(guidance.t)] == guidance.t) < 0.5
+  assert np.mean(make_examples(ISM, batch, key=jax.random.key(1))["velocity"].t == velocity.t) < 0.5
 
 
-def test_all_roles_draw_independently(batch):
-  rows = make_rows(ISM, batch)
-  velocity, guidance = (np.asarray(rows[role].t) for role in ("velocity", "guidance"))
-  assert np.mean(velocity[: len(guidance)] == guidance) < 0.5
-  again = make_rows(ISM, batch, key=jax.random.key(1))
-  assert np.mean(np.asarray(again["velocity"].t) == velocity) < 0.5
-
-
-def test_class_dropout_is_a_probability():
-  x = jnp.zeros((4000, 1, 1, 1))
-  rows = make_rows(replace(FLOW, class_dropout=0.1), (x, x, jnp.zeros(4000, int)))
-  assert abs(np.mean(np.asarray(rows["velocity"].label) == CLASSES) - 0.1) < 0.02
-
-
-def test_zero_w_is_a_probability_and_without_strengths_all_are_zero():
+def test_dropped_classes_and_zero_w_are_as_frequent_as_configured():
   x = jnp.zeros((8000, 1, 1, 1))
   many = (x, x, jnp.zeros(8000, int))
-  assert abs(np.mean(np.asarray(make_rows(ISM, many)["consistency"].w) == 0) - 0.25) < 0.04
-  assert not np.any(make_rows(SHORTCUT, many)["consistency"].w)
+  examples = make_examples(replace(ISM, class_dropout=0.1), many)
+  assert abs(np.mean(examples["velocity"].label == NULL) - 0.1) < 0.02
+  assert abs(np.mean(examples["consistency"].w == 0) - 0.25) < 0.04
+  assert not np.any(make_examples(SHORTCUT, many)["consistency"].w)  # w_max = 0
 
 
 def haar_distance(error, levels, decay):
@@ -153,91 +140,88 @@ def haar_distance(error, levels, decay):
 
 
 def naive_loss(config, batch):
-  """The loss row by row in float64; only the random t, d, w and labels are taken from make_rows."""
+  """One example after the other in float64; only t, d, w and labels are taken from the code."""
   params, target_params = (
     jax.tree.map(lambda v: np.asarray(v, np.float64), p) for p in (PARAMS, TARGET_PARAMS)
   )
   x0s, x1s, _ = (np.asarray(a, np.float64) for a in batch)
-  rows = make_rows(config, batch)
-  taken = dict.fromkeys(loss.ROLES, 0)
-  costs = {role: [] for role in rows}
-  for x0, x1, role in zip(x0s, x1s, roles_of_rows(config.split), strict=True):
-    i = taken[role]
-    taken[role] += 1
-    t, d, label, w = (np.asarray(getattr(rows[role], f))[i] for f in ("t", "d", "label", "w"))
+  examples = make_examples(config, batch)
+  costs = {term: [] for term in examples}
+  for x0, x1, term in zip(x0s, x1s, term_of_each(config.split), strict=True):
+    drawn = examples[term]
+    t, d, label, w = (np.asarray(a)[len(costs[term])] for a in (drawn.t, drawn.d, *drawn[3:5]))
     t, d, w = float(t), float(d), float(w)
     x = (1 - t) * x0 + t * x1
-    null = config.classes
-    if role == "velocity":
+    if term == "velocity":
       target = x1 - x0
-    elif role == "guidance":
-      gap = network64(params, x, t, 0, label, 0) - network64(params, x, t, 0, null, 0)
+    elif term == "guidance":
+      gap = network64(params, x, t, 0, label, 0) - network64(params, x, t, 0, NULL, 0)
       target = x1 - x0 + (w if t >= config.interval_start else 0) * gap
     else:
-      half, steps = d / 2, []
+      half, steps, at = d / 2, [], x
       for start in (t, t + half):
         told = 0 if half == 1 / 128 else half
-        s = network64(target_params, x, start, told, label, w)
+        s = network64(target_params, at, start, told, label, w)
         if told == 0:
-          at = (target_params, x, start, 0)
-          s = s + config.bootstrap_guidance * (network64(*at, label, 0) - network64(*at, null, 0))
+          inputs = (target_params, at, start, 0)
+          gap = network64(*inputs, label, 0) - network64(*inputs, NULL, 0)
+          s = s + config.bootstrap_guidance * gap
         steps.append(s)
-        x = x + half * s
+        at = at + half * s
       target = (steps[0] + steps[1]) / 2
-      x = (1 - t) * x0 + t * x1
     error = (network64(params, x, t, d, label, w) - target)[:, :, 0]
-    costs[role].append(haar_distance(error, config.levels, config.level_decay))
-  means = {role: np.mean(values) for role, values in costs.items()}
-  weights = dict(zip(loss.ROLES, config.weights, strict=True))
-  return sum(weights[role] * mean for role, mean in means.items()), means
+    costs[term].append(haar_distance(error, config.wavelet_levels, config.level_decay))
+  means = {term: np.mean(values) for term, values in costs.items()}
+  by_example = np.mean(np.concatenate(list(costs.values())))
+  return by_example if config.weighting == "by_example" else sum(means.values()), means
 
 
 @pytest.mark.parametrize(
   "config",
-  [ISM, replace(ISM, levels=0, weights=(0.5, 2.0, 3.0)), replace(SHORTCUT, levels=1), FLOW],
-  ids=["ism", "other weights", "shortcut", "flow"],
+  [ISM, replace(ISM, weighting="by_example", wavelet_levels=0), SHORTCUT, FLOW],
+  ids=["by term", "by example", "shortcut", "flow"],
 )
 def test_loss_is_that_of_a_naive_loop(config, batch):
   expected, means = naive_loss(config, batch)
   value, metrics = run(config, batch)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   assert metrics.keys() == {*means, "curvature"}
-  for role, mean in means.items():
-    np.testing.assert_allclose(metrics[role], mean, rtol=1e-5)
+  for term, mean in means.items():
+    np.testing.assert_allclose(metrics[term], mean, rtol=1e-5)
 
 
-def test_roles_weigh_equally_whatever_their_rows(batch):
-  value, metrics = run(replace(ISM, split=(6, 1, 1)), batch)
-  np.testing.assert_allclose(value, sum(metrics[role] for role in loss.ROLES), rtol=1e-6)
+def test_a_term_of_one_s_own_takes_its_part(batch, monkeypatch):
+  _, x1, label = batch
+
+  def still(config, networks, x0, x1, label, keys):
+    """The field at the data is 0."""
+    zero = jnp.zeros(len(label))
+    return loss.Examples(x1, zero + 1, zero, label, zero, 0 * x1)
+
+  monkeypatch.setitem(loss.TERMS, "still", still)
+  config = replace(ISM, split={"still": 3, "velocity": 1}, w_max=0.0, wavelet_levels=0)
+  value, metrics = run(config, batch)
+  mine = np.arange(B) % 4 > 0  # in the order of TERMS: velocity goes first
+  output = network(PARAMS, x1[mine], *np.float32([[1], [0]]).repeat(24, 1), label[mine], 0.0)
+  np.testing.assert_allclose(metrics["still"], np.mean(output**2), rtol=1e-5)
+  np.testing.assert_allclose(value, metrics["velocity"] + metrics["still"], rtol=1e-6)
+  by_example, _ = run(replace(config, weighting="by_example"), batch)
+  np.testing.assert_allclose(by_example, (metrics["velocity"] + 3 * metrics["still"]) / 4, 1e-6)
 
 
 def test_curvature_is_the_share_of_the_velocity_that_is_not_predicted(batch):
   silent = lambda params, x, *rest: 0 * x  # noqa: E731
   knowing = lambda params, x, *rest: jnp.asarray(batch[1] - batch[0])  # noqa: E731
-  config = replace(FLOW, levels=2)
   for apply, expected in ((silent, 1), (knowing, 0)):
-    _, metrics = run(config, batch, apply=apply)
+    _, metrics = run(replace(FLOW, wavelet_levels=2), batch, apply=apply)
     np.testing.assert_allclose(metrics["curvature"], expected, atol=1e-6)
 
 
-def test_flow_is_plain_flow_matching(batch):
-  x0, x1, _ = batch
-  config = replace(FLOW, class_dropout=0.0)
-  rows = make_rows(config, batch)["velocity"]
-  t = np.asarray(rows.t)[:, None, None, None]
-  zero = jnp.zeros(B)
-  output = network(PARAMS, (1 - t) * x0 + t * x1, rows.t, zero, batch[2], zero)
-  value, _ = run(config, batch)
-  np.testing.assert_allclose(value, np.mean((output - (x1 - x0)) ** 2), rtol=1e-5)
-
-
 @pytest.mark.parametrize(
-  ("config", "calls"),
-  [(ISM, [2 * B // 4, B // 4, B // 4, B]), (FLOW, [B])],
-  ids=["ism", "flow"],
+  ("config", "calls"), [(ISM, [B // 2, B // 4, B // 4, B]), (FLOW, [B])], ids=["ism", "flow"]
 )
-def test_rows_per_network_call(config, calls, batch):
-  # Conditional and null in one call, two half-steps in turn, and all rows with a gradient in one.
+def test_examples_per_network_call(config, calls, batch):
+  # With class and without in one call, two half-steps in turn, and all that need a gradient in one.
   sizes = []
 
   def counted(params, x, *rest):
@@ -249,16 +233,16 @@ def test_rows_per_network_call(config, calls, batch):
 
 
 def test_gradient_comes_through_the_last_call_only(batch):
-  rows = make_rows(ISM, batch)
+  examples = make_examples(ISM, batch)
 
-  def frozen(params):
+  def with_constant_targets(params):
     total = 0.0
-    for role in rows.values():
-      output = network(params, role.x, role.t, role.d, role.label, role.w)
-      total += jnp.mean(loss.distance(ISM, output - role.target))
+    for each in examples.values():
+      output = network(params, *each[:5])
+      total += jnp.mean(loss.distance(ISM, output - each.target))
     return total
 
-  expected = jax.jit(jax.grad(frozen))(PARAMS)
+  expected = jax.jit(jax.grad(with_constant_targets))(PARAMS)
   both = jax.jit(jax.grad(lambda p, q: run(ISM, batch, p, q)[0], argnums=(0, 1)))
   gradient, of_target = both(PARAMS, TARGET_PARAMS)
   for name in PARAMS:
@@ -273,41 +257,53 @@ def test_only_consistency_reads_the_target_network(batch):
   assert np.isfinite(metrics["velocity"]) and np.isfinite(metrics["guidance"])
   assert np.isnan(metrics["consistency"])
   # And its targets do not read the parameters that are trained.
-  rows = make_rows(ISM, batch, params=jax.tree.map(lambda p: p * jnp.nan, PARAMS))
-  assert np.all(np.isfinite(rows["consistency"].target))
+  examples = make_examples(ISM, batch, params=jax.tree.map(lambda p: p * jnp.nan, PARAMS))
+  assert np.all(np.isfinite(examples["consistency"].target))
 
 
-def test_charbonnier_is_another_loss(batch):
-  value, _ = run(replace(FLOW, norm="charbonnier"), batch)
-  l2, _ = run(FLOW, batch)
-  assert np.isfinite(value) and not np.isclose(value, l2, rtol=0.05)
+def test_charbonnier_is_another_distance():
   # A flat error is one coefficient of the low band, 4, whose weight is 16/55 at a decay of 1/2.
-  flat = loss.distance(replace(ISM, norm="charbonnier"), jnp.ones((1, 4, 4, 1)))
-  np.testing.assert_allclose(flat, (4 - 1e-3) / 55, rtol=1e-5)
+  flat = jnp.ones((1, 4, 4, 1))
+  found = [loss.distance(replace(ISM, norm=norm), flat) for norm in ("l2", "charbonnier")]
+  np.testing.assert_allclose(found, [[16 / 55], [(4 - 1e-3) / 55]], rtol=1e-5)
 
 
-def test_a_multiple_is_one_up_to_rounding():
-  assert 3 * 0.1 != 0.3
-  replace(ISM, w_max=0.3, w_step=0.1)
+def test_what_a_config_says_is_what_is_learned():
+  config = ism_digits.get_config()
+  ism = LossConfig(**config.loss)
+  assert (ism.group, ism.is_flow_matching) == (8, False)
+  assert list(ism.split) == list(loss.TERMS)  # of a checkpoint's JSON too, which sorts them
+  assert LossConfig(**{**config.loss, "split": dict(sorted(config.loss.split.items()))}) == ism
+  flow, shortcut = (LossConfig(**ism_digits.get_config(o).loss) for o in ("flow", "shortcut"))
+  assert (flow.is_flow_matching, shortcut.is_flow_matching) == (True, False)
+  assert not replace(flow, class_dropout=0.0).is_flow_matching  # it cannot be guided
+  replace(ism, w_max=0.3, w_step=0.1)  # a multiple up to rounding: 3 * 0.1 != 0.3
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"norm": "l1"}, "loss.norm='l1'.*'l2' or 'charbonnier'"),
-    ({"split": (1, 1)}, "loss.split=.*three counts"),
-    ({"split": (0, 1, 1)}, "the first at least 1"),
-    ({"split": (2, -1, 1)}, "loss.split"),
-    ({"split": (2.5, 2.5, 1)}, "loss.split=.*three counts"),
-    ({"w_max": float("inf")}, "loss.w_max=inf must be a multiple"),
-    ({"w_max": float("nan")}, "loss.w_max=nan must be a multiple"),
-    ({"weights": (1.0, 1.0)}, "loss.weights=.*three numbers"),
-    ({"w_max": 0.0}, "1 guidance rows but loss.w_max=0"),
-    ({"split": (6, 0, 2)}, "0 guidance rows but loss.w_max=2"),
-    ({"w_step": 0.3}, "loss.w_max=2 must be a multiple of loss.w_step=0.3"),
-    ({"w_step": 0.0}, "loss.w_step=0, which must be above 0"),
+    ({"split": {"velocity": 1, "drift": 1}}, r"no term 'drift'; choose from velocity, guidance, c"),
+    ({"split": {"guidance": 1, "consistency": 1}}, r"velocity': 0.* that of velocity at least 1"),
+    ({"split": {"velocity": 4, "guidance": -1}}, r"loss.split=.* must be whole numbers"),
+    ({"split": {"velocity": 2.5, "guidance": 1}}, r"loss.split=.* must be whole numbers"),
+    ({"split": {"velocity": 4, "guidance": "x"}}, r"loss.split=.* must be whole numbers"),
+    ({"norm": "l1"}, r"loss.norm='l1' is unknown; choose from l2, charbonnier"),
+    ({"weighting": "rows"}, r"loss.weighting='rows' is unknown; .* by_example, by_term"),
+    ({"w_max": 0.0}, r"loss.split.guidance=1 but loss.w_max=0"),
+    ({"split": {"velocity": 1}}, r"loss.split.guidance=0 but loss.w_max=2"),
+    ({"interval_start": 2.0}, r"loss.interval_start=2.0 must be between 0 and 1, below 1"),
+    ({"interval_start": float("nan")}, r"loss.interval_start=nan must"),
+    ({"bootstrap_guidance": -1.0}, r"loss.bootstrap_guidance=-1.0 must be at least 0"),
+    ({"class_dropout": 1.5}, r"loss.class_dropout=1.5 must be between 0 and 1"),
+    ({"zero_w_prob": -0.1}, r"loss.zero_w_prob=-0.1 must be between 0 and 1"),
+    ({"class_dropout": 0.0}, r"loss.class_dropout=0 with guidance: .* choose .*=0.1"),
+    ({"w_max": float("inf")}, r"loss.w_max=inf must be a multiple"),
+    ({"w_max": float("nan")}, r"loss.w_max=nan must be a multiple"),
+    ({"w_step": 0.3}, r"loss.w_max=2 must be a multiple of loss.w_step=0.3"),
+    ({"w_step": 0.0}, r"loss.w_step=0, which must be above 0"),
   ],
 )
 def test_bad_settings_are_refused_in_a_sentence(changes, message):
   with pytest.raises(UserError, match=message):
-    replace(ISM, **changes)
+    LossConfig(**{**ism_digits.get_config().loss, **changes})

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ot
 import pytest
 from scipy.optimize import linear_sum_assignment
 from sklearn.datasets import load_digits
@@ -21,9 +20,9 @@ from train_jax.errors import UserError
 N = 1024
 RNG = jax.random.key(3)
 FIRST = 5000  # noise numbers are names, not positions in the pool
-CONFIGS = {  # from a weight of 0.5 on no pair crosses, whatever it is
-  f"{condition}/{solver}": PairingConfig(pool=1, condition=condition, weight=0.02, solver=solver)
-  for condition in ("class", "none", "weight")
+CONFIGS = {
+  f"{condition}/{solver}": PairingConfig(pool=1, condition=condition, solver=solver)
+  for condition in ("class", "none")
   for solver in ("sinkhorn", "exact")
 }
 
@@ -81,27 +80,13 @@ def test_a_pairing_is_a_permutation(name, pool, paired):
   assert np.mean(result == noise) < 0.2  # and not the one it was given
 
 
+@pytest.mark.parametrize(("solver", "slack"), [("sinkhorn", 0.02), ("exact", 1e-5)])
 @pytest.mark.parametrize("condition", ["class", "none"])
-def test_sinkhorn_costs_at_most_two_percent_more_than_the_optimum(condition, pool, paired):
+def test_a_pairing_costs_hardly_more_than_the_optimum(condition, solver, slack, pool, paired):
   _, label, _, cost = pool
   best = optimum(cost, groups_of(condition, label))
-  assert best * (1 - 1e-6) <= cost_of(paired(f"{condition}/sinkhorn"), cost) < 1.02 * best
-  assert best < 0.9 * cost.mean()
-
-
-@pytest.mark.parametrize("condition", ["class", "none"])
-def test_exact_is_the_optimum(condition, pool, paired):
-  _, label, _, cost = pool
-  best = optimum(cost, groups_of(condition, label))
-  np.testing.assert_allclose(cost_of(paired(f"{condition}/exact"), cost), best, rtol=1e-5)
-
-
-def test_optimum_is_that_of_pythons_optimal_transport_library(pool):
-  """Mass split at will can do no better than a permutation (Birkhoff)."""
-  cost = pool[3].astype(np.float64)
-  uniform = np.full(N, 1 / N)
-  best = ot.emd2(uniform, uniform, cost, numItermax=10**6)
-  np.testing.assert_allclose(optimum(cost, groups_of("none", None)), best, rtol=1e-9)
+  found = cost_of(paired(f"{condition}/{solver}"), cost)
+  assert best * (1 - 1e-5) <= found < (1 + slack) * best and best < 0.9 * cost.mean()
 
 
 @pytest.mark.parametrize("solver", ["sinkhorn", "exact"])
@@ -110,16 +95,6 @@ def test_class_wise_pairs_never_cross_classes(solver, pool, paired):
   drawn_for = lambda name: label[paired(name) - FIRST]  # noqa: E731
   np.testing.assert_array_equal(drawn_for(f"class/{solver}"), label)
   assert np.mean(drawn_for(f"none/{solver}") == label) < 0.3
-
-
-def test_weight_makes_crossing_dearer(pool, paired):
-  _, label, _, cost = pool
-  weighted, blind = paired("weight/exact"), paired("none/exact")
-  crossings = lambda p: np.mean(label[p - FIRST] != label)  # noqa: E731
-  assert crossings(weighted) < crossings(blind)
-  price = CONFIGS["weight/exact"].weight * cost.mean() * (label[:, None] != label)
-  best = optimum(cost + price, [np.arange(N)])
-  np.testing.assert_allclose(cost_of(weighted, cost + price), best, rtol=1e-5)
 
 
 def gain_by_swapping(paired, cost):
@@ -185,7 +160,7 @@ def test_groups_solved_together_cost_what_they_do_one_by_one(pool):
   def run(together):
     config = CONFIGS["class/sinkhorn"]
     solve = jax.jit(partial(pairing._solve, config, together))
-    column, _ = solve(pixels, draw_noise(RNG, noise, (8, 8, 1)), label, table)
+    column, _ = solve(pixels, draw_noise(RNG, noise, (8, 8, 1)), table)
     pairs = np.arange(N)
     for rows, columns in zip(table, np.asarray(column), strict=True):
       rows = rows[rows >= 0]
@@ -208,11 +183,11 @@ def test_images_that_are_noise_are_paired_with_it(name):
   np.testing.assert_array_equal(pairing.pair(CONFIGS[name], RNG, pixels, label, noise, 3), wanted)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_images_and_noise_of_one_s_own_are_paired_alike(name, pool):
+def test_images_and_noise_of_one_s_own_are_paired_alike(pool):
   pixels, label, noise, _ = (a[:128] for a in pool)
-  order = pairing.match(CONFIGS[name], pixels, draw_noise(RNG, noise, (8, 8, 1)), label, 10)
-  numbers = pairing.pair(CONFIGS[name], RNG, pixels, label, noise, 10)
+  config = CONFIGS["class/sinkhorn"]
+  order = pairing.match(config, pixels, draw_noise(RNG, noise, (8, 8, 1)), label, 10)
+  numbers = pairing.pair(config, RNG, pixels, label, noise, 10)
   np.testing.assert_array_equal(noise[order], numbers)
 
 
@@ -315,12 +290,6 @@ def test_rounding_leaves_invalid_rows_alone():
   np.testing.assert_array_equal(round_to_permutation(score, ~ALL), np.arange(12))
 
 
-def test_squared_distances():
-  x, z = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
-  expected = [[np.sum((a - b) ** 2) for b in z] for a in x]
-  np.testing.assert_allclose(pairing.squared_distances(x, z), expected, rtol=1e-4)
-
-
 def test_relative_cost(pool, paired):
   pixels, _, noise, cost = pool
   relative = lambda numbers: float(  # noqa: E731
@@ -335,8 +304,8 @@ def test_relative_cost(pool, paired):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"condition": "label"}, "pairing.condition='label' is unknown; choose one of class, none"),
-    ({"solver": "greedy"}, "pairing.solver='greedy' is unknown; choose one of sinkhorn, exact"),
+    ({"condition": "label"}, "pairing.condition='label' is unknown; choose from class, none"),
+    ({"solver": "greedy"}, "pairing.solver='greedy' is unknown; choose from sinkhorn, exact"),
     ({"pool": -1}, "pairing.pool=-1 must be at least 0"),
   ],
 )
@@ -345,13 +314,12 @@ def test_bad_settings_are_refused_in_a_sentence(changes, message):
     replace(PairingConfig(pool=1), **changes)
 
 
-@pytest.mark.parametrize("condition", ["none", "weight"])
 @pytest.mark.parametrize("solver", ["sinkhorn", "exact"])
-def test_a_blind_problem_takes_the_memory_that_is_checked(condition, solver):
-  n, kinds = 2048, (jnp.float32, jnp.float32, jnp.int32, jnp.int32)
-  shapes = ((n, 2, 2, 1), (n, 2, 2, 1), (n,), (1, n))
+def test_a_blind_problem_takes_the_memory_that_is_checked(solver):
+  n, kinds = 2048, (jnp.float32, jnp.float32, jnp.int32)
+  shapes = ((n, 2, 2, 1), (n, 2, 2, 1), (1, n))
   rows = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, kinds, strict=True)]
-  solve = pairing._solver(PairingConfig(1, condition, solver=solver), 1)
+  solve = pairing._solver(PairingConfig(1, "none", solver=solver), 1)
   found = solve.lower(*rows).compile().memory_analysis()
   pairs = (found.temp_size_in_bytes + found.output_size_in_bytes) / n**2
   assert 0.9 * pairing.PAIR_BYTES < pairs < 1.1 * pairing.PAIR_BYTES
@@ -367,10 +335,9 @@ def test_a_blind_problem_takes_the_memory_that_is_checked(condition, solver):
 def test_a_blind_pool_that_does_not_fit_is_refused(stats, fits, message, monkeypatch):
   device = SimpleNamespace(memory_stats=lambda: stats)
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
-  for condition in ("none", "weight"):
-    pairing.check_size(PairingConfig(fits, condition), 2048, 1.0)
-    with pytest.raises(UserError, match=message + ".*or pairing.condition=class"):
-      pairing.check_size(PairingConfig(fits + 1, condition), 2048, 1.0)
+  pairing.check_size(PairingConfig(fits, "none"), 2048, 1.0)
+  with pytest.raises(UserError, match=message + ".*or pairing.condition=class"):
+    pairing.check_size(PairingConfig(fits + 1, "none"), 2048, 1.0)
   pairing.check_size(PairingConfig(10 * fits), 2048, 0.1)
   with pytest.raises(UserError, match=r"'class', .* choose pairing.pool=\d+ or .*pairing\)\."):
     pairing.check_size(PairingConfig(20 * (fits + 1)), 2048, 0.05)

@@ -64,25 +64,16 @@ def test_draws_are_uniform():
   assert np.abs(count - 2000).max() < 5 * np.sqrt(2000)
 
 
-def test_a_buffer_read_back_goes_on_as_the_same(differences):
-  held = insert(buffer.create(ROWS, PROMPT, ACTIONS), *batch_of(0, 4))
-  saved = jax.tree.map(np.asarray, held)
-  for i in range(3):
-    held, saved = (insert(x, *batch_of(10 * i, 4)) for x in (held, saved))
-    rows = [draw(x, jax.random.key(i), 8) for x in (held, saved)]
-    assert not differences(*rows)
-  assert not differences(held, saved)
-
-
-def test_its_shapes_and_types_never_change():
-  empty = buffer.create(ROWS, PROMPT, ACTIONS)
-  after = insert(empty, *batch_of(0, 4))
-  describe = lambda x: jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), x)  # noqa: E731
-  assert describe(after) == describe(empty)
-
-
-def test_bad_sizes_are_refused_in_a_sentence():
-  with pytest.raises(UserError, match=r"buffer.size=0 must be at least 1"):
-    buffer.create(0, PROMPT, ACTIONS)
-  with pytest.raises(UserError, match=r"buffer.size=6 cannot take 7 .*at least 7"):
-    buffer.insert(buffer.create(ROWS, PROMPT, ACTIONS), *batch_of(0, 7))
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"size": 0}, r"buffer.size=0 must be at least 1"),
+    ({"refresh": 0}, r"buffer.refresh=0 must be at least 1"),
+    ({"rollouts": 0}, r"buffer.rollouts=0 must be at least 1"),
+    ({"draw": 0}, r"buffer.draw=0 must be at least 1"),
+    ({"rollouts": 7}, r"buffer.size=6 must be at least buffer.rollouts=7"),
+  ],
+)
+def test_bad_sizes_are_refused_in_a_sentence(change, message):
+  with pytest.raises(UserError, match=message):
+    buffer.BufferConfig(**{"size": 6, "refresh": 1, "rollouts": 2, "draw": 1, **change})

@@ -10,8 +10,9 @@ import pytest
 from configs import seqmatch_llama7b
 from seqmatch_jax import transformer
 from seqmatch_jax.actions import tree
-from seqmatch_jax.tokens import BACKSPACE, BOS, PAD, SPECIAL
+from seqmatch_jax.tokens import BACKSPACE, BOS, SPECIAL
 from seqmatch_jax.transformer import TransformerConfig
+from tests.seqmatch.trajectories import pad, random_actions, texts_of
 from train_jax.errors import UserError
 from train_jax.lora import LoraConfig
 from train_jax.state import flatten
@@ -35,27 +36,11 @@ def small():
   return make(SMALL)
 
 
-def texts_of(prompt, actions):
-  """The text before each action, and after the last: stacks of a trajectory without <eos>."""
-  texts = [list(prompt)]
-  for action in actions:
-    texts.append(texts[-1][:-1] if action == BACKSPACE else [*texts[-1], action])
-  return texts
-
-
-def random_actions(rng, steps, erase):
-  """Of `steps` actions a share `erase` are <backspace>s, as far as there is something to erase."""
-  actions, depth = [], 0
-  for _ in range(steps):
-    back = depth > 0 and rng.random() < erase
-    actions.append(BACKSPACE if back else int(rng.integers(SPECIAL, VOCAB)))
-    depth += -1 if back else 1
-  return actions
-
-
-def pad(rows, width=None):
-  width = width or max(map(len, rows))
-  return np.array([[*row, *[PAD] * (width - len(row))] for row in rows], np.int32)
+@pytest.fixture(scope="module", params=["llama", "grouped", "gpt2"])
+def each(request):
+  """As `small`, of each kind of positions and of heads."""
+  kinds = {"grouped": {"kv_heads": 1}, "gpt2": {"family": "gpt2", "context": 60, "tied": True}}
+  return make(replace(SMALL, **kinds.get(request.param, {})))
 
 
 def plain(network, params, texts, length, batch=2048):
@@ -141,13 +126,14 @@ def test_a_node_depends_on_the_nodes_it_sees_and_on_no_others(small, by_hand):
   np.testing.assert_array_equal(np.any(slope != 0, axis=-1), expected)
 
 
-def check_states(small, rows, packed, seed):
-  """One masked pass over random trajectories against a pass of its own for every state."""
-  network, params = small
-  rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("packed", [1, 3])
+def test_one_pass_gives_every_state_as_a_pass_of_its_own_does(each, packed):
+  """Random trajectories, and padding."""
+  (network, params), rows = each, 50 // packed
+  rng = np.random.default_rng(packed)
   prompts = [[BOS, *rng.integers(SPECIAL, VOCAB, rng.integers(0, 6))] for _ in range(rows)]
   made = [
-    [random_actions(rng, rng.integers(1, 25), rng.uniform(0, 0.4)) for _ in range(packed)]
+    [random_actions(rng, rng.integers(1, 25), rng.uniform(0, 0.4), VOCAB) for _ in range(packed)]
     for _ in range(rows)
   ]
   longest = max(len(actions) for row in made for actions in row)
@@ -160,7 +146,7 @@ def check_states(small, rows, packed, seed):
   states = {}  # (row, node) -> the text that its logits belong to
   for row, (prompt, trajectories) in enumerate(zip(prompts, made, strict=True)):
     for g, trajectory in enumerate(trajectories):
-      texts = texts_of(prompt, trajectory)
+      texts = texts_of(trajectory, prompt)
       for i, text in enumerate(texts[:-1]):
         states[row, int(batch["read"][row, g * longest + i])] = text
       states[row, int(batch["next"][row, g * longest + len(trajectory) - 1])] = texts[-1]
@@ -170,54 +156,15 @@ def check_states(small, rows, packed, seed):
   )
 
 
-@pytest.mark.parametrize("packed", [1, 3])
-def test_one_pass_gives_every_state_as_a_pass_of_its_own_does(small, packed):
-  check_states(small, 50 // packed, packed, seed=packed)
-
-
-@pytest.mark.slow
-def test_one_pass_gives_every_state_of_a_thousand_trajectories(small):
-  check_states(small, 1000, 1, seed=0)
-
-
-def test_padding_changes_nothing(small, by_hand):
-  network, params = small
-  wider = [np.pad(x, ((0, 0), (0, 3))) for x in by_hand]
-  wider[2][0, 7:] = [8, 9, 10]
-  logits = network.apply(params, *by_hand)
-  np.testing.assert_allclose(network.apply(params, *wider)[:, :7], logits, rtol=0, atol=1e-5)
-
-
-def test_rotary_scores_depend_on_distance_only():
-  q, key = np.random.default_rng(0).normal(size=(2, 1, 5, 2, 8)).astype(np.float32)
-  position = np.array([[0, 1, 2, 2, 7]])
-
-  def scores(shift):
-    wave = transformer.waves(position + shift, transformer.frequencies(8, 10_000.0))
-    turned = (transformer.rotate(jnp.asarray(x), wave) for x in (q, key))
-    return jnp.einsum("bsnf,btnf->bnst", *turned)
-
-  np.testing.assert_allclose(scores(100), scores(0), atol=1e-4)
-  assert np.abs(scores(0) - jnp.einsum("bsnf,btnf->bnst", q, key)).max() > 0.1
-
-
-def test_logits_do_not_change_when_a_row_is_shifted(small, by_hand):
-  network, params = small
-  token, position, end = by_hand
-  logits = network.apply(params, token, position, end)
-  np.testing.assert_allclose(network.apply(params, token, position + 9, end), logits, atol=1e-4)
-  assert np.abs(network.apply(params, token, 2 * position, end) - logits).max() > 1e-2
-
-
 # --- the cache ------------------------------------------------------------------------------------
 
 
-def test_a_cache_that_rewinds_is_a_pass_over_the_text(small):
-  network, params = small
+def test_a_cache_that_rewinds_is_a_pass_over_the_text(each):
+  network, params = each
   rng = np.random.default_rng(3)
   rows, steps = 8, 24
   prompts = [[BOS, *rng.integers(SPECIAL, VOCAB, n)] for n in rng.integers(0, 5, rows)]
-  walks = [texts_of(p, random_actions(rng, steps, 0.4)) for p in prompts]
+  walks = [texts_of(random_actions(rng, steps, 0.4, VOCAB), p) for p in prompts]
   length = max(len(text) for walk in walks for text in walk)
 
   # The prompts, of different lengths, in one pass; then the top of each text again and again.
@@ -328,14 +275,21 @@ def test_at_the_size_of_llama_2_it_has_the_parameters_of_llama_2():
   assert sum(a.size for a in jax.tree.leaves(shapes)) == 6_738_415_616
 
 
-def test_bad_sizes_are_refused_in_a_sentence():
-  with pytest.raises(UserError, match=r"model.width=20 must be a multiple of .*nearest is 16"):
-    replace(SMALL, width=20, heads=8)
-  for name in ("vocab", "width", "depth", "heads", "hidden"):
-    with pytest.raises(UserError, match=f"model.{name}=0 must be at least 1"):
-      replace(SMALL, **{name: 0})
-  few = transformer.make_network(replace(SMALL, family="gpt2", context=8))
-  with pytest.raises(UserError, match=r"9 tokens does not fit into the 8 positions"):
-    few.read({}, np.array([[BOS]]), 9)
-  with pytest.raises(UserError, match=r"model.dtype='float16' is none of float32, bfloat16; .* 0"):
-    replace(SMALL, dtype="float16")
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"width": 20, "heads": 8}, r"model.width=20 must be a multiple of .*nearest is 16"),
+    ({"vocab": 0}, "model.vocab=0 must be at least 1"),
+    ({"width": 0}, "model.width=0 must be at least 1"),
+    ({"depth": 0}, "model.depth=0 must be at least 1"),
+    ({"heads": 0}, "model.heads=0 must be at least 1"),
+    ({"hidden": 0}, "model.hidden=0 must be at least 1"),
+    ({"dtype": "float16"}, r"model.dtype='float16'.* float32, bfloat16"),
+    ({"family": "bert"}, r"model.family='bert' is unknown; choose from llama, gpt2"),
+    ({"heads": 4, "kv_heads": 3}, r"model.kv_heads=3 must divide model.heads=4"),
+    ({"family": "gpt2"}, r"model.context=0 must be at least 1"),
+  ],
+)
+def test_bad_sizes_are_refused_in_a_sentence(change, message):
+  with pytest.raises(UserError, match=message):
+    replace(SMALL, **change)

@@ -15,6 +15,7 @@ from absl import logging as absl_logging
 from tests.train.stored_steps import make_state as state_of
 from tests.train.stored_steps import meta_of
 from train_jax import loop
+from train_jax import mesh as mesh_lib
 from train_jax.checkpointing.checkpoint import Checkpoints
 
 RATE = optax.linear_schedule(0.05, 0.01, 8)
@@ -29,7 +30,7 @@ def tx():
 
 @pytest.fixture
 def train(method, tx, one_device, settings):
-  """(workdir, method, mesh, given, **settings) -> what loop.train returns."""
+  """(workdir, method, mesh, init_params, **settings) -> what loop.train returns."""
 
   def run(workdir, method=method, mesh=one_device, init_params=dict, **kwargs):
     return loop.train(
@@ -106,8 +107,9 @@ def workdir(saved, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def abstract(states):
-  return jax.eval_shape(lambda: states[1])
+def abstract(states, one_device):
+  """With shardings, as the loop has it: Orbax would take those that are stored in the step."""
+  return mesh_lib.abstract_state(jax.eval_shape(lambda: states[1]), one_device)
 
 
 @pytest.fixture

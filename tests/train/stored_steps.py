@@ -33,6 +33,8 @@ def make_state(step: int) -> TrainState:
       "bytes": jnp.arange(9, dtype=jnp.uint8),
       "pair": (jnp.float16(1.5), jnp.float32(jnp.nan)),
       "nothing": (),
+      # Restored by name: "10" would sort before "2".
+      "many": [jnp.int32(i) for i in range(12)],
     },
     rng=jax.random.key_data(next(keys)),
   )
@@ -45,7 +47,7 @@ def meta_of(step: int) -> dict:
   return {
     "step": step,
     "position": 10 * step,
-    "config": {"shares": (1, 2), "lr": 0.1},
+    "config": {"nfe": (1, 2), "lr": 0.1},
     "metadata": {},
   }
 

@@ -31,15 +31,15 @@ def test_decay_warms_up(decay, step, wanted):
   np.testing.assert_allclose(ema.warmed_decay(decay, jnp.int32(step)), wanted, rtol=1e-6)
 
 
-def test_of_a_constant_is_a_geometric_approach():
-  found = run(0.9, [3.0] * 20, start=1.0, first_step=LATE)
-  np.testing.assert_allclose(found, 3 - 2 * 0.9**20, rtol=1e-5)
-
-
-def test_of_a_line_lags_by_decay_over_one_minus_decay():
-  n, d = 30, 0.8
-  found = run(d, range(1, n + 1), start=0.0, first_step=LATE)
-  np.testing.assert_allclose(found, n - d / (1 - d) * (1 - d**n), rtol=1e-5)
+@pytest.mark.parametrize(
+  "decay, values, start, wanted",
+  [
+    (0.9, [3.0] * 20, 1.0, 3 - 2 * 0.9**20),  # of a constant: a geometric approach
+    (0.8, range(1, 31), 0.0, 30 - 0.8 / 0.2 * (1 - 0.8**30)),  # of a line: it lags behind
+  ],
+)
+def test_average_has_its_closed_form(decay, values, start, wanted):
+  np.testing.assert_allclose(run(decay, values, start, LATE), wanted, rtol=1e-5)
 
 
 def test_warm_up_forgets_the_initialisation():
@@ -57,10 +57,3 @@ def test_is_float32_whatever_the_parameters_are():
   assert average["a"]["w"].dtype == jnp.float32
   # In bfloat16 a step of 0.001 * 0.0625 from 1 would be rounded away.
   np.testing.assert_allclose(average["a"]["w"] - 1, 0.0625 * (1 - 0.999**10), rtol=1e-3)
-
-
-def test_each_name_has_its_own_decay():
-  average = {"fast": jnp.zeros(2), "slow": jnp.zeros(2)}
-  average = ema.update(average, jnp.ones(2), {"fast": 0.5, "slow": 0.75}, jnp.int32(LATE))
-  np.testing.assert_allclose(average["fast"], 0.5)
-  np.testing.assert_allclose(average["slow"], 0.25)

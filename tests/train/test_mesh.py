@@ -16,27 +16,18 @@ from train_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
-  "shape, fsdp, wanted",
-  [
-    ((128, 256), 8, P(None, "fsdp")),
-    ((256, 128), 8, P("fsdp")),
-    ((256, 256), 8, P("fsdp")),  # a tie: the first
-    ((28, 1000, 36), 8, P(None, "fsdp")),  # 28 and 36 are not divisible by 8
-    ((1001, 128), 8, P(None, "fsdp")),  # the largest is not divisible, the next is
-    ((1001, 127), 8, P()),
-    ((2**14,), 2, P("fsdp")),
-    ((2**14 - 2,), 2, P()),  # small
-    ((), 2, P()),
-    ((256, 256), 1, P()),
-  ],
-)
-def test_rule_splits_the_largest_divisible_dimension_unless_small(shape, fsdp, wanted):
-  assert mesh_lib.param_spec(shape, fsdp) == wanted
-
-
-@pytest.mark.parametrize(
   "shape, fsdp, tensor, wanted",
   [
+    ((128, 256), 8, 1, P(None, "fsdp")),
+    ((256, 128), 8, 1, P("fsdp")),
+    ((256, 256), 8, 1, P("fsdp")),  # a tie: the first
+    ((28, 1000, 36), 8, 1, P(None, "fsdp")),  # 28 and 36 are not divisible by 8
+    ((1001, 128), 8, 1, P(None, "fsdp")),  # the largest is not divisible, the next is
+    ((1001, 127), 8, 1, P()),
+    ((2**14,), 2, 1, P("fsdp")),
+    ((2**14 - 2,), 2, 1, P()),  # small
+    ((), 2, 1, P()),
+    ((256, 256), 1, 1, P()),
     ((28, 256, 1024), 2, 4, P(None, "fsdp", "tensor")),  # up: columns
     ((28, 1024, 256), 2, 4, P(None, "tensor", "fsdp")),  # down: rows
     ((28, 256, 256), 2, 4, P(None, "tensor", "fsdp")),
@@ -47,7 +38,7 @@ def test_rule_splits_the_largest_divisible_dimension_unless_small(shape, fsdp, w
     ((64, 64), 2, 4, P()),  # small
   ],
 )
-def test_rule_with_tensor_splits_the_largest_over_it_and_the_next_over_fsdp(
+def test_rule_splits_the_largest_dimension_over_tensor_and_the_next_over_fsdp(
   shape, fsdp, tensor, wanted
 ):
   assert mesh_lib.param_spec(shape, fsdp, tensor) == wanted
@@ -60,24 +51,36 @@ def test_mesh_has_all_devices(fsdp, tensor):
   assert set(mesh.devices.flat) == set(jax.devices())
 
 
-@pytest.mark.parametrize("fsdp", [0, 3, 16, -1])
-def test_mesh_that_does_not_fit_the_devices_is_refused(fsdp):
-  with pytest.raises(UserError, match=rf"mesh.fsdp={fsdp} .* 8 devices; choose a divisor of 8"):
-    mesh_lib.make_mesh(fsdp)
-  with pytest.raises(UserError, match=rf"mesh.tensor={fsdp} .* 8 devices; choose a divisor of 8"):
-    mesh_lib.make_mesh(1, fsdp)
-
-
-def test_mesh_with_too_many_splits_is_refused():
-  with pytest.raises(UserError, match=r"mesh.fsdp=4 times mesh.tensor=4 .* 8 devices"):
-    mesh_lib.make_mesh(4, 4)
-
-
 def sliced(slices: int, each: int) -> list[SimpleNamespace]:
   """Devices of several slices, as JAX describes them, out of order."""
   make = functools.partial(SimpleNamespace, device_kind="cpu", platform="cpu", process_index=0)
   found = [make(id=i, slice_index=i // each) for i in range(slices * each)]
   return found[1::2] + found[::2]
+
+
+def refusals():
+  """(what is refused, its message)."""
+  make, check = mesh_lib.make_mesh, mesh_lib.check_batch
+  for n in (0, 3, 16, -1):
+    yield lambda n=n: make(n), rf"mesh.fsdp={n} .* 8 devices; choose a divisor of 8"
+    yield lambda n=n: make(1, n), rf"mesh.tensor={n} .* 8 devices; choose a divisor of 8"
+  yield lambda: make(4, 4), r"mesh.fsdp=4 times mesh.tensor=4 .* 8 devices"
+  few = r"mesh.tensor=8 does not divide the 4 devices of one of 6"
+  yield lambda: mesh_lib.arrange(sliced(6, 4), 1, 8), few
+  for batch, near in ((12, 8), (20, 16), (3, 8)):
+    words = rf"batch={batch} is not .* by the 8 devices; .* multiple of 8, such as {near}\."
+    yield lambda batch=batch: check(batch, make()), words
+  yield lambda: check(6, make(2, 2)), "batch=6 is not divisible by the 4 groups of 2 devices"
+  words = r"batch=8 is not .* 8 devices times optim.grad_accum_steps=2; .* of 16, such as 16\."
+  yield lambda: check(8, make(), 2), words
+  for batch in (0, -8):
+    yield lambda batch=batch: check(batch, make()), f"batch={batch} must be at least 1"
+
+
+@pytest.mark.parametrize("make, message", refusals())
+def test_what_does_not_fit_the_devices_is_refused(make, message):
+  with pytest.raises(UserError, match=message):
+    make()
 
 
 @pytest.mark.parametrize(
@@ -100,11 +103,6 @@ def test_slices_are_crossed_by_data_first_and_by_tensor_never(slices, each, fsdp
   assert (where == where[..., :1]).all()  # one slice along tensor
   crossed = max(len(set(column)) for column in where[..., 0].T)
   assert crossed == max(1, fsdp * tensor // each)  # along fsdp as few as can be
-
-
-def test_tensor_wider_than_a_slice_is_refused():
-  with pytest.raises(UserError, match=r"mesh.tensor=8 does not divide the 4 devices of one of 6"):
-    mesh_lib.arrange(sliced(6, 4), 1, 8)
 
 
 @pytest.mark.parametrize(
@@ -136,23 +134,11 @@ def test_tensor_alone_fits_into_a_slice(axis, found, monkeypatch):
   assert mesh_lib.mesh_for_inference(axis, 8, devices=sliced(2, 4)).shape == found
 
 
-@pytest.mark.parametrize("batch, near", [(12, 8), (20, 16), (3, 8)])
-def test_batch_that_does_not_divide_is_refused(batch, near):
-  wanted = rf"batch={batch} is not divisible by the 8 devices; .* multiple of 8, such as {near}\."
-  with pytest.raises(UserError, match=wanted):
-    mesh_lib.check_batch(batch, mesh_lib.make_mesh())
-  for none in (0, -8):
-    with pytest.raises(UserError, match=f"batch={none} must be at least 1"):
-      mesh_lib.check_batch(none, mesh_lib.make_mesh())
-
-
 def test_batch_of_a_mesh_with_tensor_divides_over_its_groups():
   mesh = mesh_lib.make_mesh(2, 2)
   mesh_lib.check_batch(12, mesh)
   placed = mesh_lib.to_global({"x": np.arange(12)}, mesh)["x"]
   assert sorted(s.data.tolist() for s in placed.addressable_shards)[:2] == [[0, 1, 2]] * 2
-  with pytest.raises(UserError, match="batch=6 is not divisible by the 4 groups of 2 devices"):
-    mesh_lib.check_batch(6, mesh)
 
 
 @pytest.mark.parametrize("names", [(), ("tensor",), (None, "fsdp"), ("fsdp", "tensor")])
@@ -176,22 +162,16 @@ def test_what_is_placed_is_read_once_a_share(names):
   assert placed.sharding == sharding and again.sharding.spec == P("fsdp")
 
 
-def test_batch_is_laid_out_over_all_devices():
-  mesh = mesh_lib.make_mesh(2)
+def test_batch_is_laid_out_over_all_devices_and_comes_back_in_order():
+  mesh, rows = mesh_lib.make_mesh(2), np.arange(32).reshape(16, 2)
   mesh_lib.check_batch(16, mesh)
   assert mesh_lib.process_rows(16, mesh).tolist() == list(range(16))
-  rows = np.arange(32).reshape(16, 2)
   placed = mesh_lib.to_global({"x": rows}, mesh)["x"]
-  np.testing.assert_array_equal(placed, rows)
   assert [s.data.shape for s in placed.addressable_shards] == [(2, 2)] * 8
-
-
-def test_local_rows_of_one_process_are_all_of_them_in_order():
-  mesh = mesh_lib.make_mesh(2)
-  rows = np.arange(32).reshape(16, 2)
-  np.testing.assert_array_equal(mesh_lib.to_local(mesh_lib.to_global({"x": rows}, mesh)["x"]), rows)
-  everywhere = mesh_lib.replicate({"x": rows}, mesh)["x"]
-  assert [s.data.shape for s in everywhere.addressable_shards] == [(16, 2)] * 8
+  copies = mesh_lib.replicate({"x": rows}, mesh)["x"]
+  assert [s.data.shape for s in copies.addressable_shards] == [(16, 2)] * 8
+  for found in (placed, mesh_lib.to_local(placed), mesh_lib.to_host(placed), copies):
+    np.testing.assert_array_equal(found, rows)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +192,7 @@ def test_processes_load_the_rows_of_their_devices(monkeypatch, owners, tensor, w
     assert mesh_lib.process_rows(16, mesh).tolist() == rows
 
 
-def test_by_rows_splits_rows_where_a_mesh_is_known():
+def test_shard_batch_splits_rows_where_a_mesh_is_known():
   mesh = mesh_lib.make_mesh(2, 2)
   plain = jnp.ones((8, 4))
   assert mesh_lib.shard_batch(plain) is plain

@@ -20,7 +20,7 @@ CONSTANT = {"warmup": 0, "final": 1.0}
 def settings(**changes) -> OptimConfig:
   common = {"name": "adamw", "lr": 1e-3, "muon_lr": 0.02, "warmup": 10, "final": 0.1, "b1": 0.9}
   common |= {"b2": 0.99, "weight_decay": 0.0, "mu_dtype": "float32"}
-  return OptimConfig(**{**common, **changes})
+  return OptimConfig(**{**common, "clip": 1.0, "grad_accum_steps": 1, **changes})
 
 
 def make(steps=100, **changes):
@@ -34,24 +34,18 @@ def first_update(tx, params, gradients=None):
 
 
 @pytest.mark.parametrize(
-  "step, wanted", [(0, 1e-4), (5, 5.5e-4), (10, 1e-3), (55, 5.5e-4), (100, 1e-4), (500, 1e-4)]
+  "changes, steps, wanted",
+  [
+    # Warms up, then follows a cosine.
+    ({}, 100, {0: 1e-4, 5: 5.5e-4, 10: 1e-3, 55: 5.5e-4, 100: 1e-4, 500: 1e-4}),
+    ({"final": 1.0}, 100, dict.fromkeys((10, 40, 99, 100, 1000), 1e-3)),
+    ({"warmup": 0}, 100, {0: 1e-3}),
+    ({"warmup": 100}, 2, {0: 1e-5, 1: 1.99e-5}),  # a run that is shorter than its warm-up
+  ],
 )
-def test_schedule_warms_up_then_follows_a_cosine(step, wanted):
-  np.testing.assert_allclose(optim.schedule(settings(), 100)(step), wanted, rtol=1e-5)
-
-
-def test_schedule_with_final_1_is_constant_after_the_warm_up():
-  rate = optim.schedule(settings(final=1.0), 100)
-  np.testing.assert_allclose([rate(i) for i in (10, 40, 99, 100, 1000)], 1e-3, rtol=1e-6)
-
-
-def test_schedule_without_warm_up_begins_at_the_top():
-  np.testing.assert_allclose(optim.schedule(settings(warmup=0), 100)(0), 1e-3, rtol=1e-6)
-
-
-def test_schedule_of_a_run_shorter_than_its_warm_up():
-  rate = optim.schedule(settings(warmup=100), 2)
-  assert 0 < rate(0) < rate(1) < 1e-3
+def test_schedule(changes, steps, wanted):
+  rate = optim.schedule(settings(**changes), steps)
+  np.testing.assert_allclose([rate(i) for i in wanted], [*wanted.values()], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
@@ -211,8 +205,10 @@ def test_first_moments_may_be_kept_in_bfloat16(name):
     ({"warmup": -50}, "optim.warmup=-50 must be at least 0"),
     ({"final": -0.1}, "optim.final=-0.1 must be at least 0"),
     ({"weight_decay": -1.0}, "optim.weight_decay=-1.0 must be at least 0"),
-    ({"b1": 1.5}, "optim.b1=1.5 must be at least 0 and below 1"),
-    ({"b2": 1.0}, "optim.b2=1.0 must be at least 0 and below 1"),
+    ({"b1": 1.5}, "optim.b1=1.5 must be between 0 and 1, below 1"),
+    ({"b2": 1.0}, "optim.b2=1.0 must be between 0 and 1, below 1"),
+    ({"clip": 0.0}, "optim.clip=0.0 must be above 0"),
+    ({"grad_accum_steps": 0}, "optim.grad_accum_steps=0 must be at least 1"),
     ({"mu_dtype": "float8"}, "optim.mu_dtype='float8' is unknown; choose"),
   ],
 )

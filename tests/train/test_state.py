@@ -32,11 +32,6 @@ def test_begins_at_step_0_with_every_average_at_the_parameters(state, difference
     assert differences(average, state.params) == []
 
 
-def test_every_array_has_a_buffer_of_its_own(state):
-  leaves = jax.tree.leaves(state)
-  assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
-
-
 def test_is_a_function_of_the_seed(state, create, differences):
   assert differences(create(0), state) == []
   other = differences(create(1), state)
@@ -51,14 +46,12 @@ def test_run_key_is_not_the_key_of_the_parameters(method, state):
 def test_is_a_frozen_pytree_of_all_its_fields(state):
   with pytest.raises(dataclasses.FrozenInstanceError):
     state.step = 1
-  copy = jax.tree.map(jnp.copy, state)
-  assert type(copy) is type(state)
   paths = jax.tree_util.tree_leaves_with_path(state)
-  fields = {jax.tree_util.keystr(path).split(".")[1].partition("[")[0] for path, _ in paths}
-  assert fields == {f.name for f in dataclasses.fields(state)}
+  assert {path[0].name for path, _ in paths} == {f.name for f in dataclasses.fields(state)}
 
 
-def test_given_parameters_are_begun_with_and_averaged(method):
+def test_init_params_are_begun_with_and_averaged(method):
+  """And every array has a buffer of its own: it is donated."""
   init_params = {"layer.kernel": np.full((4, 3), 7, np.float32)}
   init = jax.jit(state_lib.create(method, optax.adam(0.1), DECAYS, 0))
   drawn, state = init(), init(init_params)
@@ -66,5 +59,5 @@ def test_given_parameters_are_begun_with_and_averaged(method):
     np.testing.assert_array_equal(params["layer"]["kernel"], init_params["layer.kernel"])
     np.testing.assert_array_equal(params["layer"]["bias"], drawn.params["layer"]["bias"])
   np.testing.assert_array_equal(state.rng, drawn.rng)
-  leaves = jax.tree.leaves(state)
-  assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+  for leaves in map(jax.tree.leaves, (drawn, state)):
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)

@@ -76,7 +76,7 @@ def test_export_and_file_give_their_tensors(tmp_path, read):
 def test_other_places_are_refused(tmp_path, workdir, abstract, one_device, read):
   with pytest.raises(UserError, match=r"init_from=.*holds nothing to begin from; give the dir"):
     read(tmp_path / "nowhere")
-  with pytest.raises(UserError, match="is a run of method 'tiny' and this one is 'else'"):
+  with pytest.raises(UserError, match="holds a run of method 'tiny', where one of 'else' is"):
     warm_start.read(str(workdir), "else", lambda *_: abstract, one_device, None)
   assert not (tmp_path / "nowhere").exists()
 

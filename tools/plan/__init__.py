@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for other accelerators: what a run would need of them."""
+"""Ahead-of-time compilation for other accelerators, and the cost there."""

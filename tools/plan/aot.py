@@ -1,7 +1,7 @@
-"""`--mode=compile`: compiles a run's programs for hardware that is not here; what they need of it.
+"""`--mode=compile`: compiles a run's programs ahead of time, for other accelerators.
 
-XLA's compiler for TPUs is in the package libtpu and needs no TPU. The memory is what it allots; the
-bytes between chips are in the program that it makes (`cost.py`); the time is estimated from peaks.
+XLA's compiler for TPUs is in the package libtpu and needs no TPU. It reports the memory. Bytes
+between chips are read from the compiled program (`cost.py`), and time is estimated from peaks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tools.plan import cost
 from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.errors import UserError
+from train_jax.optim import OptimConfig
 from train_jax.step import AbstractCall, Method, make_train_step
 
 GIB = 2**30
@@ -28,7 +29,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-  """Of one chip: memory in bytes, its bandwidth, bfloat16 FLOP/s, bytes/s from the other chips."""
+  """One chip: memory in bytes, its bandwidth in bytes/s, bfloat16 FLOP/s, bytes/s from others."""
 
   memory: float
   bandwidth: float
@@ -36,16 +37,15 @@ class Chip:
   network: float
 
 
-# docs.cloud.google.com/tpu/docs/{v5e,v5p-training,v6e}; `network` is half of what they call
-# bidirectional inter-chip bandwidth.
+# docs.cloud.google.com/tpu/docs/{v5e,v5p-training,v6e}; `network` is half of their bidirectional
+# inter-chip bandwidth.
 CHIPS = {
   "v5e": Chip(16 * GIB, 819e9, 197e12, 200e9),
   "v5p": Chip(95 * GIB, 2765e9, 459e12, 600e9),
   "v6e": Chip(32 * GIB, 1638e9, 918e12, 400e9),
 }
 
-# Of peak FLOP/s, in matrix products: what good training runs reach.
-EFFICIENCY = 0.5
+EFFICIENCY = 0.5  # of peak FLOP/s in matrix products, as good training runs reach
 ASSUMPTIONS = (
   f"Estimated time: the larger of FLOPs at {EFFICIENCY:.0%} of the bfloat16 peak and one pass over "
   "the memory in use, plus the collectives over all links of a chip; nothing overlaps, a loop "
@@ -57,11 +57,10 @@ ASSUMPTIONS = (
 def find_devices(topology: str) -> list:
   """Devices of `v5e:16x16`, `v5p:2x2x2`, `v6e:4x4` (`*2`: two slices of that) or `cpu:8`.
 
-  Raises:
-    UserError: there is no such topology, or libtpu is not installed.
+  UserError if there is no such topology, or libtpu is not installed.
   """
   kind, _, shape = topology.partition(":")
-  if not re.fullmatch(r"cpu:[1-9]\d*|(v5e|v5p|v6e):\d+(x\d+)+(\*[1-9]\d*)?", topology):
+  if not re.fullmatch(rf"cpu:[1-9]\d*|({'|'.join(CHIPS)}):\d+(x\d+)+(\*[1-9]\d*)?", topology):
     raise UserError(
       f"--topology={topology} is unknown; write v5e:16x16, v5p:2x2x2, v6e:4x4 (with *2 for two "
       "slices) or cpu:8."
@@ -69,9 +68,9 @@ def find_devices(topology: str) -> list:
   if kind == "cpu":
     return _fake_devices(int(shape))
   shape, _, slices = shape.partition("*")
-  for name, value in {"SKIP_MDS_QUERY": "1", "WORKER_HOSTNAMES": "localhost"}.items():
-    os.environ.setdefault(f"TPU_{name}", value)  # there is no TPU machine to ask
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to keep for this process
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU to reserve for this process
   jax.config.update("jax_platforms", "cpu")
   extra = {"num_slices": int(slices)} if slices else {}
   try:
@@ -90,7 +89,7 @@ def _fake_devices(n: int) -> list:
   try:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", n)
-  except RuntimeError:  # JAX has started already
+  except RuntimeError:  # JAX has started already, with devices of its own
     pass
   if len(jax.devices()) < n:
     raise UserError(f"--topology=cpu:{n} is more than the {len(jax.devices())} devices here.")
@@ -103,11 +102,11 @@ class Program:
 
   Attributes:
     arguments: bytes of each group of arguments: parameters, optimiser, averages, ...
-    peak: bytes of memory, or of what was asked for where it does not fit.
-    fits: whether the compiler and the chip's table agree that it does; None for chips unknown.
+    peak: bytes of memory, or bytes that the compiler asked for if the program does not fit.
+    fits: whether it fits by the compiler and by CHIPS; None for an unknown chip.
     flops: of matrix products.
-    received: bytes from other chips, by kind of collective; from other slices, `cost.BETWEEN`.
-    seconds: of compilation.
+    received: bytes from other chips by kind of collective, and `cost.BETWEEN` from other slices.
+    seconds: time of compilation.
   """
 
   name: str
@@ -131,31 +130,28 @@ class Program:
 def abstract_batch(method: Method, position: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """The global batch number `position` as shapes, from this process's share of it."""
   parts = mesh_lib.batch_parts(mesh)
-  share = parts // len(mesh_lib.process_rows(parts, mesh))
+  shares = parts // len(mesh_lib.process_rows(parts, mesh))
   stream = method.stream(0, position)
-  rows, sharding = next(stream), mesh_lib.batch_sharding(mesh)
+  batch, sharding = next(stream), mesh_lib.batch_sharding(mesh)
   stream.close()
   return {
-    name: jax.ShapeDtypeStruct((share * len(a), *a.shape[1:]), a.dtype, sharding=sharding)
-    for name, a in rows.items()
+    name: jax.ShapeDtypeStruct((shares * len(a), *a.shape[1:]), a.dtype, sharding=sharding)
+    for name, a in batch.items()
   }
 
 
 def bytes_per_chip(tree) -> float:
-  """Of the leaves of an abstract tree with shardings."""
-  return float(
-    sum(
-      math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
-    )
-  )
+  """The bytes of an abstract tree with shardings on one chip."""
+  shapes = [(a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in jax.tree.leaves(tree)]
+  return float(sum(math.prod(shape) * itemsize for shape, itemsize in shapes))
 
 
 def compile_program(call: AbstractCall, chip: Chip | None) -> Program:
-  """Compiles a call for a chip; `chip` is None where its limits are not known."""
+  """Compiles a call for a chip; None is a chip with unknown limits."""
   start = time.perf_counter()
   traced = jax.jit(call.function, **call.options).trace(*call.args)
   sizes = {group: bytes_per_chip(tree) for group, tree in call.groups.items()}
-  known = {"name": call.name, "arguments": sizes, "flops": cost.flops(traced.jaxpr) / call.chips}
+  common = {"name": call.name, "arguments": sizes, "flops": cost.flops(traced.jaxpr) / call.chips}
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as err:
@@ -163,46 +159,38 @@ def compile_program(call: AbstractCall, chip: Chip | None) -> Program:
     if "RESOURCE_EXHAUSTED" not in str(err) or not used:
       raise
     peak = float(used.group(1)) * 1024 ** (1 + "KMGT".index(used.group(2)))
-    return Program(**known, peak=peak, fits=False, received={}, seconds=time.perf_counter() - start)
-  found = compiled.memory_analysis()
+    return Program(
+      **common, peak=peak, fits=False, received={}, seconds=time.perf_counter() - start
+    )
+  memory = compiled.memory_analysis()
   peak = (
-    found.argument_size_in_bytes
-    + found.output_size_in_bytes
-    - found.alias_size_in_bytes
-    + found.temp_size_in_bytes
-    + found.generated_code_size_in_bytes
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
   )
-  return Program(
-    **known,
-    peak=peak,
-    fits=peak <= chip.memory if chip else None,
-    received=cost.collectives(_text(compiled), call.chips),
-    seconds=time.perf_counter() - start,
-  )
-
-
-def _text(compiled: jax.stages.Compiled) -> str:
-  """The compiled program as HLO. Raises UserError if its compiler is too new for this jaxlib."""
   try:
-    return compiled.as_text()
+    received = cost.collectives(compiled.as_text(), call.chips)
   except jax.errors.JaxRuntimeError as err:
     raise UserError(
       f"jaxlib {version('jaxlib')} cannot read what the installed libtpu has compiled; install "
       f"the one that goes with it: pip install 'jax[tpu]=={jax.__version__}'."
     ) from err
+  fits, seconds = peak <= chip.memory if chip else None, time.perf_counter() - start
+  return Program(**common, peak=peak, fits=fits, received=received, seconds=seconds)
 
 
 def compile_step(
   method: Method,
   tx,
-  decays: dict,
-  clip: float,
-  grad_accum_steps: int,
+  decays: dict[str, float],
+  optim: OptimConfig,
   position: int,
   mesh: Mesh,
   chip: Chip | None,
 ) -> Program:
-  """The train step of a run, as the loop compiles it; `position` is that of the batch."""
+  """Compiles the train step as the loop does; `position` is the number of the batch."""
   state = mesh_lib.abstract_state(jax.eval_shape(state_lib.create(method, tx, decays, 0)), mesh)
   shardings = jax.tree.map(lambda a: a.sharding, state)
   frozen = (mesh_lib.abstract_state(method.frozen.shapes, mesh),) if method.frozen else ()
@@ -211,11 +199,13 @@ def compile_step(
     "parameters": state.params,
     "optimiser": state.opt_state,
     "averages": state.ema,
-    "side-car": state.aux_state,
+    "auxiliary": state.aux_state,
   }
   call = AbstractCall(
     "train step",
-    mesh_lib.with_mesh(mesh, make_train_step(method, tx, decays, clip, grad_accum_steps)),
+    mesh_lib.with_mesh(
+      mesh, make_train_step(method, tx, decays, optim.clip, optim.grad_accum_steps)
+    ),
     (state, abstract_batch(method, position, mesh), *frozen),
     groups,
     mesh.size,
@@ -225,7 +215,7 @@ def compile_step(
 
 
 def in_bytes(size: float) -> str:
-  """A number of bytes with its unit, in eleven characters or more."""
+  """A number of bytes with its unit, padded to eleven characters or more."""
   for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
     if size >= 0.1 * 1024**power:
       return f"{size / 1024**power:9.3f} {unit}"
@@ -233,20 +223,18 @@ def in_bytes(size: float) -> str:
 
 
 def describe(program: Program, chip: Chip | None) -> str:
-  """The program's numbers, a line each."""
-  rows = [f"{program.name}: compiled in {program.seconds:.0f} s"]
-  rows += [f"  {name:<18} {in_bytes(size)}" for name, size in program.arguments.items() if size]
+  """The program's numbers as text, one a line."""
+  lines = [(name, in_bytes(size)) for name, size in program.arguments.items() if size]
   verdict = "fits" if program.fits else "DOES NOT FIT"
   limit = f" of {chip.memory / GIB:.0f} GiB: {verdict}" if chip else ""
-  rows.append(f"  {'memory peak':<18} {in_bytes(program.peak)}{limit}")
+  lines.append(("memory peak", f"{in_bytes(program.peak)}{limit}"))
   flops, unit = (program.flops / 1e12, "T") if program.flops > 1e11 else (program.flops / 1e9, "G")
-  rows.append(f"  {'FLOPs':<18} {flops:9.3f} {unit}FLOP")
-  rows += [f"  {kind:<18} {in_bytes(size)}" for kind, size in sorted(program.received.items())]
+  lines.append(("FLOPs", f"{flops:9.3f} {unit}FLOP"))
+  lines += [(kind, in_bytes(size)) for kind, size in sorted(program.received.items())]
   if chip and program.fits:
-    compute, memory, network = program.estimate(chip)
+    compute, memory, network = (1e3 * seconds for seconds in program.estimate(chip))
     total = max(compute, memory) + network
-    rows.append(
-      f"  {'estimate':<18} {1e3 * total:9.1f} ms = max(compute {1e3 * compute:.1f}, memory "
-      f"{1e3 * memory:.1f}) + network {1e3 * network:.1f}"
-    )
-  return "\n".join(rows)
+    terms = f"max(compute {compute:.1f}, memory {memory:.1f}) + network {network:.1f}"
+    lines.append(("estimate", f"{total:9.1f} ms = {terms}"))
+  head = f"{program.name}: compiled in {program.seconds:.0f} s"
+  return "\n".join([head, *(f"  {name:<18} {text}" for name, text in lines)])

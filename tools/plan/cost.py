@@ -1,7 +1,7 @@
-"""What a program costs, read from its text: FLOPs of a jaxpr, bytes between chips of compiled HLO.
+"""The cost of a program, from its text: FLOPs of a jaxpr, bytes between chips of compiled HLO.
 
-XLA's own cost analysis counts the body of a loop once. Here it counts as often as it runs, where
-that is known before it runs; other loops count once.
+XLA's own cost analysis counts the body of a loop once. Here it counts as often as it runs, if that
+is known at compile time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[(.*?)\] \{(.*?)\})")
 _AXIS = re.compile(r"'(\w+)'(?:=|:\(\d+\))?(\d*)")
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BETWEEN = "between slices"  # what TPU's compiler leaves to the hosts and their network
+BETWEEN = "between slices"  # transfers that TPU's compiler leaves to the hosts
 
 
 def flops(jaxpr) -> float:
-  """Floating-point operations of the matrix products and convolutions, over all devices.
+  """FLOPs of matrix products and convolutions, over all devices.
 
-  Recomputation (`jax.checkpoint`) is in the jaxpr and counts; of `cond` the dearest branch does.
+  Recomputation (`jax.checkpoint`) is in the jaxpr and counts. The dearest branch of `cond` counts.
   """
   total = 0.0
   for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -53,7 +53,7 @@ def flops(jaxpr) -> float:
 
 
 def _bytes(types: str) -> float:
-  """Of all arrays in an HLO type, such as `(f32[2,3]{1,0}, bf16[4])`."""
+  """Bytes of all arrays in an HLO type, such as `(f32[2,3]{1,0}, bf16[4])`."""
   total = 0.0
   for _, bits, shape in _ARRAY.findall(types):
     total += int(bits or 8) / 8 * math.prod(int(n) for n in shape.split(",") if n)
@@ -61,28 +61,28 @@ def _bytes(types: str) -> float:
 
 
 def _group(attributes: str, chips: int) -> int:
-  """How many chips take part in one of the groups of a collective."""
-  found = _GROUPS.search(attributes)
-  if found is None:
+  """The number of chips in a group of a collective."""
+  match = _GROUPS.search(attributes)
+  if match is None:
     return chips
-  listed, _, size, axes, used = found.groups()
-  if axes is not None:  # mesh['a'=4,'b'=8] {'a'}, or {'b':(1)2} for a part of an axis
-    sizes = dict(_AXIS.findall(axes))
-    return math.prod(int(part or sizes[axis]) for axis, part in _AXIS.findall(used))
-  return int(size) if size else (listed.count(",") + 1 if listed else chips)
+  members, _, size, mesh, axes = match.groups()
+  if mesh is not None:  # mesh['a'=4,'b'=8] {'a'}, or {'b':(1)2} for a part of an axis
+    sizes = dict(_AXIS.findall(mesh))
+    return math.prod(int(part or sizes[axis]) for axis, part in _AXIS.findall(axes))
+  return int(size) if size else (members.count(",") + 1 if members else chips)
 
 
-def _received(kind: str, started: bool, types: str, group: int) -> float:
-  """Bytes that each chip must get from others, by a ring; `types` is what the operation returns."""
+def _received(kind: str, is_start: bool, types: str, group: int) -> float:
+  """Bytes that each chip gets from others in a ring; `types` is the operation's result."""
   size, share = _bytes(types), (group - 1) / group
   if kind == "all-reduce":
     return 2 * size * share
-  if kind == "all-gather":
-    return (size * group / (group + 1) if started else size) * share  # -start returns operands too
+  if kind == "all-gather":  # -start returns its operands as well
+    return (size * group / (group + 1) if is_start else size) * share
   if kind == "reduce-scatter":
     return size * (group - 1)
   if kind == "collective-permute":
-    return size / 2 if started else size
+    return size / 2 if is_start else size
   return size * share
 
 
@@ -100,31 +100,31 @@ class Operation(NamedTuple):
 
 
 class Computation(dict[str, Operation]):
-  """The operations of a computation by name; `root` is the one that it returns."""
+  """The operations of a computation by name; it returns `root`."""
 
   root: Operation
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
   """The computations of an HLO module by name, and the name of the entry."""
-  found: dict[str, Computation] = {}
+  computations: dict[str, Computation] = {}
   entry, current = "", Computation()
   for line in text.splitlines():
     if header := _HEADER.match(line):
-      current = found[header.group(2)] = Computation()
+      current = computations[header.group(2)] = Computation()
       entry = header.group(2) if header.group(1) else entry
     elif operation := _OPERATION.match(line):
       root, name, *parts = operation.groups()
       current[name] = Operation(name, *parts)
       if root:
         current.root = current[name]
-  return found, entry
+  return computations, entry
 
 
 def trips(loop: Operation, condition: Computation, body: Computation) -> int:
-  """How often a loop runs that counts from 0 to a constant by constant steps; 1 for any other."""
-  if known := _TRIPS.search(loop.rest):
-    return int(known.group(1))
+  """Iterations of a loop that counts from 0 to a constant by constant steps; 1 for any other."""
+  if match := _TRIPS.search(loop.rest):
+    return int(match.group(1))
 
   def number(computation: Computation, name: str) -> int | None:
     operation = computation.get(name)
@@ -133,10 +133,10 @@ def trips(loop: Operation, condition: Computation, body: Computation) -> int:
     value = operation.rest.partition(")")[0]
     return int(value) if value.isdigit() else None
 
-  compared = getattr(condition, "root", None)
-  if compared is None or compared.opcode != "compare" or "direction=LT" not in compared.rest:
+  test = getattr(condition, "root", None)
+  if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
     return 1
-  counter, limit = compared.operands
+  counter, limit = test.operands
   limit, counter = number(condition, limit), condition.get(counter)
   if limit is None or counter is None or counter.opcode != "get-tuple-element":
     return 1
@@ -151,17 +151,17 @@ def collectives(text: str, chips: int) -> dict[str, float]:
   """Bytes that each chip receives in one run of compiled HLO, by kind of collective.
 
   A ring is assumed: an all-gather brings all but the chip's own share, an all-reduce twice that.
-  Of branches the dearest counts. What comes from other slices, through the hosts, is BETWEEN: the
-  arrays that the hosts hand to the chip, where they have reduced them already.
+  The dearest branch counts. BETWEEN are arrays from other slices, which the hosts hand to the chip
+  after they have reduced them.
   """
   computations, entry = parse(text)
   channels = set()
 
   @functools.cache
   def total(name: str) -> Counter:
-    found = Counter()
+    sizes = Counter()
     for operation in computations.get(name, {}).values():
-      _, _, opcode, rest = operation
+      _, types, opcode, rest = operation
       kind = opcode.removesuffix("-start")
       if kind in KINDS:
         # A collective that is spread over several fusions appears in each of them.
@@ -169,18 +169,17 @@ def collectives(text: str, chips: int) -> dict[str, float]:
         key = channel and (kind, channel.group(1))
         if key is None or key not in channels:
           channels.add(key)
-          group = _group(rest, chips)
-          found[kind] += _received(kind, opcode != kind, operation.types, group)
+          sizes[kind] += _received(kind, opcode != kind, types, _group(rest, chips))
       elif opcode == "recv" and "megascale" in rest:
-        found[BETWEEN] += _bytes(operation.types.partition("]")[0] + "]")
+        sizes[BETWEEN] += _bytes(types.partition("]")[0] + "]")
       elif opcode == "while":
         condition, body = _LOOP.search(rest).groups()
         times = trips(operation, computations[condition], computations[body])
-        found.update({kind: times * size for kind, size in total(body).items()})
+        sizes.update({kind: times * size for kind, size in total(body).items()})
       else:
-        found.update(sum(map(total, _CALLED.findall(rest)), Counter()))
+        sizes.update(sum(map(total, _CALLED.findall(rest)), Counter()))
         branches = _NAME.findall(" ".join(f"{a} %{b}" for a, b in _BRANCHES.findall(rest)))
-        found.update(max(map(total, branches), key=Counter.total, default=Counter()))
-    return found
+        sizes.update(max(map(total, branches), key=Counter.total, default=Counter()))
+    return sizes
 
   return dict(total(entry))

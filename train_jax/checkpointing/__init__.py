@@ -1,1 +1,1 @@
-"""Steps on disk: written in the background, checksummed, and the newest good one found again."""
+"""Steps on disk: written in the background, checksummed, and restored from the newest good one."""

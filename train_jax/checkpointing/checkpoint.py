@@ -1,14 +1,14 @@
-"""Checkpoints: Orbax on disk, with checksums of our own, and the newest good one when some are bad.
+"""Checkpoints: Orbax on disk with our own checksums; the newest good one is found among bad ones.
 
 A step directory holds the items
 
     state          the TrainState without its averages
-    ema_<name>     one exponential moving average: sampling restores `ema_sample` and nothing else
-    meta           JSON: config, metadata of the data, data position, a checksum for every array and
-                   one for itself
+    ema_<name>     one average: sampling restores `ema_sample` and nothing else
+    meta           JSON: config, metadata of the data, position in the data, and checksums of every
+                   array and of itself
 
-Orbax writes a step to a temporary directory and renames it, so a killed save leaves no step. A
-flipped bit in a stored array would restore silently; the checksums find it.
+Orbax writes a step to a temporary directory and renames it, so a killed save leaves no step. The
+checksums find flipped bits of stored arrays, which Orbax restores silently.
 """
 
 from __future__ import annotations
@@ -47,13 +47,7 @@ def _state(items: dict[str, PyTree]) -> TrainState:
 
 
 class Checkpoints:
-  """The steps stored under `workdir/checkpoints`.
-
-  Args:
-    workdir: the run's directory.
-    keep: how many of the newest steps are kept.
-    keep_every: steps that it divides are kept as well; 0: none.
-  """
+  """The steps stored under `workdir/checkpoints`; `keep` and `keep_every` as in LoopConfig."""
 
   def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
     self.directory = (Path(workdir) / "checkpoints").absolute()
@@ -66,16 +60,12 @@ class Checkpoints:
   def save(self, state: TrainState, meta: dict) -> None:
     """Saves in the background; returns once the arrays are copied and may be donated.
 
-    What goes wrong is logged: training goes on.
+    Errors are logged, and training goes on.
     """
     self._saver.save(int(state.step), _items(state), meta)
 
   def wait(self) -> None:
-    """Returns when the last save is on disk; all processes must call it.
-
-    Raises:
-      SaveError: it is not.
-    """
+    """Returns when the last save is on disk, or raises SaveError; all processes must call it."""
     if failure := self._saver.finish():
       raise SaveError(f"{failure}. Make room; the same command goes on from there.")
 
@@ -90,79 +80,73 @@ class Checkpoints:
     self._saver.close()
 
   def _restore(self, step: int, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict]:
-    """The items named in `abstract` and the meta of one step, verified, on all processes or none.
+    """The items of `abstract` and the meta of one step, verified.
 
-    Raises:
-      DamagedError: on all of them, where one cannot read it.
+    DamagedError on all processes if one of them cannot read the step.
     """
-    problem, found, meta = "", {}, {}
+    problem, items, meta = "", {}, {}
     try:
       meta = stored.read_meta(self.directory / str(step))
       handler = ocp.StandardCheckpointHandler()  # a checkpointer would wait for other processes
       for name, tree in abstract.items():
         path = self.directory / str(step) / name
-        found[name] = handler.restore(path, args=ocp.args.StandardRestore(tree))
+        items[name] = handler.restore(path, args=ocp.args.StandardRestore(tree))
     except DamagedError as err:
       problem = str(err)
-    except Exception as err:  # Orbax and its stores raise many kinds; each means "not readable"
+    except Exception as err:  # Orbax and its storage raise many kinds
       problem = f"it cannot be read ({stored.reason(err)})"
     if not all_agree(not problem):
       raise DamagedError(problem or "another process cannot read it")
     for name in abstract:
-      stored.compare(name, checksum.checksums(found[name]), meta["checksums"][name])
-    return found, meta
+      stored.compare(name, checksum.checksums(items[name]), meta["checksums"][name])
+    return items, meta
 
   def require_meta(self, step: int | None = None) -> dict:
-    """`newest_meta`, or that of `step`; or a UserError that says what was looked for."""
+    """`newest_meta`, or that of `step`; UserError if there is none."""
     if step is not None and self.steps():
-      return self._asked(step, {})[1]
-    meta = self.newest_meta()
-    if meta is None and self.steps():
+      return self._restore_step(step, {})[1]
+    if (meta := self.newest_meta()) is not None:
+      return meta
+    if self.steps():
       raise self._none_good()
-    if meta is None:
-      raise UserError(
-        f"no checkpoint found: looked for {self.directory}/<step>; train first, or give the "
-        "--workdir of a run."
-      )
-    return meta
+    raise UserError(
+      f"no checkpoint found: looked for {self.directory}/<step>; train first, or give the "
+      "--workdir of a run."
+    )
 
   def require_run(self, method: str, step: int | None = None) -> tuple[dict, dict, int]:
-    """(config, metadata, step) of the run of `method` that is stored here.
-
-    Raises:
-      UserError: as `require_meta`, or the run is of another method.
-    """
+    """(config, metadata, step) of the stored run; UserError if there is none of `method`."""
     meta = self.require_meta(step)
-    if (found := meta["config"]["method"]) != method:
+    if (other := meta["config"]["method"]) != method:
       raise UserError(
-        f"{self.directory.parent} holds a run of method {found!r}, where one of {method!r} is "
-        "expected; give another."
+        f"{self.directory.parent} holds a run of method {other!r}, where one of {method!r} is "
+        "expected; give a run of the same method."
       )
     return meta["config"], meta["metadata"], meta["step"]
 
-  def _known(self) -> list[int]:
-    """`steps` as process 0 sees them: a disk that is shared may lag behind."""
+  def _shared_steps(self) -> list[int]:
+    """`steps` as process 0 sees them: a shared disk may show them later to others."""
     if jax.process_count() == 1:
       return self.steps()
-    mine = np.zeros(64, np.int32)
-    steps = self.steps()[: len(mine)]
-    mine[: len(steps)] = np.array(steps, np.int32) + 1
-    return [int(n) - 1 for n in multihost_utils.broadcast_one_to_all(mine) if n]
+    buffer = np.zeros(64, np.int32)
+    steps = self.steps()[: len(buffer)]
+    buffer[: len(steps)] = np.array(steps, np.int32) + 1
+    return [int(n) - 1 for n in multihost_utils.broadcast_one_to_all(buffer) if n]
 
   def newest_meta(self) -> dict | None:
-    """What was saved beside the arrays of the newest step that can be read; None if none can."""
-    for step in self._known():
+    """The meta of the newest step whose meta is good; None if there is none."""
+    for step in self._shared_steps():
       try:
         return self._restore(step, {})[1]
       except DamagedError:
         continue
     return None
 
-  def _newest(
+  def _restore_newest(
     self, abstract: dict[str, PyTree]
   ) -> tuple[dict[str, PyTree], dict, list[int]] | None:
-    """Items and meta of the newest good step, and the damaged steps that are newer than it."""
-    steps = self._known()
+    """Items and meta of the newest good step, and the damaged newer steps; None without steps."""
+    steps = self._shared_steps()
     for i, step in enumerate(steps):
       try:
         return *self._restore(step, abstract), steps[:i]
@@ -172,15 +156,15 @@ class Checkpoints:
       raise self._none_good()
     return None
 
-  def _asked(self, step: int, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict]:
-    """Items and meta of `step`; UserError, on all processes, where one of them has it not whole."""
+  def _restore_step(self, step: int, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict]:
+    """`_restore`, for a step that the user chose: raises UserError instead of DamagedError."""
     try:
       return self._restore(step, abstract)
     except DamagedError as err:
-      found = self.steps()
-      problem = f"is damaged: {err}" if step in found else "is not stored"
+      steps = self.steps()
+      problem = f"is damaged: {err}" if step in steps else "is not stored"
       raise UserError(
-        f"--step={step} {problem}; choose one of {found} in {self.directory}, or leave it out for "
+        f"--step={step} {problem}; choose one of {steps} in {self.directory}, or leave it out for "
         "the newest good one."
       ) from err
 
@@ -191,19 +175,18 @@ class Checkpoints:
     )
 
   def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
-    """The newest good step as (state, meta), laid out as `abstract` says; None if none is stored.
+    """(state, meta) of the newest good step, laid out as `abstract`; None if none is stored.
 
-    Damaged steps are reported by name. Those newer than the good one are moved to
-    `workdir/damaged`, out of the way of later saves.
+    Damaged newer steps are logged, and moved to `workdir/damaged` to make room for later saves.
 
     Raises:
-      UserError: steps are stored but none is good. They stay where they are, so that the next call
-        does not take the directory for an empty one and start again.
+      UserError: steps are stored, but none is good. They stay, or the next call would find an empty
+        directory and start again.
     """
-    found = self._newest(_items(abstract))
-    if found is None:
+    restored = self._restore_newest(_items(abstract))
+    if restored is None:
       return None
-    items, meta, damaged = found
+    items, meta, damaged = restored
     for step in damaged:
       set_aside(self.directory, step)
     self._saver.good = meta["step"]
@@ -212,14 +195,12 @@ class Checkpoints:
   def restore_ema(
     self, name: str, abstract: PyTree, mesh: Mesh, step: int | None = None
   ) -> tuple[PyTree, int]:
-    """One average of `step` or the newest good one, laid out on `mesh` by the rule; its number.
+    """(average, step) of `step` or the newest good step, laid out on `mesh`; reads nothing else.
 
-    Reads nothing else.
-
-    Raises:
-      UserError: nothing is stored here, or nothing good; or not `step`.
+    UserError if no good step is stored, or not `step`.
     """
     self.require_meta(step)
-    wanted = {f"ema_{name}": mesh_lib.abstract_state(abstract, mesh)}
-    items, meta = self._newest(wanted)[:2] if step is None else self._asked(step, wanted)
+    trees = {f"ema_{name}": mesh_lib.abstract_state(abstract, mesh)}
+    restored = self._restore_newest(trees) if step is None else self._restore_step(step, trees)
+    items, meta, *_ = restored
     return items[f"ema_{name}"], meta["step"]

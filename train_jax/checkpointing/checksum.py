@@ -23,10 +23,10 @@ def _mix(h):
 
 
 def _fold(h: jax.Array) -> jax.Array:
-  """Adds the halves of an axis, three times where it can: fewer numbers with the same sum.
+  """Adds the halves of an axis, up to three times: fewer numbers with the same sum.
 
-  A CPU's sum of integers is scalar, and this is not. Eight parts are read at once then; many more
-  are slower, as they do not stay in the processor's cache.
+  A CPU's sum of integers is scalar, and this is vectorized. Three times make eight parts that are
+  read at once. More do not stay in the processor's cache.
   """
   folds = 3
   for axis in range(h.ndim):
@@ -39,9 +39,8 @@ def _of_array(a: jax.Array) -> jax.Array:
   """uint32: the sum, modulo 2^32, of a hash of every word and its place.
 
   The hash (MurmurHash3's finaliser) is a bijection of the word, so damage inside one word always
-  changes the sum; wider damage escapes with probability 2^-32, zeroed blocks of constant arrays
-  included. Integer sums wrap and so do not depend on order, hence not on the layout: the same
-  number for any mesh.
+  changes the sum. Wider damage, also zeroed blocks of constant arrays, escapes with probability
+  2^-32. Integer sums wrap, so their order and the array's layout do not matter.
   """
   if a.dtype == jnp.bool_:
     a = a.astype(jnp.uint8)
@@ -60,18 +59,18 @@ _of_tree = jax.jit(lambda tree: jax.tree.map(_of_array, tree))
 
 
 def start(tree: PyTree) -> dict[str, jax.Array]:
-  """One number for each array of `tree`, by the array's path; does not wait for them."""
+  """The checksum of each array of `tree`, by the array's path; does not wait for the values."""
   leaves = jax.tree_util.tree_leaves_with_path(_of_tree(tree))
   return {jax.tree_util.keystr(path): value for path, value in leaves}
 
 
 def checksums(tree: PyTree) -> dict[str, int]:
-  """`start`, and waits."""
+  """The same, as integers."""
   return {path: int(value) for path, value in jax.device_get(start(tree)).items()}
 
 
 def of_host(a: np.ndarray) -> int:
-  """The same number for an array in this host's memory, without any device."""
+  """The same checksum for an array in this host's memory, without any device."""
   word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[a.dtype.itemsize]
   words, total = a.reshape(-1).view(word), 0
   offsets = np.arange(min(len(words), BLOCK), dtype=np.uint32) * np.uint32(GOLDEN)
@@ -83,5 +82,5 @@ def of_host(a: np.ndarray) -> int:
 
 
 def of_json(value: dict) -> int:
-  """Of the JSON text, which a position or a config value that changed on disk does not match."""
+  """The checksum of a JSON object, after one round trip, which turns tuples into lists."""
   return zlib.crc32(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())

@@ -1,7 +1,7 @@
-"""Saving steps in the background, so that whatever happens one good step stays on disk.
+"""Saving steps in the background; one good step is always on disk.
 
-A save that fails stops nothing: it is reported, the step before it is whole, and the next one is
-tried. Older steps are deleted only when a newer one has been read back and is what was saved.
+A failed save is logged and stops nothing: the step before it is whole, and the next save is tried.
+Older steps are deleted only after a newer one was read back and compared.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from train_jax.multihost.distributed import all_agree
 
 PyTree = Any
 
-PATIENCE = 5.0  # seconds that training waits for the save before without saying so
-HALF, GONE = ".orbax-checkpoint-tmp", ".deleted"  # suffixes of what is being written, and deleted
+PATIENCE = 5.0  # seconds that training may wait for the previous save before that is logged
+HALF, GONE = ".orbax-checkpoint-tmp", ".deleted"  # suffixes of steps being written, and deleted
 
 
 class SaveError(RuntimeError):
-  """The state could not be saved; the message says what is safe and how to go on."""
+  """The state could not be saved; the message names the last good step and the way out."""
 
 
 def _not_orbax(record) -> bool:
-  """For the log: Orbax reports a failed save by a page of traceback, and we by a sentence."""
+  """A filter of the log: Orbax reports a failed save by a page of traceback, we by a sentence."""
   return record.levelno < logging.converter.STANDARD_ERROR or "/orbax/" not in record.pathname
 
 
@@ -42,23 +42,23 @@ def _fetch(sums: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, int]]:
 
 
 def stored_steps(directory: Path) -> list[int]:
-  """Steps in `directory`, newest first, good or not."""
+  """Steps in `directory`, newest first, good or damaged."""
   if not directory.is_dir():
     return []
   return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
 
 
 def set_aside(directory: Path, step: int) -> None:
-  """Moves a damaged step, where it is there, out of the way; all processes must call it."""
-  aside, found = directory.parent / "damaged", directory / str(step)
-  if jax.process_index() == 0 and found.exists():  # all of them have read it, and one moves it
+  """Moves a damaged step, if it exists, to `damaged`; all processes must call it."""
+  source, target = directory / str(step), directory.parent / "damaged" / str(step)
+  if jax.process_index() == 0 and source.exists():
     try:
-      aside.mkdir(exist_ok=True)
-      if (target := aside / str(step)).exists():
+      target.parent.mkdir(exist_ok=True)
+      if target.exists():
         shutil.rmtree(target)
-      shutil.move(found, target)
+      shutil.move(source, target)
     except OSError as err:
-      logging.warning("%s cannot be moved to %s: %s", found, aside, err.strerror)
+      logging.warning("%s cannot be moved to %s: %s", source, target.parent, err.strerror)
   multihost_utils.sync_global_devices(f"step {step} is out of the way")
 
 
@@ -66,7 +66,7 @@ class Saver:
   """Writes steps into `directory`; deletes all but the newest `keep` and those of `keep_every`.
 
   Attributes:
-    good: the newest step that is known to be whole: restored, or read back after its save.
+    good: the newest step that is known to be whole, as it was restored or read back.
   """
 
   def __init__(self, directory: Path, keep: int, keep_every: int = 0):
@@ -78,11 +78,11 @@ class Saver:
     self._failure = ""
 
   def _leftovers(self, *kinds: str) -> list[Path]:
-    """What saves (of the kind HALF) and deletions (GONE) left that did not come to their end."""
+    """Directories of interrupted saves (HALF) and deletions (GONE)."""
     return [p for p in self.directory.iterdir() if p.suffix in kinds]
 
   def _open(self) -> str:
-    """Why a process cannot write to the directory, "" if all can; cleans it up the first time."""
+    """Prepares the directory; returns why a process cannot write to it, "" if all can."""
     problem = ""
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
@@ -101,9 +101,15 @@ class Saver:
   def save(self, step: int, items: dict[str, PyTree], meta: dict) -> None:
     """Saves in the background; returns once the arrays are copied and may be donated.
 
-    What goes wrong is logged, and `finish` returns it.
+    An error is logged, and `finish` returns it.
     """
-    self._finish_patiently()
+    start = time.monotonic()
+    self.finish()
+    if (seconds := time.monotonic() - start) > PATIENCE:
+      logging.warning(
+        "training waited %.0f s for the save before to end: the disk is slow; raise save_every.",
+        seconds,
+      )
     if problem := self._open():
       self._failure = self._sentence(step, problem)
       return self._report(self._failure)
@@ -111,8 +117,8 @@ class Saver:
     sums: Future[dict[str, dict[str, jax.Array]]] = Future()
 
     def make_meta() -> dict:
-      made = {**meta, "checksums": _fetch(sums.result())}
-      return {**made, "checksum": checksum.of_json(made)}
+      record = {**meta, "checksums": _fetch(sums.result())}
+      return {**record, "checksum": checksum.of_json(record)}
 
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args = ocp.args.Composite(**args, meta=stored.LateJsonSave(make_meta))
@@ -121,18 +127,18 @@ class Saver:
     except Exception as err:  # of many kinds
       sums.set_exception(err)
       self._failure = self._sentence(step, stored.reason(err))
-      if jax.process_count() > 1:  # the others wait inside Orbax for this one
+      if jax.process_count() > 1:  # the others wait for this process inside Orbax
         raise SaveError(self._failure) from err
       return self._report(self._failure)
-    # After the copies, which would queue up behind them; and nobody waits here for their values.
+    # Sums start after the copies, which would queue up behind them. Nothing waits for sums here.
     try:
       sums.set_result({name: checksum.start(tree) for name, tree in items.items()})
-    except Exception as err:  # else the save would wait for them for ever
+    except Exception as err:  # without a result the save would wait for ever
       sums.set_exception(err)
     self._saving = step, self._background.submit(self._complete, step, abstract, sums)
 
   def _complete(self, step: int, abstract: dict[str, PyTree], sums: Future) -> str:
-    """In the background: returns what went wrong with the save of `step`, "" if nothing did."""
+    """Ends the save of `step` in the background; returns a sentence if it failed, "" if not."""
     try:
       self._orbax.wait_until_finished()
       stored.read_back(self.directory / str(step), abstract, _fetch(sums.result()))
@@ -143,9 +149,9 @@ class Saver:
     return ""
 
   def finish(self) -> str:
-    """Waits for the save in progress; returns a sentence about it if it failed, "" if not.
+    """Waits for the save in progress; returns a sentence if it failed, "" if not.
 
-    All processes must call it. Deletes what is no longer to be kept.
+    It deletes old steps. All processes must call it.
     """
     if self._saving is None:
       return self._failure
@@ -160,19 +166,9 @@ class Saver:
     self._remove(self._leftovers(HALF))
     return self._failure
 
-  def _finish_patiently(self) -> None:
-    since = time.monotonic()
-    self.finish()
-    if (waited := time.monotonic() - since) > PATIENCE:
-      logging.warning(
-        "training waited %.0f s for the save before to end: the disk is slow; raise save_every.",
-        waited,
-      )
-
   def _sentence(self, step: int, why: str) -> str:
-    if self.good is None:
-      safe = "no step was saved before it"
-    else:
+    safe = "no step was saved before it"
+    if self.good is not None:
       safe = f"{self.directory / str(self.good)} is whole"
     return f"step {step} could not be saved ({why}); {safe}"
 
@@ -182,22 +178,22 @@ class Saver:
   def _prune(self) -> None:
     """Deletes all but the newest `keep` steps, after one of them was read back.
 
-    The first step at or after each multiple of `keep_every` stays beside them: a save may have
-    waited for a step that was not skipped. What is not whole at first sight does not count, so that
-    it pushes out nothing. Writes of a save that failed may have come after it was cleaned up.
+    Of each interval of `keep_every` the first step stays as well. It may come after the multiple,
+    as saves wait for a step that is not skipped. Steps that do not look whole do not count. A
+    failed save may have written after its cleaning up, so that is done again.
     """
     if jax.process_index() == 0:
       self._remove(self._leftovers(HALF))
       paths = [self.directory / str(step) for step in stored_steps(self.directory)]
       whole = [path for path in paths if stored.looks_whole(path)]  # newest first
-      kept = set()
+      keep = set(whole[: self._keep])
       if every := self._keep_every:
-        first = {int(path.name) // every: path for path in whole}  # the oldest, which comes last
-        kept = {path for multiple, path in first.items() if multiple}
-      self._remove([path for path in whole[self._keep :] if path not in kept])
+        first = {int(path.name) // every: path for path in whole}  # the oldest comes last
+        keep |= {path for multiple, path in first.items() if multiple}
+      self._remove([path for path in whole if path not in keep])
 
   def _remove(self, paths: list[Path]) -> None:
-    """Deletes directories in the background, renamed first: half a step must not look like one."""
+    """Renames directories and deletes them in the background: half a step must not look whole."""
     for path in paths if jax.process_index() == 0 else ():
       target = path if path.suffix == GONE else path.with_name(path.name + GONE)
       try:
@@ -208,9 +204,9 @@ class Saver:
         self._background.submit(shutil.rmtree, target, ignore_errors=True)
 
   def close(self) -> None:
-    """Ends the last save, and logs it if it fails. Waits for no other process."""
+    """Ends the last save, and logs it if it fails; waits for no other process."""
     if self._orbax is None:
       return
-    self._background.shutdown()  # waits, and what fails there is logged there
+    self._background.shutdown()  # waits for the save, which logs its own errors
     self._orbax.close()
     self._orbax = self._saving = None

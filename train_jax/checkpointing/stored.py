@@ -1,4 +1,4 @@
-"""One stored step, read and judged on the host: is it what was saved?"""
+"""A stored step, read on the host and compared with its checksums."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from train_jax.checkpointing import checksum
 
 PyTree = Any
 
-GROUP = 2**28  # bytes that are read back at a time, or one array if that has more
-KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO)
+GROUP = 2**28  # bytes that are read back at a time, or one array if it is larger
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO)
 
 
 class DamagedError(Exception):
-  """A stored step that can't be trusted."""
+  """A stored step that is not what was saved."""
 
 
 class LateJson(ocp.JsonCheckpointHandler):
-  """JSON that is made in the background, while the arrays are being written."""
+  """JSON that is made in the background while the arrays are written."""
 
   async def async_save(self, directory, item=None, args=None):
     async def write():
@@ -41,22 +41,22 @@ class LateJson(ocp.JsonCheckpointHandler):
 @ocp.args.register_with_handler(LateJson, for_save=True, for_restore=True)
 @dataclass
 class LateJsonSave(ocp.args.CheckpointArgs):
-  """What LateJson saves: the result of `make`."""
+  """The argument of LateJson, which saves the result of `make`."""
 
   make: Callable[[], dict]
 
 
 def reason(err: Exception) -> str:
-  """An error of Orbax or its stores in a few words."""
+  """An error of Orbax or its storage in a few words."""
   if isinstance(err, DamagedError):
     return str(err)
   text = " ".join(str(err).split())
-  known = next((os.strerror(n) for n in KNOWN if os.strerror(n) in text), "")
-  return known or f"{type(err).__name__}: {text[:200]}"
+  disk_error = next((os.strerror(n) for n in DISK_ERRORS if os.strerror(n) in text), "")
+  return disk_error or f"{type(err).__name__}: {text[:200]}"
 
 
 def read_meta(step: Path) -> dict:
-  """What was saved beside the arrays; raises DamagedError, or OSError where there is none."""
+  """The JSON beside the arrays; raises DamagedError, or OSError if there is none."""
   meta = json.loads((step / "meta" / "metadata").read_text())
   if not isinstance(meta, dict) or meta.pop("checksum", None) != checksum.of_json(meta):
     raise DamagedError("the checksum of meta does not match what was saved")
@@ -64,7 +64,7 @@ def read_meta(step: Path) -> dict:
 
 
 def looks_whole(step: Path) -> bool:
-  """Whether meta is good and every item that it names is there; the arrays are not read."""
+  """Whether meta is good and every item in it exists; the arrays are not read."""
   try:
     names = read_meta(step)["checksums"]
     return all((step / name / "manifest.ocdbt").stat().st_size for name in names)
@@ -72,16 +72,16 @@ def looks_whole(step: Path) -> bool:
     return False
 
 
-def compare(name: str, found: dict[str, int], wanted: dict[str, int]) -> None:
-  """Raises DamagedError, which names the array, unless the checksums of an item are the same."""
-  wrong = [path for path, value in wanted.items() if found.get(path) != value]
-  if wrong or len(found) != len(wanted):
+def compare(name: str, sums: dict[str, int], expected: dict[str, int]) -> None:
+  """Raises DamagedError, which names the array, unless the checksums of an item are equal."""
+  wrong = [path for path, value in expected.items() if sums.get(path) != value]
+  if wrong or len(sums) != len(expected):
     where = wrong[0] if wrong else "its structure"
     raise DamagedError(f"the checksum of {name}{where} does not match what was saved")
 
 
 def _groups(tree: PyTree) -> Iterator[list[int]]:
-  """Numbers of this process's share of the leaves, as many at a time as make up GROUP bytes."""
+  """Indices of the leaves that this process reads back, in groups of about GROUP bytes."""
   leaves, group, size = jax.tree.leaves(tree), [], 0
   for i in range(jax.process_index(), len(leaves), jax.process_count()):
     group.append(i)
@@ -93,12 +93,14 @@ def _groups(tree: PyTree) -> Iterator[list[int]]:
     yield group
 
 
-def read_back(step: Path, abstract: dict[str, PyTree], wanted: dict[str, dict[str, int]]) -> None:
-  """Reads this process's share of a step's arrays; uses no device and waits for no other process.
+def read_back(step: Path, abstract: dict[str, PyTree], expected: dict[str, dict[str, int]]) -> None:
+  """Reads and compares this process's share of a step's arrays.
+
+  It uses no device and waits for no other process.
 
   Args:
     abstract: shapes and dtypes, by item.
-    wanted: checksums, by item and path.
+    expected: checksums, by item and path.
 
   Raises:
     DamagedError: an array is not what was saved.
@@ -111,11 +113,8 @@ def read_back(step: Path, abstract: dict[str, PyTree], wanted: dict[str, dict[st
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     for group in _groups(tree):
-      asked = [a if i in group else ocp.PLACEHOLDER for i, a in enumerate(leaves)]
-      args = ocp.args.PyTreeRestore(structure.unflatten(asked), restore_args=as_numpy)
-      found = jax.tree.leaves(handler.restore(step / name, args=args))
-      compare(
-        name,
-        {paths[i]: checksum.of_host(found[i]) for i in group},
-        {paths[i]: wanted[name][paths[i]] for i in group},
-      )
+      targets = [a if i in group else ocp.PLACEHOLDER for i, a in enumerate(leaves)]
+      args = ocp.args.PyTreeRestore(structure.unflatten(targets), restore_args=as_numpy)
+      arrays = jax.tree.leaves(handler.restore(step / name, args=args))
+      sums = {paths[i]: checksum.of_host(arrays[i]) for i in group}
+      compare(name, sums, {paths[i]: expected[name][paths[i]] for i in group})

@@ -1,1 +1,1 @@
-"""Many processes: who is there, who died, what all agree on, and when all stop."""
+"""Many processes: start-up, deaths, agreement and stopping."""

@@ -1,16 +1,16 @@
-"""Several processes as one run: start-up, what they agree on, when they stop, and the way out.
+"""Several processes as one run: start-up, agreement, stopping and exit.
 
-Process 0 is the coordinator. Where a process is missing or dies, JAX's own service aborts the
-interpreter, late, and does not say which one it was; so a roll is called before it (`rollcall.py`)
-at the address that JAX uses right after.
+Process 0 is the coordinator. If a process is missing or dies, JAX's own service aborts the
+interpreter late and does not name it. So there is a roll call before (`rollcall.py`), at the
+address that JAX uses afterwards.
 
-Read from the environment; `launch.sh` sets them, Slurm's and Cloud TPU's own are the default:
+Environment variables, which `launch.sh` sets; those of Slurm and Cloud TPU are the default:
 
     JAX_COORDINATOR_ADDRESS   HOST:PORT of process 0
-    JAX_NUM_PROCESSES         how many there are
-    JAX_PROCESS_ID            which one this is, from 0
+    JAX_NUM_PROCESSES         number of processes
+    JAX_PROCESS_ID            number of this one, from 0
     START_LIMIT               seconds to wait for the others; default 50
-    PROCESS_HOSTS             optional, comma-separated: where each should run, to name the missing
+    PROCESS_HOSTS             optional, comma-separated: the host of each, to name the missing
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ from train_jax.multihost.rollcall import ProcessRegistry, ProcessSpec
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-# A process that sends no sign of life for so many seconds is dead, and the others end.
-HEARTBEAT = 50
+HEARTBEAT = 50  # seconds without a heartbeat after which a process counts as dead, and the rest end
 
-_rolls: list[ProcessRegistry] = []  # this process's, once it has started beside others
+_registries: list[ProcessRegistry] = []  # this process's own, if there are several processes
 
 
 def _number(name: str, value: str) -> int:
@@ -50,18 +49,18 @@ def _number(name: str, value: str) -> int:
 
 
 def find_process() -> ProcessSpec | None:
-  """Where this process stands, from the environment or the cluster; None where it is alone.
+  """This process, from the environment or the cluster; None if it is the only one.
 
-  Raises:
-    UserError: the variables contradict each other or only some are set.
+  UserError if the variables contradict each other or only some are set.
   """
   limit = _number("START_LIMIT", os.environ.get("START_LIMIT", "50"))
-  given = [os.environ.get(name, "") for name in NAMES]
-  if not any(given):
-    given = list(_find_cluster())
-  elif missing := [name for name, value in zip(NAMES, given, strict=True) if not value]:
-    raise UserError(f"{missing[0]} is not set but others of {', '.join(NAMES)} are; set all three.")
-  address, count, index = given
+  values = tuple(os.environ.get(name, "") for name in NAMES)
+  if not any(values):
+    values = _find_cluster()
+  elif "" in values:
+    missing = NAMES[values.index("")]
+    raise UserError(f"{missing} is not set but others of {', '.join(NAMES)} are; set all three.")
+  address, count, index = values
   count = _number(NAMES[1], count)
   if count == 1:
     return None
@@ -77,66 +76,64 @@ def find_process() -> ProcessSpec | None:
 
 
 def _find_cluster() -> tuple[str, str, str]:
-  """(address, count, index) by Slurm or Cloud TPU; ("", "1", "0") where there is neither."""
-  chosen = os.environ.get("JAX_COORDINATOR_PORT")
+  """(address, count, index) from Slurm or Cloud TPU; ("", "1", "0") without either."""
+  port = os.environ.get("JAX_COORDINATOR_PORT")
   names = [f"SLURM_{name}" for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID")]
   if all(map(os.environ.get, names)):
     job, nodes, count, index = map(os.environ.get, names)
     host = "".join(re.match(r"([^,\[]+)(?:\[(\w+))?", nodes).groups(""))  # of node[03-05],x
     # Another job on these hosts has another port.
-    return f"{host}:{chosen or 61440 + int(job) % 4096}", count, index
+    return f"{host}:{port or 61440 + int(job) % 4096}", count, index
 
-  # GKE describes the hosts of a TPU slice in the environment, a TPU VM by its metadata server;
-  # MEGASCALE_* are there where several slices are joined.
-  facts = dict(os.environ)
-  workers, index = facts.get("TPU_WORKER_HOSTNAMES", ""), facts.get("TPU_WORKER_ID", "0")
-  if not (workers or facts.get("TPU_SKIP_MDS_QUERY")) and google_cloud.has_tpus():
+  # The hosts of a TPU slice are in the environment (GKE) or on the metadata server (TPU VM).
+  # MEGASCALE_* exist if several slices are joined.
+  variables = dict(os.environ)
+  workers, index = variables.get("TPU_WORKER_HOSTNAMES", ""), variables.get("TPU_WORKER_ID", "0")
+  if not (workers or variables.get("TPU_SKIP_MDS_QUERY")) and google_cloud.has_tpus():
     keys = ("worker-network-endpoints", "agent-worker-number", "tpu-env")
-    workers, index, rest = (google_cloud.ask(f"attributes/{key}") for key in keys)
-    facts |= re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", rest, re.MULTILINE)
+    workers, index, lines = (google_cloud.ask(f"attributes/{key}") for key in keys)
+    variables |= re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)", lines, re.MULTILINE)
   if not workers:
     return "", "1", "0"
   hosts = [worker.split(":")[-1] for worker in workers.split(",")]  # `host` or `name:id:host`
-  host = facts.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")[0] or hosts[0]
-  before = int(facts.get("MEGASCALE_SLICE_ID") or 0) * len(hosts)
-  count = int(facts.get("MEGASCALE_NUM_SLICES") or 1) * len(hosts)
-  return f"{host}:{chosen or 8482}", str(count), str(before + int(index))
+  host = variables.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")[0] or hosts[0]
+  first = int(variables.get("MEGASCALE_SLICE_ID") or 0) * len(hosts)
+  count = int(variables.get("MEGASCALE_NUM_SLICES") or 1) * len(hosts)
+  return f"{host}:{port or 8482}", str(count), str(first + int(index))
 
 
 def start() -> None:
-  """Joins this process to the others, if there are any; before anything asks JAX for devices.
+  """Joins this process to the others, if any; UserError if one is missing.
 
-  Raises:
-    UserError: a process is missing, or the variables are wrong.
+  Call it before anything asks JAX for devices.
   """
-  place = find_process()
-  if place is None:
+  spec = find_process()
+  if spec is None:
     return
-  roll = ProcessRegistry(place)
-  roll.call()
-  roll.watch()
-  _rolls.append(roll)
-  # The preemption service would take SIGTERM from the loop, which knows what to do (`Agreement`).
+  registry = ProcessRegistry(spec)
+  registry.call()
+  registry.watch()
+  _registries.append(registry)
+  # The preemption service would take SIGTERM from the loop, which handles it (`Agreement`).
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
-    f"{place.host}:{place.port}",
-    place.count,
-    place.index,
+    f"{spec.host}:{spec.port}",
+    spec.count,
+    spec.index,
     cluster_detection_method="deactivate",  # it would leave Slurm's processes one GPU each
-    initialization_timeout=place.limit,
+    initialization_timeout=spec.limit,
     heartbeat_timeout_seconds=HEARTBEAT,
   )
   if jax.default_backend() == "cpu":
-    # A program from the cache may run its collectives in another order than one that was compiled
-    # here (jaxlib 0.10.2): processes then take each other's data, and end.
+    # A cached program may run its collectives in another order than one compiled here (jaxlib
+    # 0.10.2). Processes then get each other's data, and crash.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def check_shared(workdir: Path, patience: float = 30) -> None:
-  """Makes `workdir` where there are several processes: a checkpoint is one place for all of them.
+  """Makes `workdir` if there are several processes, which must share it for checkpoints.
 
-  Raises:
-    UserError: not all of them see it within `patience` seconds, or this one cannot write to it.
+  UserError if a process does not see it within `patience` seconds, or this one cannot write to it.
   """
   if jax.process_count() == 1:
     return
@@ -147,74 +144,78 @@ def check_shared(workdir: Path, patience: float = 30) -> None:
     (workdir / f".start-{mark}").touch()
   mark = multihost_utils.broadcast_one_to_all(mark)
   deadline, file = time.monotonic() + patience, workdir / f".start-{mark}"
-  while not (seen := file.exists()) and time.monotonic() < deadline:  # network disks lag behind
+  while not (exists := file.exists()) and time.monotonic() < deadline:  # network disks lag behind
     time.sleep(0.2)
-  everywhere = np.atleast_1d(multihost_utils.process_allgather(np.bool_(seen)))
+  all_exist = np.atleast_1d(multihost_utils.process_allgather(np.bool_(exists)))
   if jax.process_index() == 0:
     file.unlink()
-  if not everywhere.all():
-    blind = ", ".join(map(str, np.flatnonzero(~everywhere)[:20]))
+  if not all_exist.all():
     raise UserError(
-      f"--workdir={workdir} of process 0 is not there for processes {blind}; "
+      f"--workdir={workdir} of process 0 is not there for processes {_listed(~all_exist)}; "
       "choose a directory on a disk that all of them share."
     )
 
 
-def all_agree(mine: bool) -> bool:
-  """Whether it is so on every process; all of them must call it."""
+def _listed(flags: np.ndarray) -> str:
+  """The numbers of the processes whose flag is set, for a message."""
+  return ", ".join(map(str, np.flatnonzero(flags)[:20]))
+
+
+def all_agree(condition: bool) -> bool:
+  """Whether `condition` is true on every process; all of them must call it."""
   if jax.process_count() == 1:
-    return mine
-  return bool(np.all(multihost_utils.process_allgather(np.bool_(mine))))
+    return condition
+  return bool(np.all(multihost_utils.process_allgather(np.bool_(condition))))
 
 
-def check_same_everywhere(facts: dict) -> None:
-  """Raises UserError, on all processes, unless all of them found the same data."""
+def check_same_everywhere(metadata: dict) -> None:
+  """Raises UserError, on all processes, unless all of them have the same metadata of the data."""
   if jax.process_count() == 1:
     return
-  mine = np.uint32(zlib.crc32(json.dumps(facts, sort_keys=True).encode()))
-  found = multihost_utils.process_allgather(mine)
-  if np.any(found != found[0]):
-    others = ", ".join(map(str, np.flatnonzero(found != found[0])[:20]))
+  digest = np.uint32(zlib.crc32(json.dumps(metadata, sort_keys=True).encode()))
+  digests = multihost_utils.process_allgather(digest)
+  if np.any(digests != digests[0]):
     raise UserError(
-      f"processes {others} read other data than process 0; give all of them the same files, whole."
+      f"processes {_listed(digests != digests[0])} read other data than process 0; give all of "
+      "them the same files, whole."
     )
 
 
 def leave(code: int) -> int:
-  """Returns the exit code; a process that failed beside others ends here and at once.
+  """Returns the exit code; beside other processes, a failed one exits here at once.
 
-  One that was told to stop (`os.EX_TEMPFAIL`) stops with the others and has not failed.
-
-  JAX would wait for the others to finish first, and they would wait for this one.
+  JAX would wait for the others to finish, and they would wait for this one. A process that was told
+  to stop (`os.EX_TEMPFAIL`) has not failed: the others stop, too.
   """
-  for roll in _rolls:
+  for registry in _registries:
     if code not in (0, os.EX_TEMPFAIL):
-      if code == 1:  # a collective that failed, perhaps
+      if code == 1:  # perhaps a collective failed because another process died
         time.sleep(0.5)
-        roll.report()
+        registry.report()
       sys.stdout.flush()
       sys.stderr.flush()
       os._exit(code)
-    roll.farewell()
+    registry.farewell()
   return code
 
 
 class Agreement:
-  """Whether any process wants to stop: all of them hear of it at the same step, a little later.
+  """Whether any process wants to stop; all of them learn it at the same step.
 
-  Read two steps late, as metrics are, so that no step waits for it. Alone, there is no delay.
+  It is read two steps late, as metrics are, so no step waits for it. A single process learns it at
+  once.
   """
 
   def __init__(self, mesh: Mesh):
     self._mesh = mesh
-    self._asked: collections.deque[jax.Array] = collections.deque()
+    self._pending: collections.deque[jax.Array] = collections.deque()
     self._any = mesh_lib.jit(lambda flags: flags.any(), mesh)
 
-  def __call__(self, mine: bool) -> bool:
-    """Once a step, on every process."""
+  def __call__(self, stop: bool) -> bool:
+    """Call it once a step, on every process."""
     if jax.process_count() == 1:
-      return mine
-    flags = np.full(len(self._mesh.local_devices), mine)
-    everywhere = NamedSharding(self._mesh, PartitionSpec(mesh_lib.AXES))
-    self._asked.append(self._any(jax.make_array_from_process_local_data(everywhere, flags)))
-    return len(self._asked) > 2 and bool(self._asked.popleft())
+      return stop
+    flags = np.full(len(self._mesh.local_devices), stop)
+    sharding = NamedSharding(self._mesh, PartitionSpec(mesh_lib.AXES))
+    self._pending.append(self._any(jax.make_array_from_process_local_data(sharding, flags)))
+    return len(self._pending) > 2 and bool(self._pending.popleft())

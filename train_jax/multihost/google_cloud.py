@@ -1,4 +1,4 @@
-"""What a Google VM knows of itself: its metadata server."""
+"""The metadata server of a Google VM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-TPUS = ("/dev/accel*", "/dev/vfio/[0-9]*")  # the files of a host that has some
+TPUS = ("/dev/accel*", "/dev/vfio/[0-9]*")  # device files
 PRODUCT = Path("/sys/class/dmi/id/product_name")
 
 
@@ -18,7 +18,7 @@ def has_tpus() -> bool:
 
 
 def expected() -> bool:
-  """Whether there should be a server: on Google's machines, or where GCE_METADATA_HOST names it."""
+  """Whether a server is expected: on Google's machines, or if GCE_METADATA_HOST names one."""
   if os.environ.get("GCE_METADATA_HOST") or has_tpus():
     return True
   with suppress(OSError):

@@ -1,8 +1,7 @@
-"""When to stop before the end: SIGTERM, SIGINT, and the notice of preemption of a Google VM.
+"""Reasons to stop before the end: SIGTERM, SIGINT, and a Google VM's notice of preemption.
 
-A VM that is about to be taken away gets SIGTERM as it shuts down, and says so on its metadata
-server before; that reaches processes that no shutdown signals, too. Elsewhere (Slurm, GKE) notice
-comes as SIGTERM alone.
+The metadata server of a VM gives notice before the shutdown sends SIGTERM, and reaches processes
+that get no signal. Elsewhere (Slurm, GKE) SIGTERM is the only notice.
 """
 
 from __future__ import annotations
@@ -16,60 +15,60 @@ from contextvars import ContextVar
 
 from train_jax.multihost import google_cloud
 
-EVERY = 5.0  # seconds between two looks at the metadata server; a VM has 30 from its notice on
+EVERY = 5.0  # seconds between two requests to the metadata server; a VM stops 30 s after its notice
 
 
-_told: ContextVar[Callable[[], bool]] = ContextVar("told", default=lambda: False)
+_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
 
 
 class Interrupted(BaseException):
-  """A signal came while work was done that may be broken off; no `except Exception` takes it."""
+  """A signal came during work that may be interrupted; no `except Exception` catches it."""
 
 
 def pause() -> None:
-  """Between two batches of long work: Interrupted where `pausing` says so.
+  """Raises Interrupted between two batches of long work if `pausing` asks for it.
 
-  Processes that share the work call it equally often, and leave together.
+  Processes that share the work must call it equally often, and leave together.
   """
-  if _told.get()():
+  if _should_stop.get()():
     raise Interrupted
 
 
 @contextlib.contextmanager
-def pausing(told: Callable[[], bool]) -> Iterator[None]:
-  """What is done inside ends at its next `pause` once `told` says so, on every process alike."""
-  token = _told.set(told)
+def pausing(should_stop: Callable[[], bool]) -> Iterator[None]:
+  """The block ends at its next `pause` once `should_stop()`, which all processes answer alike."""
+  token = _should_stop.set(should_stop)
   try:
     yield
   finally:
-    _told.reset(token)
+    _should_stop.reset(token)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-  """Ctrl-C is a KeyboardInterrupt inside; where Python drops that one, Interrupted at a `pause`.
+  """Ctrl-C raises KeyboardInterrupt in the block; if Python drops it, Interrupted at a `pause`.
 
-  It drops what is raised in a finalizer or a callback of the garbage collector. A program that was
-  started deaf to Ctrl-C, in the background, stays so.
+  Python drops exceptions in finalizers and in callbacks of the garbage collector. A program that
+  ignored Ctrl-C from its start, in the background, goes on ignoring it.
   """
-  came = threading.Event()
+  received = threading.Event()
 
-  def note(*_) -> None:
-    came.set()
+  def handle(*_) -> None:
+    received.set()
     raise KeyboardInterrupt
 
   before = signal.getsignal(signal.SIGINT)
   try:
     if before is not signal.SIG_IGN:
-      signal.signal(signal.SIGINT, note)
-    with pausing(came.is_set):
+      signal.signal(signal.SIGINT, handle)
+    with pausing(received.is_set):
       yield
   finally:
     signal.signal(signal.SIGINT, before)
 
 
 class Signals:
-  """Signals, noted instead of obeyed; a second one ends the program at once.
+  """Records signals instead of obeying them; a second one ends the program at once.
 
   Attributes:
     received: the reasons to stop, in order.
@@ -80,28 +79,28 @@ class Signals:
     self._before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     self._released, self._breaks = threading.Event(), False
     for number in self._before:
-      signal.signal(number, self._note)
+      signal.signal(number, self._handle)
     if google_cloud.expected():
       threading.Thread(target=self._watch, name="preemption", daemon=True).start()
     return self
 
-  def _note(self, number, _frame) -> None:
+  def _handle(self, number, _frame) -> None:
     self.received.append(name := signal.Signals(number).name)
-    for each in self._before:
-      signal.signal(each, signal.SIG_DFL)
-    said = f"\n{name}: ends after this step and saves; the next one ends at once\n"
+    for other in self._before:
+      signal.signal(other, signal.SIG_DFL)
+    text = f"\n{name}: ends after this step and saves; the next one ends at once\n"
     with contextlib.suppress(OSError):  # a log on a full disk
-      os.write(2, said.encode())  # not by print: the signal may have come within one
+      os.write(2, text.encode())  # the signal may have come inside a print
     if self._breaks:
       raise Interrupted
 
   @contextlib.contextmanager
   def breaking(self) -> Iterator[None]:
-    """What is done inside is broken off by a signal: Interrupted; at once if one was received.
+    """A signal raises Interrupted in the block, or at its start if one was received before.
 
-    Python takes signals between two of its own steps: one call of the device or the compiler ends.
-    A notice of preemption comes in another thread, and breaks off what begins after it; `pause`
-    is where it is asked for on the way.
+    Python handles signals between its own instructions, so a call of the device or the compiler
+    ends first. A notice of preemption comes in another thread: only `pause`, and the start of a
+    block, raise Interrupted for it.
     """
     self._breaks = True
     try:
@@ -118,7 +117,7 @@ class Signals:
     self.received.append("notice of preemption")
 
   def release(self) -> None:
-    """From now on they act as they did before."""
+    """Restores the handlers from before."""
     self._released.set()
     for number, handler in self._before.items():
       signal.signal(number, handler)

@@ -1,1 +1,1 @@
-"""Tensors and records in files: safetensors, lazy tensors, examples, shards, exported models."""
+"""Tensors and records in files: safetensors, lazy tensors, records, shards, exported models."""

@@ -1,11 +1,11 @@
-"""An exported model: a directory that holds one network and what is needed to use it elsewhere.
+"""An exported model: a directory with one network and its settings, for use elsewhere.
 
-    model.safetensors   the parameters by dotted name, such as `blocks.mlp.inner.kernel`, float32
-                        or what matrices with adapters are kept as (lora.py)
-    config.json         `format`, `method`, `step`, `run` (config and metadata of the run that it
-                        comes from), and what the method adds
+    model.safetensors   the parameters by dotted name, such as `blocks.mlp.inner.kernel`, in float32
+                        or the dtype of frozen matrices (lora.py)
+    config.json         `format`, `method`, `step`, `run` (config and metadata of its run), and
+                        fields of the method
 
-config.json is removed first and written last, so that a directory that has one is whole.
+config.json is removed first and written last, so a directory that has one is whole.
 """
 
 from __future__ import annotations
@@ -21,17 +21,14 @@ from train_jax.files import read_json, write_json
 from train_jax.state import dotted, flatten
 from train_jax.storage import weights
 
-FORMAT = 1
+FORMAT = 2
 MODEL, CONFIG = "model.safetensors", "config.json"
 
 
 def save(directory: Path, params, record: dict) -> None:
-  """Writes `params` (nested dicts) and `record` (JSON); replaces an older export.
+  """Writes `params` (nested dicts) and `record` (`method`, `step`, `run`) over an older export.
 
   All processes must call it; the first one writes.
-
-  Args:
-    record: with `method`, `step` and `run`; `format` is added.
   """
   params = jax.tree.map(mesh.to_host, params)
   if jax.process_index():
@@ -43,11 +40,7 @@ def save(directory: Path, params, record: dict) -> None:
 
 
 def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
-  """(record, weights) of an exported model of `method`.
-
-  Raises:
-    UserError: it is not there, not whole, of another method, or of a later format.
-  """
+  """(record, weights) of an exported model; UserError unless it is whole and of `method`."""
   path = Path(directory).expanduser() / CONFIG
   try:
     record = read_json(path)
@@ -56,7 +49,7 @@ def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
       f"{str(directory)!r} is no exported model: {path} cannot be read; make one with "
       "--mode=export --workdir=RUN."
     ) from err
-  if method in record:  # of pretrained weights
+  if method in record:  # a Hugging Face folder of ours has the record under the method's name
     raise UserError(
       f"{str(directory)!r} is a Hugging Face folder that --mode=export wrote; begin from it with "
       f"pretrained={str(directory)!r}."
@@ -71,11 +64,7 @@ def load(directory: str | Path, method: str) -> tuple[dict, weights.Weights]:
 
 
 def fill(stored: weights.Weights, abstract):
-  """The tensors of `stored` in the structure of `abstract`, as jax arrays of its dtypes.
-
-  Raises:
-    UserError: one is missing or has another shape.
-  """
+  """The tensors of `stored` as `abstract` (structure, dtypes); raises as `Weights.check` does."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: jnp.asarray(stored.get(dotted(path), leaf.shape), leaf.dtype), abstract
   )

@@ -1,8 +1,8 @@
-"""Tensors that are read piece by piece, as the devices of a mesh ask for their shares.
+"""Tensors that are read piece by piece: each device of a mesh reads its own share.
 
-A parameter here is often several tensors of a file: layers stacked, matrices concatenated,
-transposed, or with rows in another order. `Lazy` composes such views; what is read at a time is one
-slice of one tensor, and what is held one device's share of one parameter.
+One parameter here is often several tensors of a file, stacked, concatenated, transposed or with
+rows in another order. `Lazy` composes such views. Only one slice of one tensor is read at a time,
+and only one device's share of one parameter is held.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Lazy:
   """A tensor whose parts are read when they are indexed, by slices of step 1.
 
   Attributes:
-    shape: of the whole.
-    fill: (array, index) -> None; writes the part at `index`, a whole slice for each axis, into it.
+    shape: of the whole tensor.
+    fill: (array, index) -> None; writes the part at `index` (a slice with start and stop for each
+      axis) into the array.
     dtype: of the parts.
   """
 
@@ -34,16 +35,14 @@ class Lazy:
   dtype: Any = np.float32
 
   def __getitem__(self, index: Index) -> np.ndarray:
-    index = tuple(
-      slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)
-    )  # fmt: skip
+    index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))
     out = np.empty([s.stop - s.start for s in index], self.dtype)
     self.fill(out, index)
     return out
 
 
 def stored(weights: Weights, name: str, shape: tuple[int, ...]) -> Lazy:
-  """The tensor `name` of a file; UserError if it is missing or has another shape."""
+  """The tensor `name` of a file; raises as `Weights.check` does."""
   weights.check(name, shape)
 
   def fill(out, index):
@@ -67,8 +66,8 @@ def concatenated(parts: Sequence[Lazy]) -> Lazy:
       first = end - part.shape[-1]
       low, high = max(start, first), min(stop, end)
       if low < high:
-        here = slice(low - first, high - first)
-        part.fill(out[..., low - start : high - start], (*index[:-1], here))
+        columns = slice(low - first, high - first)
+        part.fill(out[..., low - start : high - start], (*index[:-1], columns))
 
   return Lazy((*parts[0].shape[:-1], ends[-1]), fill)
 
@@ -87,20 +86,20 @@ def rows(inner: Lazy, numbers: np.ndarray) -> Lazy:
   """The rows `numbers` of a tensor, in that order; zeros where a number is negative."""
 
   def fill(out, index):
-    wanted, start = numbers[index[0]], 0
+    part, start = numbers[index[0]], 0
     out[...] = 0
-    ends = (np.diff(wanted) != 1) | (wanted[:-1] < 0)  # of runs of rows that follow each other
-    for run in np.split(wanted, np.flatnonzero(ends) + 1):
+    ends = (np.diff(part) != 1) | (part[:-1] < 0)  # of runs of consecutive rows
+    for run in np.split(part, np.flatnonzero(ends) + 1):
       if len(run) and run[0] >= 0:
-        these = slice(int(run[0]), int(run[-1]) + 1)
-        inner.fill(out[start : start + len(run)], (these, *index[1:]))
+        source = slice(int(run[0]), int(run[-1]) + 1)
+        inner.fill(out[start : start + len(run)], (source, *index[1:]))
       start += len(run)
 
   return Lazy((len(numbers), *inner.shape[1:]), fill)
 
 
 def quantised(inner: Lazy) -> tuple[Lazy, Lazy]:
-  """Kernels [l, i, o] as `lora.quantise` has them: int8, and scales [l, o]."""
+  """Kernels [l, i, o] as `lora.quantise` returns them: int8 [l, i, o], and scales [l, o]."""
   layers, inputs, outputs = inner.shape
 
   @functools.cache

@@ -1,4 +1,4 @@
-"""Examples in random access: tf.train.Example in ArrayRecord, and TFDS, both without TensorFlow."""
+"""Records with random access: tf.train.Example in ArrayRecord, and TFDS, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LISTS = {bytes: "bytes_list", int: "int64_list"}
 
 @dataclass(frozen=True)
 class Records:
-  """Examples.
+  """A set of records.
 
   Attributes:
-    size: how many.
-    read: i -> the values of the fields that were asked for, in their order.
-    name: i -> where it is from.
-    classes: names of the classes that are numbered in an int field; () where they are unknown.
+    size: number of records.
+    read: i -> the values of record i, one for each field.
+    name: i -> the record's origin, for messages.
+    classes: names of the classes that an int field numbers; () if they are unknown.
   """
 
   size: int
@@ -28,15 +28,15 @@ class Records:
   classes: tuple[str, ...] = ()
 
 
-def open_array_records(paths: list[Path], fields: dict[str, type], wanted: str) -> Records:
-  """ArrayRecord files of tf.train.Example, as TFDS writes them; all of them as one sequence.
+def open_array_records(paths: list[Path], fields: dict[str, type], content: str) -> Records:
+  """ArrayRecord files of tf.train.Example, as TFDS writes them, as one sequence.
 
   Args:
     fields: bytes or int, by name.
-    wanted: what the fields are, for errors.
+    content: description of the fields, for messages.
 
   Raises:
-    UserError: the files cannot be read, or hold nothing or something else; `read` raises it, too.
+    UserError: the files cannot be read, are empty or hold something else; `read` raises it, too.
   """
   from array_record.python.array_record_data_source import ArrayRecordDataSource
   from google.protobuf.message import DecodeError
@@ -56,8 +56,8 @@ def open_array_records(paths: list[Path], fields: dict[str, type], wanted: str) 
       return tuple(getattr(feature[key], _LISTS[kind]).value[0] for key, kind in fields.items())
     except (DecodeError, IndexError) as err:
       raise UserError(
-        f"{name(i)} is not a tf.train.Example with {wanted}; write the records so, or give what "
-        "they hold in another form."
+        f"{name(i)} is not a tf.train.Example with {content}; write the records so, or give the "
+        "data in another form."
       ) from err
 
   if not len(source):
@@ -67,43 +67,43 @@ def open_array_records(paths: list[Path], fields: dict[str, type], wanted: str) 
 
 
 def is_tfds(source: str) -> bool:
-  """Whether `source` is `tfds:NAME`, or the directory of a TFDS builder."""
+  """Whether `source` is `tfds:NAME` or the directory of a TFDS builder."""
   return source.startswith("tfds:") or (Path(source).expanduser() / "dataset_info.json").is_file()
 
 
-def open_tfds(source: str, flag: str, fields: dict[str, type], wanted: str) -> Records:
-  """A prepared TensorFlow Datasets builder; what is encoded in it, such as images, stays so.
+def open_tfds(source: str, flag: str, fields: dict[str, type], content: str) -> Records:
+  """A prepared set of TensorFlow Datasets; encoded fields, such as images, are not decoded.
 
   Args:
-    source: its directory, or its name with or without `tfds:`; `@SPLIT` after it (train).
-    flag: the option that named it.
-    fields, wanted: see `open_array_records`; an int must be a class.
+    source: its directory or its name, after `tfds:` or not, and `@SPLIT` (default: train).
+    flag: the option that has `source`, for messages.
+    fields, content: see `open_array_records`; an int must be a class.
 
   Raises:
-    UserError: not prepared, not in ArrayRecord files, or without the fields.
+    UserError: the set is not prepared, not in ArrayRecord files, or lacks a field.
   """
   import tensorflow_datasets
 
   name = source.removeprefix("tfds:")
-  where, _, split = name.partition("@")
-  stored = {key: tensorflow_datasets.decode.SkipDecoding() for key in fields}
-  options = {"split": split or "train", "decoders": stored}
+  dataset, _, split = name.partition("@")
+  decoders = {key: tensorflow_datasets.decode.SkipDecoding() for key in fields}
+  options = {"split": split or "train", "decoders": decoders}
   try:
-    if (directory := Path(where).expanduser()).is_dir():
-      found = tensorflow_datasets.builder_from_directory(directory).as_data_source(**options)
+    if (directory := Path(dataset).expanduser()).is_dir():
+      records = tensorflow_datasets.builder_from_directory(directory).as_data_source(**options)
     else:
-      found = tensorflow_datasets.data_source(where, download=False, **options)
-    features = [(found.dataset_info.features[key], kind) for key, kind in fields.items()]
-    classes = tuple(each for feature, kind in features if kind is int for each in feature.names)
+      records = tensorflow_datasets.data_source(dataset, download=False, **options)
+    features = [(records.dataset_info.features[key], kind) for key, kind in fields.items()]
+    classes = tuple(name for feature, kind in features if kind is int for name in feature.names)
   except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, ValueError) as err:
     reason = (str(err).strip() or type(err).__name__).splitlines()[0]
     raise UserError(
-      f"{flag}={name!r} is not a prepared set with {wanted} in ArrayRecord files ({reason}); "
-      f"prepare it with `tfds build {where} --file_format=array_record`."
+      f"{flag}={name!r} is not a prepared set with {content} in ArrayRecord files ({reason}); "
+      f"prepare it with `tfds build {dataset} --file_format=array_record`."
     ) from err
 
   def read(i: int) -> tuple:
-    example = found[i]
-    return tuple(kind(example[key]) for key, kind in fields.items())
+    record = records[i]
+    return tuple(kind(record[key]) for key, kind in fields.items())
 
-  return Records(len(found), read, lambda i: f"{where}@{options['split']} {i}", classes)
+  return Records(len(records), read, lambda i: f"{dataset}@{options['split']} {i}", classes)

@@ -1,7 +1,7 @@
 """Weights in safetensors files: read by name and shape, written atomically. No pickle anywhere.
 
-Shapes are checked against what the network expects before a single value is read; a file that does
-not fit is refused by the name of the tensor.
+Shapes are checked against the network's before any value is read. A message names the tensor that
+does not fit.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Weights:
-  """The tensors of a safetensors file, or of a folder of them, read when they are asked for.
+  """The tensors of a safetensors file or folder; values are read only on request.
+
+  A folder has either model.safetensors or an index, which lists its files.
 
   Attributes:
     path: of the file or the folder.
-    shapes: name -> shape.
+    shapes: by name.
+
+  Raises:
+    UserError: a file is missing or not a safetensors file.
   """
 
   def __init__(self, path: str | Path):
-    """Opens what is there: a file, or a folder's model.safetensors or its index's files.
-
-    Raises:
-      UserError: a file is missing or not a safetensors file.
-    """
     self.path = Path(path).expanduser()
     files = [_open(file) for file in _files(self.path)]
     self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
@@ -65,18 +65,18 @@ class Weights:
     return self._files[name].get_tensor(name)
 
   def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of the tensor `name`, a slice of step 1 for each axis; nothing else is read."""
+    """A part of the tensor `name`, by a slice of step 1 for each axis; only the part is read."""
     return self._files[name].get_slice(name)[index]
 
   def digest(self) -> str:
-    """SHA-256 of all names and shapes, and of the first row of every tensor: not all is read."""
-    found = hashlib.sha256()
+    """SHA-256 of all names and shapes, and of every tensor's first row only, which is quick."""
+    digest = hashlib.sha256()
     for name, shape in sorted(self.shapes.items()):
-      found.update(f"{name} {shape} ".encode())
+      digest.update(f"{name} {shape} ".encode())
       if shape:
         row = (*(slice(0, 1) for _ in shape[1:]), slice(None))
-        found.update(self.part(name, row).tobytes())
-    return found.hexdigest()
+        digest.update(self.part(name, row).tobytes())
+    return digest.hexdigest()
 
 
 def _files(path: Path) -> list[Path]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
+import main
 from ism_jax.data import encode, images, latents
 from train_jax.errors import UserError
 from train_jax.storage.weights import sha256
@@ -251,7 +251,7 @@ def test_sources_without_names_number_their_classes(photos, vae, tmp_path):
   assert encode.encode_images(nameless, job, load, tmp_path)["names"] == list("01234")
 
 
-def test_the_mode_asks_for_its_flags():
-  flags = SimpleNamespace(images="x", vae="", out="y", image_size=256, shards=0)
-  with pytest.raises(UserError, match=r"--vae is missing; --mode=encode needs"):
-    encode.encode_mode(flags)
+def test_the_mode_asks_for_its_flags(capsys):
+  for given, missing in (("--out=y", "vae"), ("--vae=v", "out")):
+    assert main.run(["main.py", "--mode=encode", "--images=x", given]) == 2
+    assert f"--{missing} is missing; --mode=encode needs" in capsys.readouterr().err

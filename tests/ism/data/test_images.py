@@ -205,6 +205,8 @@ def test_what_is_transparent_is_white(mode):
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
   values = (np.arange(256).reshape(16, 16) * 256).astype(np.uint16)
   Image.fromarray(values).save(tmp_path / "1.png")
+  folder = sources.folder(str(tmp_path), image_size=16, channels=1)
+  np.testing.assert_array_equal(folder.pixels[0, :, :, 0], values // 256)
   one = images.EncodedImages(1, (), lambda i: ((tmp_path / "1.png").read_bytes(), 5), str)
   for pixels in (images.read_image(one, 0, 16)[0], adm.read_square(tmp_path / "1.png", 16)):
     np.testing.assert_array_equal(pixels, np.repeat(values[..., None] // 256, 3, axis=-1))

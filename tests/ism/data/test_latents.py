@@ -68,27 +68,24 @@ def test_every_image_is_two_examples(stored, source):
     np.testing.assert_allclose(means[at], expected, rtol=1e-6)
 
 
-def test_the_views_are_mirror_images(source):
-  mean = source.rows(np.arange(2 * COUNT))["mean"]
-  np.testing.assert_array_equal(mean[0::2], mean[1::2, :, ::-1])
-
-
 def test_a_draw_has_the_posteriors_moments(source):
   rows = source.rows(np.arange(8))
   n = 4000
   batch = {name: np.tile(value, (n, 1, 1, 1)) for name, value in rows.items()}
   batch["label"] = np.tile(source.labels[:8], n)
-  extra, drawn = latents.draw(SimpleNamespace(extra=("side-car",)), batch, jax.random.key(0))
-  assert extra == ("side-car",) and drawn.keys() == {"image", "label"}
+  aux_state, drawn = latents.draw(
+    SimpleNamespace(aux_state=("side-car",)), batch, jax.random.key(0)
+  )
+  assert aux_state == ("side-car",) and drawn.keys() == {"image", "label"}
   assert drawn["image"].dtype == np.float32 and batch.keys() == {"mean", "std", "label"}
   values = np.asarray(drawn["image"]).reshape(n, 8, *SHAPE)
   mean, std = (rows[name].astype(np.float64) for name in ("mean", "std"))
   error = 0.18215 * std / np.sqrt(n)
   assert np.all(np.abs(values.mean(0) - 0.18215 * mean) < 6 * error + 1e-6)
   np.testing.assert_allclose(values.std(0), 0.18215 * std, rtol=0.08)
-  again = latents.draw(SimpleNamespace(extra=()), batch, jax.random.key(0))[1]["image"]
+  again = latents.draw(SimpleNamespace(aux_state=()), batch, jax.random.key(0))[1]["image"]
   np.testing.assert_array_equal(again, drawn["image"])
-  other = latents.draw(SimpleNamespace(extra=()), batch, jax.random.key(1))[1]["image"]
+  other = latents.draw(SimpleNamespace(aux_state=()), batch, jax.random.key(1))[1]["image"]
   assert np.mean(np.asarray(other) == drawn["image"]) < 0.01
 
 
@@ -108,20 +105,6 @@ def test_a_stream_resumes_anywhere(position, stored, source):
     assert batch.keys() == {"mean", "std", "label", "noise"}
     for name, value in batch.items():
       np.testing.assert_array_equal(value, expected[name])
-
-
-def test_processes_share_out_the_same_global_batch(source):
-  whole = take(5, source)
-  parts = [take(5, source, rows=slice(start, start + 4)) for start in range(0, BATCH, 4)]
-  for number, batch in enumerate(whole):
-    for name, value in batch.items():
-      np.testing.assert_array_equal(np.concatenate([part[number][name] for part in parts]), value)
-
-
-def test_an_epoch_has_both_views_of_every_image_once(source):
-  index = sources.batches(source, 100, seed=0)
-  seen = np.concatenate([index(i) for i in range(6)])
-  np.testing.assert_array_equal(np.sort(seen), np.arange(2 * COUNT))
 
 
 def copy(stored, tmp_path):
@@ -360,12 +343,12 @@ def test_noise_is_paired_with_the_latents_that_are_trained_on(made, source):
 
 def test_another_shape_is_refused(stored):
   with pytest.raises(UserError, match=r"data.image_size=8 but for the images of latents it is 4"):
-    ism.make_method(get_config(stored[0], data__side=8), mesh_lib.make_mesh())
+    ism.make_method(get_config(stored[0], data__image_size=8), mesh_lib.make_mesh())
   with pytest.raises(UserError, match=r"data.path is empty; give --config.data.path"):
-    ism.make_method(get_config("", data__made_up=0), mesh_lib.make_mesh())
+    ism.make_method(get_config("", data__synthetic=0), mesh_lib.make_mesh())
 
 
-def test_made_up_latents_are_like_real_ones():
+def test_synthetic_latents_are_like_real_ones():
   source = latents.synthetic(64, (32, 32, 4))
   rows = source.rows(np.arange(128))
   scaled = latents.SCALE * rows["mean"].astype(np.float64)
@@ -373,10 +356,3 @@ def test_made_up_latents_are_like_real_ones():
   assert np.all(rows["std"] > 0) and np.all(rows["std"] < 0.5)  # small beside the means' own 5.5
   np.testing.assert_array_equal(rows["mean"][0::2], rows["mean"][1::2, :, ::-1])
   assert set(source.labels.tolist()) == set(range(10))
-
-
-def test_sampling_latents_asks_for_the_decoder(made, tmp_path):
-  flags = SimpleNamespace(nfe=["1"], guidance=None, labels=None, num=4, seed=0, vae=None)
-  config = get_config("unused")
-  with pytest.raises(UserError, match=r"--vae=FILE is missing: this run's samples are latents"):
-    ism.sample_mode(config, made[1], lambda mesh: None, flags, tmp_path)

@@ -1,5 +1,7 @@
 """Images in an .npz, under the names that others give them; and what is held out of a set."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -133,7 +135,8 @@ def test_samples_are_compared_with_what_was_held_out():
   def sample(params, seed, labels, w, nfe):
     return images[:16]
 
-  numbers = dict(classifier.measure(sample, None, reference, 10, [(1, 0.0, 16)], seed=0))
+  model = SimpleNamespace(sampler=sample, params=None, names=range(10))
+  numbers = dict(classifier.measure(model, reference, [(1, 0.0, 16)], seed=0))
   assert numbers["fd_held_out/data"] == pytest.approx(wanted)
   assert {"fd/nfe1_w0", "fd_held_out/nfe1_w0"} < set(numbers)
 

@@ -1,4 +1,6 @@
-"""The digits, and a stand-in for a sampler of them."""
+"""The digits, and a stand-in for a model of them."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +15,13 @@ def source():
 
 @pytest.fixture
 def asked():
-  """What the stand-in sampler was asked for, call by call."""
+  """What the stand-in was asked for, call by call."""
   return []
 
 
 @pytest.fixture
-def sample(source, asked):
-  """A sampler that returns real digits of the classes asked for, brighter with w."""
+def model(source, asked):
+  """Its samples are real digits of the classes asked for, brighter with w."""
 
   def draw(params, seed, labels, w, nfe, batch=256, progress=None):
     asked.append((params, seed, len(labels), w, nfe))
@@ -28,4 +30,4 @@ def sample(source, asked):
       progress(len(labels))
     return source.images(rows) * (1 + w)  # out of range for w > 0: callers clip
 
-  return draw
+  return SimpleNamespace(names=source.names, params="params", sampler=draw)

@@ -48,9 +48,9 @@ def test_one_class_only_has_recall_of_a_tenth(reference, source):
   assert scores["precision"] > 0.99 and 0.08 < scores["recall"] < 0.2
 
 
-def test_measure_names_every_number(reference, sample, asked):
+def test_measure_names_every_number(reference, model, asked):
   settings = [(1, 0.0, 40), (4, 0.5, 20)]
-  results = dict(classifier.measure(sample, "params", reference, 10, settings, seed=3))
+  results = dict(classifier.measure(model, reference, settings, seed=3))
   picture = results.pop("spectrum")
   assert picture.ndim == 3
   names = ("fd", "accuracy", "precision", "recall")

@@ -199,7 +199,7 @@ def test_a_folder_is_what_its_images_are_as_an_npz(images, network, tmp_path):
 
 
 def test_precision_and_recall_compare_with_a_random_part(images, network, tmp_path, monkeypatch):
-  monkeypatch.setattr(reference, "KEPT", 20)
+  monkeypatch.setattr(reference, "MAX_FEATURES", 20)
   np.savez(tmp_path / "val.npz", arr_0=images)
   real = open_and_read(tmp_path / "val.npz", ["features", "pool"], network)
   rows = [int(np.abs(pool(images) - f).sum(1).argmin()) for f in real.features]
@@ -223,8 +223,8 @@ def test_streamed_inception_score_is_that_of_all(images):
   batches = [
     (jnp.asarray(rows), {"logits": jnp.asarray(logits[np.minimum(rows, 69)])}) for rows in numbers
   ]
-  wanted = stream.Wanted([], np.arange(0), splits=3)
-  found = stream.collect(batches, 70, SIZES, wanted)
+  request = stream.Request([], np.arange(0), splits=3)
+  found = stream.collect(batches, 70, SIZES, request)
   logits = logits.astype(np.float32)
   assert fid.score(found.scores) == pytest.approx(inception_score(logits, splits=3), rel=1e-12)
 

@@ -1,124 +1,107 @@
 """The large-scale metrics by command line and by config: from a checkpoint, and in training."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from configs import ism_digits, ism_imagenet256
+import main
+from configs import ism_imagenet256
 from ism_jax import method as ism
 from ism_jax.data import sources
 from ism_jax.evaluation import registry
+from ism_jax.model import Model
 from tests.ism.stand_ins import frechet
 from train_jax import mesh as mesh_lib
+from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
 from train_jax.storage.weights import sha256
 
-FLAGS = {"nfe": ["1", "2"], "guidance": ["0.5"], "labels": None, "num": 40, "seed": 3}
-
-NONE = dict.fromkeys(("metrics", "reference", "inception", "dinov2"))
-
-
-def get_config():
-  config = ism_digits.get_config("debug")
-  config.batch = 16
-  config.model.depth = 1
-  config.eval.samples = 64
-  return config
-
 
 @pytest.fixture
-def digits(files):
-  """As flags: weights, and a reference of the digits' size."""
-  return {**files.flags, "metrics": ["fid", "is", "pr", "fd_dinov2"], "classes": None, "vae": None}
+def call(digits_run, files, tmp_path):
+  """(*flags) -> exit code of an evaluation of the run by stand-ins."""
+
+  def run(*flags):
+    where = (f"--workdir={digits_run}", f"--out={tmp_path / 'out'}", "--num=40", "--seed=3")
+    weights = [f"--{name}={file}" for name, file in files.flags.items()]
+    return main.run(["main.py", "--mode=evaluate", *where, *weights, *flags])
+
+  return run
 
 
-def test_evaluate_mode_by_the_command_line(digits, files, tmp_path, capsys):
-  metadata = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
-  params = ism.make_network(get_config(), metadata)[0](jax.random.key(0))
-  flags = SimpleNamespace(**FLAGS, **digits, save_samples=True)
-  out = tmp_path / "out"
-  ism.evaluate_mode(get_config(), metadata, lambda mesh: (params, 7), flags, out)
-
-  record = json.loads((out / "benchmark.json").read_text())
-  assert (record["step"], record["samples"], record["seed"]) == (7, 40, "3")
+def test_evaluation_by_the_command_line(call, files, digits_run, tmp_path, capsys):
+  flags = ("--metrics=fid,is,pr,fd_dinov2", "--nfe=1,2", "--guidance=0.5", "--save_samples")
+  assert call(*flags) == 0, capsys.readouterr().err
+  record = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+  assert (record["step"], record["samples"], record["seed"]) == (2, 40, "3")
   assert record["vae"] == "none: pixels" and record["classes"] == "balanced (i mod 10)"
   assert f"real.npz sha256:{sha256(files.real)[:12]}" in record["reference"]
   columns = ("fid", "is", "precision", "recall", "fd_dinov2")
   settings = ("nfe1_w0.5", "nfe2_w0.5")
-  assert set(record["results"]) == {f"{c}@40/{s}" for c in columns for s in settings}
-  assert all(np.isfinite(value) for value in record["results"].values())
+  results = record["results"]
+  assert results.keys() == {f"{c}@40/{s}" for c in columns for s in settings}
+  assert all(np.isfinite(value) for value in results.values())
   printed = capsys.readouterr().out
   assert "fid@40" in printed and "real.npz sha256:" in printed and "50k" not in printed
 
-  with np.load(out / "samples_nfe2_w0.5.npz") as saved:
+  with np.load(tmp_path / "out" / "samples_nfe2_w0.5.npz") as saved:
     assert saved["arr_0"].shape == (40, 8, 8, 3) and saved["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(saved["labels"], np.arange(40) % 10)
     distance = frechet(files.inception(files.images), files.inception(saved["arr_0"]))
-  assert record["results"]["fid@40/nfe2_w0.5"] == pytest.approx(distance, rel=1e-4)
-
-
-def test_evaluate_mode_by_the_config(digits, tmp_path):
-  config = get_config()
-  config.eval.nfe, config.eval.guidance, config.eval.metrics = (2,), (0.5,), ("fid",)
-  metadata = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
-  params = ism.make_network(config, metadata)[0](jax.random.key(0))
-  changes = {"nfe": None, "guidance": None, "metrics": None, "save_samples": False}
-  flags = SimpleNamespace(**{**FLAGS, **digits, **changes})
-  ism.evaluate_mode(config, metadata, lambda mesh: (params, 7), flags, tmp_path)
-  record = json.loads((tmp_path / "benchmark.json").read_text())
-  assert set(record["results"]) == {"fid@40/nfe2_w0.5"}
+  assert results["fid@40/nfe2_w0.5"] == pytest.approx(distance, rel=1e-4)
+  chosen = {"metrics": ("fid",), "nfe": (2,), "guidance": (0.5,), "samples": 40, **files.flags}
+  numbers = Model.from_run(digits_run).evaluate(seed=3, **chosen)
+  assert numbers == {"fid@40/nfe2_w0.5": pytest.approx(results["fid@40/nfe2_w0.5"], rel=1e-6)}
 
 
 @pytest.mark.parametrize(
-  ("changes", "message"),
+  ("flags", "message"),
   [
-    ({"metrics": ["fid", "fdi"]}, r"metric 'fdi' is unknown"),
-    ({"metrics": None}, r"--reference=.* is for --metrics; add --metrics=fid, or leave it out"),
-    ({**NONE, "num": 5}, r"--num=5 is for --metrics"),
-    ({**NONE, "num": None, "save_samples": True}, r"--save_samples=True is for --metrics"),
-    ({"num": 1}, r"1 samples are too few"),
-    ({"nfe": ["3"]}, r"nfe=3 was not trained"),
-    ({"reference": "gone"}, r"reference='gone' is not there"),
+    (["--metrics=fid,fdi"], "eval.metrics='fdi' is unknown; choose from fid, sfid"),
+    (["--metrics=fid", "--num=1"], "0 samples are too few"),
+    (["--metrics=fid", "--nfe=3"], "nfe=3 was not trained"),
+    (["--metrics=fid", "--reference=gone"], "reference='gone' is not there"),
+    (["--metrics=fid", "--vae=gone"], "vae='gone'"),
   ],
 )
-def test_evaluate_mode_refuses_before_anything_is_loaded(changes, message, digits, tmp_path):
-  def load(mesh):
-    raise AssertionError("loaded a checkpoint for a request that cannot be met")
+def test_bad_requests_are_refused_before_anything_is_read(
+  flags, message, call, tmp_path, monkeypatch, capsys
+):
+  def restore(*args):
+    raise AssertionError("parameters were read for a request that cannot be met")
 
-  metadata = {"names": [str(i) for i in range(10)], "shape": [8, 8, 1]}
-  flags = SimpleNamespace(**{**FLAGS, **digits, "save_samples": False, **changes})
-  with pytest.raises(UserError, match=message):
-    ism.evaluate_mode(get_config(), metadata, load, flags, tmp_path)
+  monkeypatch.setattr(Checkpoints, "restore_ema", restore)
+  assert call(*flags) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ") and message in error and not list(tmp_path.rglob("*.json"))
 
 
-def test_training_evaluates_by_config(digits, capsys):
-  config = get_config()
-  config.eval.metrics = ("fid", "pr")
-  config.eval.reference, config.eval.inception = digits["reference"], digits["inception"]
+def build(config, metrics, files):
+  config.eval.update(metrics=metrics, **{name: files.flags[name] for name in files.flags})
   method, _ = ism.make_method(config, mesh_lib.make_mesh())
-  params, _ = jax.jit(method.init)(jax.random.key(0))
+  return method, jax.jit(method.init)(jax.random.key(0))[0]
+
+
+def test_training_evaluates_by_config(files, small_config, capsys):
+  method, params = build(small_config(), ("fid", "pr"), files)
   quick = dict(method.evaluate(params, 1, False))
-  assert {"fid@16/nfe1_w0", "precision@16/nfe2_w1", "grid"} <= set(quick)
+  assert {"fid@16/nfe1_w0", "precision@16/nfe2_w1", "grid"} <= quick.keys()
   assert quick["grid"].ndim == 3 and "class_leak" not in quick
   final = dict(method.evaluate(params, 2, True))
-  assert {"fid@64/nfe1_w0", "recall@64/nfe1_w0.5", "class_leak"} <= set(final)
+  assert {"fid@64/nfe1_w0", "recall@64/nfe1_w0.5", "class_leak"} <= final.keys()
   assert "sha256" in capsys.readouterr().out
-  config.eval.metrics = ("fd_dinov2",)
   with pytest.raises(UserError, match=r"--dinov2=FILE"):
-    ism.make_method(config, mesh_lib.make_mesh())
+    files.flags["dinov2"] = ""
+    build(small_config(), ("fd_dinov2",), files)
 
 
-def test_images_of_one_class_are_measured_by_the_metrics(digits):
-  config = get_config()
+def test_images_of_one_class_are_measured_by_the_metrics(files, small_config):
+  config = small_config(data__source="folder", data__channels=3)
   with config.unlocked():
-    config.data.update(source="folder", channels=3, synthetic=64, classes=1)
-  config.eval.metrics = ("fid",)
-  config.eval.reference, config.eval.inception = digits["reference"], digits["inception"]
-  method, _ = ism.make_method(config, mesh_lib.make_mesh())
-  params, _ = jax.jit(method.init)(jax.random.key(0))
+    config.data.update(synthetic=64, classes=1)
+  method, params = build(config, ("fid",), files)
   final = dict(method.evaluate(params, 2, True))
   assert "fid@64/nfe1_w0" in final and "class_leak" not in final
 
@@ -137,6 +120,7 @@ def test_a_rare_class_is_in_the_reference(limit):
 def test_evaluation_draws_a_grid_where_there_is_a_decoder(fake_autoencoder, tmp_path):
   config = ism_imagenet256.get_config("debug")
   config.model.depth, config.eval.vae, config.eval.nfe = 1, str(tmp_path / "vae"), (1,)
+  (tmp_path / "vae").touch()
   method, metadata = ism.make_method(config, mesh_lib.make_mesh())
   params = jax.jit(method.init)(jax.random.key(0))[0]
   ((name, picture),) = method.evaluate(params, 2, True)

@@ -73,7 +73,7 @@ def test_no_device_has_more_samples_where_several_share_a_row(files, make_mesh):
   assert set(split) == {4}
 
 
-def test_the_facts_say_what_the_number_depends_on(files):
+def test_the_metadata_say_what_the_number_depends_on(files):
   metrics = ("fid", "fd_dinov2", "pr")
   metadata = make(files, metrics, classes="random", seed=3).metadata()
   digest = sha256(files.real)[:12]
@@ -136,17 +136,6 @@ def test_samples_that_are_not_finite_are_refused(files):
   found = make(files, ("fid",))
   with pytest.raises(UserError, match=r"nfe=1, guidance=0 are not finite.*earlier checkpoint"):
     list(found.measure({"gain": jnp.float32(np.nan)}, [(1, 0.0)], 20))
-
-
-def test_another_autoencoder_than_that_of_the_latents_is_refused(files, tmp_path):
-  vae = str(tmp_path / "vae")
-  with pytest.raises(UserError, match=r"is not the autoencoder of this model's latents \(0123"):
-    make(files, shape=(4, 4, 4), vae=vae, encoder="0123456789abcdef")
-
-
-def test_a_decoder_for_pixels_is_refused(files):
-  with pytest.raises(UserError, match=r"is for latents, and this model makes images of 8x8x3"):
-    make(files, vae=files.flags["inception"])
 
 
 PROGRAM = """

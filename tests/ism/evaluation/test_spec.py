@@ -19,18 +19,30 @@ def test_only_fifty_thousand_samples_are_called_50k(n, name):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"metrics": ("fid", "kid")}, r"metric 'kid' is unknown; choose from fid, sfid, fd_dinov2, is"),
+    (
+      {"metrics": ("fid", "kid")},
+      r"eval.metrics='kid' is unknown; choose from fid, sfid, fd_dinov2, is",
+    ),
     ({"dinov2": ""}, r"metric 'fd_dinov2' needs the weights of a network: --dinov2=FILE"),
     ({"inception": ""}, r"metric 'fid' needs .* --inception=FILE"),
     ({"inception": "gone.safetensors"}, r"inception='gone.safetensors' is not a file"),
     ({"reference": ""}, r"no reference was given"),
     ({"reference": "gone.npz"}, r"reference='gone.npz' is not there"),
-    ({"classes": "sorted"}, r"classes='sorted' is unknown; choose 'balanced' or 'random'"),
+    ({"classes": "sorted"}, r"eval.classes='sorted' is unknown; choose from balanced, random"),
     ({"shape": (4, 4, 4)}, r"makes latents of 4x4x4 and no decoder was given: --vae=FILE"),
+    ({"samples": 7}, r"1 samples are too few for fid, .*; draw at least 10"),
+    ({"metrics": (), "samples": 15}, r"eval.samples=15 must be at least 16"),
+    ({"vae": "any"}, r"is for latents, and this model makes images of 8x8x3"),
+    (
+      {"shape": (4, 4, 4), "vae": "any", "encoder": "0123456789abcdef"},
+      r"is not the autoencoder of this model's latents \(0123",
+    ),
     ({"shape": (16, 16, 3)}, r"has images of 8x8 pixels and the samples have 16x16"),
   ],
 )
 def test_bad_requests_are_refused_in_a_sentence(changes, message, files):
+  if changes.get("vae") == "any":
+    changes = {**changes, "vae": str(files.folder / "vae")}
   with pytest.raises(UserError, match=message) as error:
     make(files, **changes)
   assert str(error.value).count(". ") == 0 and str(error.value).endswith(".")

@@ -14,13 +14,13 @@ def test_features_are_not_kept_unless_precision_and_recall_ask(files):
   images = mesh_lib.to_global({"x": files.images[:8]}, mesh_lib.make_mesh())["x"]
   net = stream.load_network("inception", files.flags["inception"], mesh_lib.make_mesh())
   batches = [(jnp.arange(8), net.features(images))]
-  wanted = stream.Wanted(["pool"], np.arange(0))
-  assert stream.collect(batches, 8, net.sizes, wanted).kept.size == 0
-  wanted = stream.Wanted([], np.array([1, 6]))
-  found = stream.collect(batches, 8, net.sizes, wanted)
+  request = stream.Request(["pool"], np.arange(0))
+  assert stream.collect(batches, 8, net.sizes, request).features.size == 0
+  request = stream.Request([], np.array([1, 6]))
+  found = stream.collect(batches, 8, net.sizes, request)
   assert not found.moments and not found.scores.count.size
   expected = files.inception(files.images[[1, 6]])
-  np.testing.assert_allclose(found.kept, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(found.features, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_two_processes_statistics_are_merged_bit_for_bit(files, monkeypatch):
@@ -41,12 +41,12 @@ def test_two_processes_statistics_are_merged_bit_for_bit(files, monkeypatch):
     leaves = jax.tree.leaves(jax.tree.map(np.asarray, next(sent)))
     assert [len(b) for b in bits] == [leaf.nbytes for leaf in leaves]
     assert all(b.dtype == np.uint8 for b in bits)
-    return [jnp.asarray(stream._bytes(leaf)) for leaf in leaves]
+    return [jnp.asarray(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)) for leaf in leaves]
 
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(stream.multihost_utils, "broadcast_one_to_all", broadcast)
   merged, whole = stream._over_processes(halves[1]), of(slice(0, 20))
-  np.testing.assert_array_equal(merged.kept, whole.kept)
+  np.testing.assert_array_equal(merged.features, whole.features)
   np.testing.assert_allclose(merged.moments["pool"].covariance, np.cov(x.T), rtol=1e-13)
   assert merged.moments["pool"].count == 20
   assert fid.score(merged.scores) == pytest.approx(fid.score(whole.scores), rel=1e-13)

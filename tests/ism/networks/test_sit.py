@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import main
 from configs import ism_digits
-from ism_jax import dit
+from ism_jax import dit, method
+from ism_jax.model import make_network
 from ism_jax.networks import sit
 from train_jax import mesh as mesh_lib
 from train_jax import warm_start
@@ -145,7 +145,9 @@ def test_a_run_begins_with_a_file_of_weights(tmp_path, capsys):
   sizes = {"patch": P, "width": K, "depth": DEPTH, "heads": HEADS}
   config.update({"model": sizes, "init_from": str(file)})
   metadata = {"names": list("abcde"), "shape": [SIDE, SIDE, C]}
-  given = main.make_init_params(config, metadata, mesh_lib.make_mesh())
+  rules = method.warm_start(config, metadata)
+  args = make_network, config.to_dict(), metadata, mesh_lib.make_mesh()
+  given = warm_start.make_init_params(rules, *args)
   np.testing.assert_array_equal(
     given["embed_class.embedding"], published()["y_embedder.embedding_table.weight"]
   )

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from seqmatch_jax.data import corpus, documents, encode
-from seqmatch_jax.tokens import TextVocab, Vocab
+from seqmatch_jax.huggingface.tokenizer import TextVocab
+from seqmatch_jax.tokens import Vocab
 from train_jax.errors import UserError
 
 TEXTS = [f"text {i} " + "ab" * (i % 7) for i in range(200)]
@@ -25,9 +26,8 @@ def source(tmp_path):
   return str(top)
 
 
-def run(source, out, tokenizer=None, shards=3):
-  flags = SimpleNamespace(texts=source, out=str(out), tokenizer=tokenizer, shards=shards)
-  encode.encode_mode(flags)
+def run(source, out, tokenizer="", shards=3):
+  encode.encode(source, tokenizer, shards, out)
 
 
 def texts_of(found, vocab):
@@ -180,6 +180,6 @@ def test_texts_without_tokens_and_too_many_characters(monkeypatch):
   vocab = Vocab.from_texts(["ab"])
   found = documents.encode_texts(corpus.from_list(["ab", "", "b"], "text"), vocab)
   assert found.length.tolist() == [2, 1]
-  monkeypatch.setattr(documents, "MOST", 2)
+  monkeypatch.setattr(documents, "MAX_CHARACTERS", 2)
   with pytest.raises(UserError, match=r"more than 2 characters; .* --mode=encode"):
     documents.encode_texts(corpus.from_list(["ab", "b"], "text"), vocab)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from seqmatch_jax import show
+from seqmatch_jax.display import show
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD, Vocab
 
 VOCAB = Vocab(tuple("12</"))
@@ -16,24 +16,15 @@ ONE, TWO = VOCAB.encode("12")
 def typed():
   """1, 2 erased, 2 erased, 1 erased, 2, end."""
   actions = [ONE, TWO, BACKSPACE, TWO, BACKSPACE, BACKSPACE, TWO, EOS, PAD, PAD]
-  return show.strokes(actions, VOCAB)
+  return show.Typist(VOCAB).keys(actions)
 
 
-def test_strokes_are_what_is_typed(typed):
-  assert "".join(typed) == "12\b2\b\b2" + show.END
-
-
-def test_answer_is_what_is_left(typed):
-  assert show.answer(typed) == "2"
-
-
-def test_erased_characters_stay_where_they_were_typed(typed):
+def test_what_is_typed_and_what_is_left_of_it(typed):
+  assert "".join(typed) == "12\b2\b\b2" + show.END and show.answer(typed) == "2"
+  # Erased characters stay where they were typed; an unfinished line says so.
   assert show.line(typed, color=False) == "[-1-][-2-][-2-]2"
   assert show.line(typed, color=True) == "\x1b[9;31m1\x1b[0m" + 2 * "\x1b[9;31m2\x1b[0m" + "2"
-
-
-def test_an_unfinished_line_says_so(typed):
-  assert show.line(typed[:-1], color=False).endswith("2 ...")
+  assert show.line(typed[:-1], color=False) == "[-1-][-2-][-2-]2 ..."
 
 
 def test_page_holds_everything_and_no_text_ends_its_script(typed, tmp_path):
@@ -91,16 +82,8 @@ def watch(keys, columns):
 
 def test_what_is_erased_is_struck_through_at_once():
   shown = list(watch(["a", "b", "\b", "c", "\b", "\b", "d", show.END], 80))
-  assert [rows[0] for rows in shown] == [
-    "go a",
-    "go ab",
-    "go aX",
-    "go aXc",
-    "go aXX",
-    "go XXX",
-    "go XXXd",
-    "go XXXd",
-  ]
+  states = "go a", "go ab", "go aX", "go aXc", "go aXX", "go XXX", "go XXXd", "go XXXd"
+  assert tuple(rows[0] for rows in shown) == states
 
 
 def test_erasures_find_their_line_again():
@@ -131,7 +114,7 @@ def test_wide_and_combining_characters_take_their_columns():
 
 def test_control_characters_that_a_model_types_are_shown_and_move_nothing():
   vocab = Vocab(("\x04", "\b", "\x1b", "a"))
-  typed = show.strokes([4, 5, 6, 7, BACKSPACE, EOS], vocab)
+  typed = show.Typist(vocab).keys([4, 5, 6, 7, BACKSPACE, EOS])
   assert typed == ["␄", "␈", "␛", "a", "\b", show.END]
   assert show.line(typed, color=False) == "␄␈␛[-a-]" and show.answer(typed) == "␄␈␛"
 
@@ -140,7 +123,7 @@ def test_a_typist_goes_on_where_it_was(typed):
   actions = [ONE, TWO, BACKSPACE, TWO, BACKSPACE, BACKSPACE, TWO, EOS, PAD, PAD]
   typist = show.Typist(VOCAB, [TWO, TWO])
   keys = [key for action in actions for key in typist.keys([action])]
-  assert keys == typed == show.strokes(actions, VOCAB, [TWO, TWO])
+  assert keys == typed == show.Typist(VOCAB, [TWO, TWO]).keys(actions)
 
 
 class Counting:
@@ -151,5 +134,5 @@ class Counting:
 
 
 def test_what_is_typed_depends_on_the_text_that_is_left():
-  keys = show.strokes([5, 6, 7, BACKSPACE, BACKSPACE, 8, EOS], Counting(), prompt=[4])
+  keys = show.Typist(Counting(), [4]).keys([5, 6, 7, BACKSPACE, BACKSPACE, 8, EOS])
   assert keys == ["1:5 ", "2:6 ", "3:7 ", "\b", "\b", "2:8 ", show.END]

@@ -35,16 +35,6 @@ def test_equal_loops(n):
   np.testing.assert_allclose(diversity.repetition(*made, n), np.mean(each))
 
 
-def test_by_hand():
-  made = rows([1, 2, 1, 2, 1], [3, 3])  # pairs: 12 21 12 21, 33
-  np.testing.assert_allclose(
-    diversity.entropy(*made, 2), 0.8 * math.log(2.5) + 0.2 * math.log(5), rtol=1e-12
-  )
-  assert diversity.distinct(*made, 2) == 3 / 5
-  assert diversity.repetition(*made, 2) == (2 / 4 + 0) / 2
-  assert diversity.repetition(*made, 1) == (3 / 5 + 1 / 2) / 2
-
-
 def test_large_ids_do_not_collide():
   """Long n-grams of a large vocabulary: as many numbers as n-grams, none of which is repeated."""
   tokens = np.random.default_rng(0).permutation(400)[None] * 300 + 2**20

@@ -1,11 +1,8 @@
-"""Features of texts: transformers' own hidden states, the mean, runs and what is no network."""
-
-import dataclasses
+"""Features of texts: transformers' own hidden states, the mean, and devices that share the work."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from seqmatch_jax import transformer
@@ -15,9 +12,6 @@ from seqmatch_jax.tokens import BOS, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from tests.seqmatch import hf_folder
 from train_jax import mesh as mesh_lib
-from train_jax.checkpointing.checkpoint import Checkpoints
-from train_jax.errors import UserError
-from train_jax.step import Method
 
 SMALL = {"width": 8, "depth": 1, "heads": 1, "hidden": 8}
 VOCAB = Vocab(tuple("abcd "))
@@ -34,7 +28,7 @@ def counts(params, token, position, end):
 def test_equal_one_text_at_a_time(last, monkeypatch):
   """Neither padding nor the batch is seen; an empty text has the state of <bos>."""
   monkeypatch.setattr(text_features, "BATCH", 2)
-  found = text_features.make_features(counts, 2.0, VOCAB, last, most=30)(TEXTS)
+  found = text_features.make_features(counts, 2.0, VOCAB, last, limit=30)(TEXTS)
   assert found.shape == (5, VOCAB.size + 1) and found.dtype == np.float32
   for text, got in zip(TEXTS, found, strict=True):
     ids = (([] if last else [BOS]) + VOCAB.encode(text))[:30] or [BOS]
@@ -48,31 +42,12 @@ def test_equal_one_text_at_a_time(last, monkeypatch):
 def test_pretrained_features_are_what_transformers_output_layer_reads(family, tmp_path):
   """At the last token, without <bos>: times the output's matrix they are its logits."""
   folder, oracle = hf_folder.write(tmp_path / "model", family), hf_folder.oracle(family)
-  features = text_features.load(str(folder), VOCAB)
+  features = text_features.of_folder(str(folder))
   text = " ".join(f"w{i}" for i in oracle["tokens"][0])
   names = {"gpt2": "transformer.wte.weight", "llama": "lm_head.weight"}
   output = hf_folder.tensors(family)[names[family]]
   got = features([text, "w3 w4"]) @ output.T
   np.testing.assert_allclose(got[0], oracle["logits"][0, -1], rtol=0, atol=1e-4)
-
-
-def test_a_runs_sample_average_is_read(tmp_path, make_state, one_device):
-  network = transformer.make_network(TransformerConfig(vocab=VOCAB.size, **SMALL))
-  method = Method(lambda key: (network.init(key), ()), None, None, None, None)
-  state = make_state(method, optax.sgd(0.1), one_device, {"sample": 0.9})
-  average = jax.tree.map(lambda a: a + 0.1, state.params)
-  metadata = {"symbols": list(VOCAB.symbols)}
-  for name in ("seqmatch", "ism"):
-    checkpoints = Checkpoints(tmp_path / name)
-    config = {"method": name, "model": SMALL, "seed": 0, "mesh": {"fsdp": 1, "tensor": 1}}
-    record = {"config": config, "metadata": metadata, "step": 0}
-    checkpoints.save(dataclasses.replace(state, ema={"sample": average}), record)
-    checkpoints.close()
-  want = text_features.make_features(network.features, average, VOCAB, last=False)(TEXTS)
-  got = text_features.load(str(tmp_path / "seqmatch"), VOCAB)(TEXTS)
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
-  with pytest.raises(UserError, match="ism' is a run of method 'ism'"):
-    text_features.load(str(tmp_path / "ism"), VOCAB)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4), (8, 1, 1)], ids=str)
@@ -95,8 +70,3 @@ def test_every_device_gets_features_by_parameters_that_are_split(make_mesh, monk
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
   (features,) = made
   assert features.is_fully_replicated and len(features.addressable_shards) == mesh.size
-
-
-def test_what_is_no_network_is_refused(tmp_path):
-  with pytest.raises(UserError, match=r"eval\.features=.* holds no network; give the workdir"):
-    text_features.load(str(tmp_path), VOCAB)

@@ -45,14 +45,12 @@ def test_erasures_are_counted_by_what_they_erase():
     [A, BACKSPACE, A, B, EOS],  # a right token erased
     [A, B, C, BACKSPACE, EOS],  # too long is wrong
   )
-  found = evaluate.max_backspaces(trajectories, np.repeat(rows(RIGHT), 4, axis=0))
+  found = evaluate.erasures(trajectories, np.repeat(rows(RIGHT), 4, axis=0))
   assert found.rate == 4 / (5 + 4 + 5 + 5)
   assert found.precision == 3 / 4
   assert found.recall == 2 / 3
-
-
-def test_without_erasures_or_errors_there_is_no_precision_or_recall():
-  found = evaluate.max_backspaces(rows([A, B, EOS]), rows(RIGHT))
+  # Without erasures or errors there is no precision or recall.
+  found = evaluate.erasures(rows([A, B, EOS]), rows(RIGHT))
   assert found.rate == 0 and np.isnan(found.precision) and np.isnan(found.recall)
 
 
@@ -74,9 +72,8 @@ def test_one_wrong_token_is_forced_after_a_right_beginning():
   assert set(places[:200]) == {0, 1, 2, 3} and set(places[200:]) == {0, 1}
   assert instead_of_b == {A, C}
   wrong[:] = np.arange(7) == A  # where the right one is the only one, none is forced
-  for got, right in zip(
-    evaluate.force_error(np.random.default_rng(0), answer, wrong, 9), answer, strict=True
-  ):
+  forced = evaluate.force_error(np.random.default_rng(0), answer, wrong, 9)
+  for got, right in zip(forced, answer, strict=True):
     differ = int(np.argmax(got[:5] != right[:5]))
     assert (got[differ], right[differ]) in [(A, B), (A, C), (PAD, A)]
 

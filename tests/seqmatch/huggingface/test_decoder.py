@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 import main
 from configs import seqmatch_text
 from seqmatch_jax import method as seqmatch
-from seqmatch_jax import model
+from seqmatch_jax.huggingface import decoder
+from seqmatch_jax.huggingface.tokenizer import TextVocab
 from tests.seqmatch import hf_folder
 from train_jax import lora, warm_start
 from train_jax import mesh as mesh_lib
@@ -53,7 +54,7 @@ def first_step(config, mesh):
   tx = main.make_optimizer(config)
   init = state_lib.create(method, tx, {"sample": 0.9}, 0)
   shardings = mesh_lib.state_sharding(jax.eval_shape(init), mesh)
-  where, given = flatten(shardings.params), main.make_init_params(config, metadata, mesh)
+  where, given = flatten(shardings.params), seqmatch.warm_start(config, metadata).pretrained()
   given = {name: mesh_lib.to_device(a, where[name], a.dtype) for name, a in given.items()}
   state = jax.jit(init, out_shardings=shardings)(given)
   frozen = ()
@@ -87,49 +88,47 @@ def test_a_run_of_adapters_begins_where_one_of_everything_does(get_config, make_
   assert {*flatten(frozen), "erase.kernel", "erase.bias"} == set(whole)
 
 
-def facts_of(config):
-  vocab = model.TextVocab.from_file(config.pretrained)
-  return model.make_metadata(config, {"tokenizer": vocab.metadata(), "max_length": 32})
+def metadata_of(config):
+  vocab = TextVocab.from_file(config.pretrained)
+  return decoder.make_metadata(config, {"tokenizer": vocab.metadata(), "max_length": 32})
 
 
 def test_what_is_learned_is_given_and_the_rest_is_frozen(get_config, capsys):
   config = get_config(rank=2, base="bfloat16")
-  metadata = json.loads(json.dumps(facts_of(config)))
-  assert set(model.make_init_params(config, metadata)) == {"erase.kernel", "erase.bias"}
+  metadata = json.loads(json.dumps(metadata_of(config)))
+  assert set(decoder.make_init_params(config, metadata)) == {"erase.kernel", "erase.bias"}
   assert f"began from {config.pretrained}: 0.2 M parameters; 0.00 M are learned" in (
     capsys.readouterr().out
   )
-  frozen = model.make_frozen(config, metadata)
+  frozen = decoder.make_frozen(config, metadata)
   assert frozen.shapes["blocks"]["down"]["kernel"].dtype == "bfloat16"
-  load = lambda mesh: ({"blocks": {"qkv": {"q_a": 1}}, "erase": 2}, 7)  # noqa: E731
-  params, step = model.load_whole(config, metadata, load, mesh_lib.make_mesh())
-  assert step == 7 and params["blocks"]["qkv"]["q_a"] == 1 and params["erase"] == 2
+  params = {"blocks": {"qkv": {"q_a": 1}}, "erase": 2}
+  params = decoder.with_frozen(config, metadata, params, mesh_lib.make_mesh())
+  assert params["blocks"]["qkv"]["q_a"] == 1 and params["erase"] == 2
   table = hf_folder.tensors("gpt2")["transformer.wpe.weight"]
   np.testing.assert_array_equal(params["place"]["embedding"], table.astype("bfloat16"))
   everything = get_config()
-  assert model.make_frozen(everything, metadata) is None
-  assert len(model.make_init_params(everything, metadata)) == len(frozen_names(frozen)) + 2
+  assert decoder.make_frozen(everything, metadata) is None
+  assert len(decoder.make_init_params(everything, metadata)) == len(frozen_names(frozen)) + 2
 
 
 def test_a_pretrained_folder_may_be_moved_and_not_be_another(get_config, folder, tmp_path):
-  config, metadata = get_config(rank=2), json.loads(json.dumps(facts_of(get_config())))
+  config, metadata = get_config(rank=2), json.loads(json.dumps(metadata_of(get_config())))
   there = shutil.copytree(folder, tmp_path / "there")
-  found, its_facts = model.moved(config, metadata, str(there))
+  found, its_metadata = decoder.moved(config, metadata, str(there))
   assert found.pretrained == str(there) and config.pretrained == str(folder)
-  assert its_facts["tokenizer"].pop("path") == str(there / "tokenizer.json")
+  assert its_metadata["tokenizer"].pop("path") == str(there / "tokenizer.json")
   del metadata["tokenizer"]["path"]
-  assert its_facts == metadata
+  assert its_metadata == metadata
   # One that was tuned further has the same sizes and tokenizer.
   tensors = hf_folder.tensors("gpt2")
   tensors["transformer.h.1.mlp.c_fc.weight"] = tensors["transformer.h.1.mlp.c_fc.weight"] + 1e-3
   other = hf_folder.write(tmp_path / "other", "gpt2", parameters=tensors)
   with pytest.raises(UserError, match=r"other is not what the run began from: its weights_sha256"):
-    model.moved(config, metadata, str(other))
-  del metadata["weights_sha256"]  # of an older version
-  assert model.moved(config, metadata, str(other))[0].pretrained == str(other)
+    decoder.moved(config, metadata, str(other))
   config.pretrained = ""
   with pytest.raises(UserError, match=r"--pretrained=x is read by runs that began from one"):
-    model.moved(config, metadata, "x")
+    decoder.moved(config, metadata, "x")
 
 
 def frozen_names(frozen):
@@ -142,24 +141,25 @@ def test_adapters_go_on_from_a_run_on_the_same_matrices_only(rank, get_config):
   one, other = {"metadata": {"weights_sha256": "1"}}, {"metadata": {"weights_sha256": "2"}}
   run = {"config": config.to_dict()}
   trained = warm_start.Trained("there", {}, run | one)
-  warm_start.check_alike(trained, run | one, seqmatch.same(config))
+  must_match = seqmatch.warm_start(config, {}).must_match
+  warm_start.check_alike(trained, run | one, must_match)
   expected = pytest.raises(UserError, match=r"metadata.weights_sha256='1' and this run '2'")
   with expected if rank else nullcontext():
-    warm_start.check_alike(trained, run | other, seqmatch.same(config))
+    warm_start.check_alike(trained, run | other, must_match)
   config.pretrained = ""  # drawn: by the seed
-  assert ("config.seed" in seqmatch.same(config)) == bool(rank)
+  assert ("config.seed" in seqmatch.warm_start(config, {}).must_match) == bool(rank)
 
 
 def test_without_weights_the_frozen_are_drawn(get_config):
   config = get_config(rank=2, base="int8")
   config.pretrained = ""
   metadata = {"symbols": list("abc")}
-  frozen = model.make_frozen(config, metadata)
+  frozen = decoder.make_frozen(config, metadata)
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   drawn = frozen.make(mesh_lib.state_sharding(frozen.shapes, mesh))
   assert drawn["blocks"]["down"]["kernel"].dtype == np.int8
   assert np.abs(drawn["blocks"]["down"]["kernel"]).max() == 127
-  network = model.make_network(config, metadata)
+  network = decoder.make_network(config, metadata)
   learned = jax.eval_shape(network.init, jax.random.key(1))
   token = np.array([[1, 4, 5]])
   apply = lambda *args: network.apply(lora.join(*args), token, token * 0, token * 0 + 3)  # noqa: E731
@@ -186,29 +186,36 @@ def test_a_step_with_frozen_parameters_is_compiled_without_weights(get_config):
 def test_a_decoder_is_used_by_as_many_devices_as_in_training(get_config):
   config = get_config()
   config.mesh.fsdp = 4
-  assert dict(model.mesh_of(config).shape) == {"fsdp": 1, "data": 2, "tensor": 4}
+  assert dict(decoder.mesh_of(config).shape) == {"fsdp": 1, "data": 2, "tensor": 4}
   config.mesh.tensor = 2
-  assert dict(model.mesh_of(config).shape) == {"fsdp": 1, "data": 1, "tensor": 8}
-  assert model.mesh_of(config, jax.devices()[:1]).size == 1
-  with config.unlocked():
-    del config.mesh.tensor  # a run of a version that had no such axis
-  assert model.mesh_of(config).shape["tensor"] == 4
+  assert dict(decoder.mesh_of(config).shape) == {"fsdp": 1, "data": 1, "tensor": 8}
+  assert decoder.mesh_of(config, jax.devices()[:1]).size == 1
 
 
-def test_mistakes_cost_a_sentence(get_config, tmp_path):
+@pytest.mark.parametrize(
+  ("changes", "metadata", "message"),
+  [
+    ({}, {"symbols": ["a"]}, r"a tokenizer that these data were not encoded with"),
+    ({}, {"max_length": 400}, r"400 tokens does not fit into the 96 positions"),
+    ({"data.context": 97}, {}, r"97 tokens does not fit into the 96 positions"),
+    (
+      {"pretrained": "", "data.context": 97, "model.family": "gpt2", "model.context": 96},
+      {"symbols": ["a"]},
+      r"97 tokens does not fit into the 96 positions",
+    ),
+  ],
+)
+def test_data_that_do_not_fit_the_decoder_are_refused(changes, metadata, message, get_config):
   config = get_config()
-  with pytest.raises(UserError, match=r"a tokenizer that these data were not encoded with"):
-    model.make_metadata(config, {"symbols": ["a"], "max_length": 32})
-  vocab = model.TextVocab.from_file(config.pretrained)
-  with pytest.raises(UserError, match=r"400 tokens does not fit into the 96 positions"):
-    model.make_metadata(config, {"tokenizer": vocab.metadata(), "max_length": 400})
-  config.data.context = 97
-  with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
-    model.make_metadata(config, {"tokenizer": vocab.metadata(), "max_length": 90})
-  config.pretrained = ""
-  config.model.update(family="gpt2", context=96)
-  with pytest.raises(UserError, match=r"97 tokens does not fit into the 96 positions"):
-    model.make_metadata(config, {"symbols": ["a"], "max_length": 90})
+  own = {} if "symbols" in metadata else {"tokenizer": metadata_of(config)["tokenizer"]}
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=message):
+    decoder.make_metadata(config, {"max_length": 90, **own, **metadata})
+
+
+def test_a_folder_that_is_none_is_refused(get_config, tmp_path):
+  config = get_config()
   config.pretrained = str(tmp_path)
   with pytest.raises(UserError, match=r"pretrained=.*give a folder with config.json"):
     seqmatch.make_method(config, mesh_lib.make_mesh())

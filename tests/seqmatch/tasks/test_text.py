@@ -1,7 +1,6 @@
 """The task of text, assembled: a run of a few steps, its numbers against naive ones, bad input."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,38 +8,15 @@ import optax
 import pytest
 
 from configs import seqmatch_gpt2, seqmatch_llama7b, seqmatch_text
+from seqmatch_jax import Model
 from seqmatch_jax import method as seqmatch
-from seqmatch_jax import rollout, tokens
 from seqmatch_jax.data import encode
+from seqmatch_jax.huggingface import tokenizer
 from seqmatch_jax.tasks import text
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS
-from train_jax import mesh as mesh_lib
 from train_jax import state as state_lib
 from train_jax.errors import UserError
 from train_jax.step import make_train_step
-
-FLAGS = {
-  "prompt": None,
-  "prompts": None,
-  "temperature": None,
-  "top_k": None,
-  "top_p": 0.9,
-  "max_actions": None,
-  "backspace": True,
-  "stream": False,
-  "num": 3,
-  "seed": 0,
-}
-
-
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory):
-  """A file of 60 short documents."""
-  path = tmp_path_factory.mktemp("corpus") / "texts.txt"
-  path.write_text(
-    "\n<|endoftext|>\n".join(f"{i} is {i * i}.\nfine" * (1 + i % 9) for i in range(60))
-  )
-  return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +48,7 @@ def test_a_run_rolls_out_from_its_prompts(run, config):
   assert memory["filled"] == config.buffer.rollouts
   np.testing.assert_array_equal(memory["prompt"][:8], batch["prompt"])
   assert metadata["max_length"] == config.data.context - config.noise.max_errors
-  assert tokens.from_metadata(json.loads(json.dumps(metadata))).size == 4 + len(
+  assert tokenizer.from_metadata(json.loads(json.dumps(metadata))).size == 4 + len(
     set("0123456789 is.\nfine")
   )
 
@@ -117,58 +93,22 @@ def test_perplexity_is_that_of_one_document_after_the_other(run, config):
   assert 0 <= found["finished/T=1"] <= 1
 
 
-def test_adapters_are_evaluated_on_the_parameters_that_they_were_trained_with(tmp_path):
-  """Whatever --seed, which is that of the generations: drawn ones are of the run's own seed."""
+def test_adapters_are_evaluated_on_the_parameters_that_they_were_trained_with(
+  save_run, one_device, tmp_path
+):
+  """Whatever the seed, which is that of the generations: drawn ones are of the run's own seed."""
   config = seqmatch_gpt2.get_config("debug")
   config.data.context = config.model.context = 24
   config.eval.samples, config.eval.max_backspaces, config.seed = 2, 1, 5
-  _, metadata = seqmatch.make_method(config, mesh_lib.make_mesh(devices=jax.devices()[:1]))
-  params = seqmatch.make_network(config, metadata).init(jax.random.key(0))
-  found = []
-  for seed in (0, 1):
-    flags = SimpleNamespace(seed=seed, features=None)
-    seqmatch.evaluate_mode(config, metadata, lambda mesh: (params, 0), flags, tmp_path)
-    found.append(json.loads((tmp_path / "evaluation.json").read_text())["perplexity/token"])
-  assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_held_out_documents_are_gone_on_from(stream, run, config, tmp_path, capsys):
-  _, metadata, state, _ = run
-  flags = SimpleNamespace(**{**FLAGS, "stream": stream})
-  seqmatch.sample_mode(config, metadata, lambda mesh: (state.params, 2), flags, tmp_path)
-  rows = json.loads((tmp_path / "generations.json").read_text())
-  _, test, vocab = text.open_documents(config.data)
-  held = [vocab.decode(test.read(i, 0, config.data.prompt)) for i in range(3)]
-  assert [row["prompt"] for row in rows] == held
-  whole = [row["prompt"] + row["reference"] for row in rows]
-  assert whole == [vocab.decode(test.read(i).tolist()) for i in range(3)]
-  out = capsys.readouterr().out
-  assert all(prompt in out for prompt in held) and "tokens/s" in out
-  assert "top_p 0.9" in (tmp_path / "generations.html").read_text()
-
-
-@pytest.mark.parametrize("final", [False, True])
-def test_texts_are_drawn_as_the_columns_say(final, run, config, monkeypatch):
-  method, metadata, state, _ = run
-  asked = []
-
-  def in_batches(generate, params, prompt, length, batch, key, **how):
-    asked.append((len(prompt), how))
-    n, most = len(prompt), metadata["max_actions"]
-    made = np.zeros((n, metadata["max_length"]), np.int32)
-    made[:, : prompt.shape[1]] = prompt
-    return rollout.Rollout(np.full((n, most), EOS, np.int32), made, length, np.ones(n, bool))
-
-  monkeypatch.setattr(text.rollout, "in_batches", in_batches)
-  dict(method.evaluate(state.params, 2, final))
-  own = {"temperature": 1.0, "allow_retype": True}
-  count = config.eval.samples if final else config.eval.samples // 4
-  assert asked == [
-    (count, {**own, "allow_backspace": True, "top_p": None}),
-    (count, {**own, "allow_backspace": True, "top_p": 0.95}),
-    (count, {**own, "allow_backspace": False, "top_p": None}),
-  ]
+  _, metadata = seqmatch.make_method(config, one_device)
+  save_run(tmp_path, config, metadata)
+  model = Model.from_run(tmp_path, devices=jax.devices()[:1])
+  first, second = (model.evaluate(seed=seed)["perplexity/token"] for seed in (0, 1))
+  assert first == second
+  config.seed = 6
+  save_run(tmp_path / "other", config, metadata)
+  other = Model.from_run(tmp_path / "other", devices=jax.devices()[:1])
+  assert other.evaluate()["perplexity/token"] != first
 
 
 def test_a_book_is_a_corpus(config, one_device, tmp_path):
@@ -178,7 +118,7 @@ def test_a_book_is_a_corpus(config, one_device, tmp_path):
   other.data.path = str(book)
   found = text.make_task(other, one_device)
   assert found.metadata["documents"] == 1
-  asked = text.ask(other, found.metadata, [], 5)
+  asked = text.make_prompts(other, found.metadata, [], 5)
   whole = [prompt + rest for prompt, rest in zip(asked.texts, asked.references, strict=True)]
   assert len(set(asked.texts)) == 5 and all(book.read_text().endswith(x) for x in whole)
   _, metadata = seqmatch.make_method(other, one_device)
@@ -196,12 +136,10 @@ def test_what_is_held_out_must_be_what_the_run_held_out(test, config, one_device
   own.data.path, own.data.tests, own.data.prompt = str(files[0]), 3, 1
   own.data.test = str(files[1]) if test else ""
   metadata = text.make_task(own, one_device).metadata
-  text.ask(own, metadata, [], 2)
-  old = {name: x for name, x in metadata.items() if not name.endswith("sha256")}
+  text.make_prompts(own, metadata, [], 2)
   write(files[test], documents[1:] + documents[:1])
-  text.ask(own, old, [], 2)  # of a version that did not know
   with pytest.raises(UserError, match="others or in another order; put the texts"):
-    text.ask(own, metadata, [], 2)
+    text.make_prompts(own, metadata, [], 2)
 
 
 @pytest.mark.parametrize(("prompt", "share", "warned"), [(2, "75%", 0), (6, "25%", 1)])
@@ -218,7 +156,7 @@ def test_how_much_there_is_to_learn_is_told(
   assert len(found) == warned
 
 
-def test_other_texts_have_other_facts(config, tmp_path):
+def test_other_texts_have_other_metadata(config, one_device, tmp_path):
   found = []
   for name, words in (("a", "ab cd"), ("b", "ab dc"), ("c", "abc d")):
     folder = tmp_path / name
@@ -229,37 +167,33 @@ def test_other_texts_have_other_facts(config, tmp_path):
     (folder / "3.txt").write_text("more")
     other = config.copy_and_resolve_references()
     other.data.path, other.data.tests, other.data.prompt = str(folder), 1, 1
-    found.append(text.make_task(other, mesh_lib.make_mesh(devices=jax.devices()[:1])).metadata)
+    found.append(text.make_task(other, one_device).metadata)
   assert found[0] == found[1]  # it is not a digest of all there is
   assert found[0]["documents"] == found[2]["documents"]
   assert found[0]["lengths_sha256"] != found[2]["lengths_sha256"]
 
 
-def test_stored_documents_are_the_same_run(run, config, corpus_file, tmp_path):
+def test_stored_documents_are_the_same_run(run, config, corpus_file, one_device, tmp_path):
   method, metadata, _, _ = run
-  flags = SimpleNamespace(texts=corpus_file, out=str(tmp_path), tokenizer=None, shards=2)
-  encode.encode_mode(flags)
+  encode.encode(corpus_file, "", 2, tmp_path)
   stored = config.copy_and_resolve_references()
   stored.data.path = str(tmp_path)
-  other, its_facts = seqmatch.make_method(stored, mesh_lib.make_mesh(devices=jax.devices()[:1]))
-  assert its_facts == metadata
+  other, its_metadata = seqmatch.make_method(stored, one_device)
+  assert its_metadata == metadata
   batches = [next(m.stream(3, 7)) for m in (method, other)]
   for name, value in batches[0].items():
     np.testing.assert_array_equal(value, batches[1][name])
 
 
 @pytest.mark.parametrize("source", [seqmatch_gpt2, seqmatch_llama7b])
-def test_configs_of_pretrained_decoders_have_the_paper_s_settings_and_build(source, one_device):
-  config = source.get_config()
-  paper = (config.loss.alpha, config.noise.rate, config.loss.gamma, config.data.context)
-  assert paper == (0.01, 0.001, 0.998, 1024) and config.lora.rank > 0
+def test_configs_of_pretrained_decoders_build_without_weights(source, one_device):
   compiled, position = seqmatch.without_data(source.get_config("debug"))
   assert position == 1 and compiled.model.vocab == 100
   for made in (source.get_config("debug"), compiled):
     method, _ = seqmatch.make_method(made, one_device)
     params, _ = jax.eval_shape(method.init, jax.random.key(0))
     assert any("_a" in name for name in state_lib.flatten(params))
-    batch = next(method.stream(0, 0)) | {"strength": 1.0}
+    batch = next(method.stream(0, 0)) | {"alpha_scale": 1.0}
     loss, _ = jax.eval_shape(
       method.loss, params, {}, batch, jax.random.key(0), method.frozen.shapes
     )
@@ -269,25 +203,18 @@ def test_configs_of_pretrained_decoders_have_the_paper_s_settings_and_build(sour
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"path": "nowhere"}, r"data.path='nowhere' is not there"),
-    ({"test": "nowhere"}, r"data.test='nowhere' is not there"),
-    ({"tests": 60}, r"data.tests=60 must be at least 1 and less than the 60 documents"),
-    ({"prompt": 60}, r"data.prompt=60 must be at least 0"),
-    ({"tokenizer": "nowhere"}, "nowhere"),
-    ({"samples": 0}, r"eval.samples=0 must be at least 1\."),
-    ({"samples": 7, "features": "x"}, r"eval.samples=7 must be at least 8 for MAUVE"),
+    ({"data.path": "nowhere"}, r"data.path='nowhere' is not there"),
+    ({"data.test": "nowhere"}, r"data.test='nowhere' is not there"),
+    ({"data.tests": 60}, r"data.tests=60 must be at least 1 and less than the 60 documents"),
+    ({"data.prompt": 60}, r"data.prompt=60 must be at least 0"),
+    ({"data.tokenizer": "nowhere"}, "nowhere"),
+    ({"eval.samples": 0}, r"eval.samples=0 must be at least 1\."),
+    ({"eval.samples": 7, "eval.features": "x"}, r"eval.samples=7 must be at least 8 for MAUVE"),
+    ({"noise.source": "prompt"}, r"noise.source='prompt' is for questions"),
   ],
 )
 def test_bad_configs_are_refused_in_a_sentence(changes, message, config, one_device):
   config = config.copy_and_resolve_references()
-  for name, value in changes.items():
-    config["eval" if name in config.eval else "data"][name] = value
+  config.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=message):
-    seqmatch.make_method(config, one_device)
-
-
-def test_noise_from_questions_is_refused(config, one_device):
-  config = config.copy_and_resolve_references()
-  config.noise.source = "prompt"
-  with pytest.raises(UserError, match=r"noise.source='prompt' is for questions"):
     seqmatch.make_method(config, one_device)

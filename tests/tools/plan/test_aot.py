@@ -53,11 +53,11 @@ def test_digits_are_compiled_for_eight_devices(monkeypatch, capsys, fsdp, tensor
 def test_text_is_compiled_with_its_rollouts(capsys):
   config = seqmatch_arithmetic.get_config("two_sum,debug")
   step, generation = main.compile_for(config, "cpu:2")
-  assert step.arguments["side-car"] > 0  # the replay buffer
+  assert step.arguments["auxiliary"] > 0  # the replay buffer
   assert generation.arguments == {"parameters": step.arguments["parameters"]}
   assert generation.peak > sum(generation.arguments.values())
   out = capsys.readouterr().out
-  assert "side-car" in out and "generation, the prompts and one action: compiled in" in out
+  assert "auxiliary" in out and "generation, the prompts and one action: compiled in" in out
 
 
 @pytest.mark.parametrize(

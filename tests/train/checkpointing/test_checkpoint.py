@@ -5,17 +5,12 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
-from ism_jax import dit
 from tests.train.stored_steps import gut, meta_of, remove_meta
 from train_jax import mesh as mesh_lib
 from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
-from train_jax.state import TrainState
-from train_jax.step import make_train_step
 
 MESH = mesh_lib.make_mesh()
 
@@ -166,44 +161,3 @@ def test_dtype_that_changed_is_not_cast_silently(saved, abstract, log):
   )
   with pytest.raises(UserError, match="none of the checkpoints"):
     Checkpoints(saved).restore_ema("sample", average, MESH)
-
-
-def test_twelve_blocks_come_back_in_order(tmp_path, method, perturb):
-  """Restored by name: with 11 or more, '10' would sort before '2'."""
-  config = dit.DiTConfig(side=4, channels=1, classes=2, patch=2, width=16, depth=12, heads=2)
-  init, apply = dit.make_network(config)
-  x, half = jnp.ones((2, 4, 4, 1)), jnp.full(2, 0.5)
-  inputs = (x, half, half, jnp.array([0, 1]), half)
-
-  def loss(params, ema, batch, key):
-    return jnp.mean((apply(params, *inputs) - 1) ** 2), {}
-
-  def start():
-    params = perturb(init(jax.random.key(0)))
-    return TrainState(
-      step=jnp.int32(0),
-      skipped=jnp.int32(0),
-      params=params,
-      opt_state=tx.init(params),
-      ema={"sample": jax.tree.map(jnp.copy, params)},
-      aux_state=(),
-      rng=jax.random.key_data(jax.random.key(1)),
-    )
-
-  tx = optax.adam(0.01)
-  method = method._replace(loss=loss, augment=lambda state, batch, key: (state.aux_state, batch))
-  step = make_train_step(method, tx, {"sample": 0.5}, 1.0)
-  state, _ = jax.jit(lambda: step(start(), {}))()
-  blocks = jax.tree.leaves(state.params["blocks"])
-  assert all(len(a) == 12 for a in blocks)
-  assert all(len(np.unique(np.asarray(a).reshape(12, -1)[:, 0])) == 12 for a in blocks)
-
-  checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(state, meta_of(1))
-  checkpoints.wait()
-  restored, _ = checkpoints.restore(jax.eval_shape(start))
-  average, _ = checkpoints.restore_ema("sample", jax.eval_shape(init, jax.random.key(0)), MESH)
-  checkpoints.close()
-  output = jax.jit(apply)
-  np.testing.assert_array_equal(output(restored.params, *inputs), output(state.params, *inputs))
-  np.testing.assert_array_equal(output(average, *inputs), output(state.ema["sample"], *inputs))

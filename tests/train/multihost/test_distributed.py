@@ -42,43 +42,39 @@ def given(address="10.0.0.1:1234", count="4", index="2") -> dict[str, str]:
   return dict(zip(distributed.NAMES, (address, count, index), strict=True))
 
 
-def test_a_process_alone_has_no_place(environment):
-  assert distributed.find_process() is None
-  environment(**given(count="1", index="0"))
-  assert distributed.find_process() is None
-
-
-def test_place_is_read_from_the_environment(environment):
-  environment(**given(), START_LIMIT="7", PROCESS_HOSTS="a,b,c,d")
-  assert distributed.find_process() == ProcessSpec("10.0.0.1", 1234, 4, 2, 7, ("a", "b", "c", "d"))
-
-
-@pytest.mark.parametrize(
-  "nodes, first", [("node[03-05],x", "node03"), ("a-1", "a-1"), ("a,b[1-2]", "a"), ("n[7,9]", "n7")]
-)
-def test_slurm_is_found(environment, nodes, first):
+def slurm(nodes="x", **more) -> dict[str, str]:
   values = {"JOB_ID": "4099", "STEP_NODELIST": nodes, "NTASKS": "4", "PROCID": "2"}
-  values = {f"SLURM_{name}": value for name, value in values.items()}
-  environment(**values)
-  assert distributed.find_process() == ProcessSpec(first, 61443, 4, 2, 50)
-  environment(**values, JAX_COORDINATOR_PORT="99")
-  assert distributed.find_process().port == 99
-  environment(SLURM_JOB_ID="9", SLURM_NTASKS="4")  # a shell in a job, not a step of it
-  assert distributed.find_process() is None
+  return {**{f"SLURM_{name}": value for name, value in values.items()}, **more}
 
 
 SLICES = {"COORDINATOR_ADDRESS": "x:8080", "NUM_SLICES": "3", "SLICE_ID": "2"}
+GKE = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+NODES = {"node[03-05],x": "node03", "a-1": "a-1", "a,b[1-2]": "a", "n[7,9]": "n7"}
 
 
-def test_tpu_slices_of_gke_are_found(environment):
-  slice_ = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
-  environment(**slice_)
-  assert distributed.find_process() == ProcessSpec("a", 8482, 2, 1, 50, ("a", "b"))
-  environment(**slice_, **{f"MEGASCALE_{name}": value for name, value in SLICES.items()})
-  place = distributed.find_process()
-  assert (place.host, place.count, place.index) == ("x", 6, 5)
-  environment(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
-  assert distributed.find_process() is None
+@pytest.mark.parametrize(
+  "values, wanted",
+  [
+    ({}, None),
+    (given(count="1", index="0"), None),
+    (
+      {**given(), "START_LIMIT": "7", "PROCESS_HOSTS": "a,b,c,d"},
+      ProcessSpec("10.0.0.1", 1234, 4, 2, 7, ("a", "b", "c", "d")),
+    ),
+    *((slurm(nodes), ProcessSpec(first, 61443, 4, 2, 50)) for nodes, first in NODES.items()),
+    (slurm(JAX_COORDINATOR_PORT="99"), ProcessSpec("x", 99, 4, 2, 50)),
+    ({"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4"}, None),  # a shell in a job, not a step of it
+    (GKE, ProcessSpec("a", 8482, 2, 1, 50, ("a", "b"))),
+    (
+      {**GKE, **{f"MEGASCALE_{name}": value for name, value in SLICES.items()}},
+      ProcessSpec("x", 8482, 6, 5, 50, ("a", "b")),
+    ),
+    ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+  ],
+)
+def test_place_is_read_from_the_environment(environment, values, wanted):
+  environment(**values)
+  assert distributed.find_process() == wanted
 
 
 def test_tpu_vms_are_found(environment, monkeypatch, tmp_path, metadata_server):
@@ -187,7 +183,7 @@ def test_a_stranger_does_not_count(rolls):
   thread.start()
   for _ in range(100):
     try:
-      with socket.create_connection(("127.0.0.1", coordinator.place.port), timeout=5) as stranger:
+      with socket.create_connection(("127.0.0.1", coordinator.spec.port), timeout=5) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
       break
     except ConnectionRefusedError:
@@ -200,8 +196,8 @@ def test_a_stranger_does_not_count(rolls):
 def test_a_taken_port_is_named(rolls):
   roll = rolls(2)(0)
   with (
-    socket.create_server(("", roll.place.port)),
-    pytest.raises(UserError, match=f"cannot use port {roll.place.port}"),
+    socket.create_server(("", roll.spec.port)),
+    pytest.raises(UserError, match=f"cannot use port {roll.spec.port}"),
   ):
     roll.call()
 
@@ -285,7 +281,7 @@ def test_processes_that_see_other_data_are_named(monkeypatch):
   distributed.check_same_everywhere({"examples": 3, "names": ["a"]})
   with pytest.raises(UserError, match="processes 2 read other data than process 0"):
     distributed.check_same_everywhere({"names": ["a"], "examples": 3})
-  assert gathered[0] == gathered[1]  # the order of the facts does not matter
+  assert gathered[0] == gathered[1]  # the order of the keys does not matter
 
 
 @pytest.mark.parametrize("seen", [(True, True), (True, False)])

@@ -19,31 +19,21 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_finishes_the_step_saves_and_stops(
-  tmp_path, train, method, load, number, stream_that
+def test_signal_finishes_the_step_saves_and_stops_and_the_run_goes_on_to_the_bit(
+  tmp_path, train, method, load, number, stream_that, differences
 ):
   before = handlers()
 
   def act(position):
-    if position == 4:
+    if position == 2:
       os.kill(os.getpid(), number)
 
-  assert not train(tmp_path, method=stream_that(act, method), steps=8, save_every=100)
-  state, meta = load(tmp_path)
-  assert int(state.step) == meta["position"] == 5
+  assert not train(tmp_path / "parts", method=stream_that(act, method), steps=6, save_every=100)
+  state, meta = load(tmp_path / "parts")
+  assert int(state.step) == meta["position"] == 3
   assert handlers() == before
-
-
-def test_run_goes_on_bit_exactly_after_a_signal(
-  tmp_path, train, method, load, differences, stream_that
-):
-  def act(position):
-    if position == 2:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  assert not train(tmp_path / "parts", method=stream_that(act, method), steps=6)
-  assert train(tmp_path / "parts", steps=6)
-  train(tmp_path / "whole", steps=6)
+  for name in ("parts", "whole"):
+    assert train(tmp_path / name, steps=6)
   assert differences(load(tmp_path / "parts")[0], load(tmp_path / "whole")[0]) == []
 
 

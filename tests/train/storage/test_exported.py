@@ -27,14 +27,14 @@ def test_files_are_readable_without_this_program(directory):
   tensors = load_file(directory / "model.safetensors")
   assert set(tensors) == {"a.kernel", "b"}
   np.testing.assert_array_equal(tensors["a.kernel"], [[0, 1, 2], [3, 4, 5]])
-  assert json.loads((directory / "config.json").read_text()) == {"format": 1, **RECORD}
+  assert json.loads((directory / "config.json").read_text()) == {"format": 2, **RECORD}
   modes = {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
   assert len(modes) == 1 and len(list(directory.iterdir())) == 2
 
 
 def test_comes_back_as_it_was(directory, differences):
   record, stored = exported.load(directory, "tiny")
-  assert record == {"format": 1, **RECORD}
+  assert record == {"format": 2, **RECORD}
   assert differences(exported.fill(stored, jax.eval_shape(lambda: PARAMS)), PARAMS) == []
 
 
@@ -60,7 +60,7 @@ def test_killed_export_leaves_no_model(directory, monkeypatch):
     (lambda d: (d / "config.json").write_text("[]"), "is no exported model"),
     (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "is no exported model"),
     (lambda d: exported.save(d, PARAMS, {**RECORD, "method": "else"}), "method 'else', where"),
-    (lambda d: (d / "config.json").write_text('{"format": 2, "method": "tiny"}'), "of format 2"),
+    (lambda d: (d / "config.json").write_text('{"format": 1, "method": "tiny"}'), "of format 1"),
     (lambda d: (d / "model.safetensors").unlink(), "model.safetensors' cannot be read"),
   ],
 )
