@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.lora.rank = 16  # 0: all parameters are learned
   config.lora.alpha = 32.0
   config.lora.targets = ("all",)
-  config.lora.base = "bfloat16"  # frozen matrices: float32, bfloat16 or int8
+  config.lora.base = "bfloat16"  # frozen matrices: float32 or bfloat16
 
   config.data.context = 1024
   config.data.prompt = 50

@@ -221,7 +221,7 @@ class Transformer(nnx.Module):
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
     v, k, normal = config.vocab, config.width, nnx.initializers.normal(0.02)
     self.config = config
-    stored = config.lora.embedding_dtype if config.lora else jnp.float32
+    stored = config.lora.base if config.lora else jnp.float32
     shared = {"dtype": jnp.dtype(config.dtype), "param_dtype": stored, "rngs": rngs}
     self.embed = layers.Embed(v, k, embedding_init=normal, **shared)
     if config.family == "gpt2":

@@ -2,8 +2,7 @@
 
     y = x W + (alpha / rank) (x A) B,   B = 0 at first
 
-Matrices with the same input are parts of one W, and each part has its own adapters. W may be stored
-as int8 with a scale for each output; products are of floats.
+Matrices with the same input are parts of one W, and each part has its own adapters.
 
 Dimensions: i inputs, o outputs, r rank.
 """
@@ -20,7 +19,7 @@ from flax import nnx, traverse_util
 
 from train_jax.errors import UserError, check_at_least, check_one_of
 
-BASES = ("float32", "bfloat16", "int8")
+BASES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class LoraConfig:
     rank: of the adapters.
     alpha: the adapters' weight is alpha / rank.
     targets: names of the parts that have adapters; ("all",) means every part.
-    base: dtype of frozen matrices. With int8, embeddings are bfloat16.
+    base: dtype of frozen matrices.
   """
 
   rank: int
@@ -44,11 +43,6 @@ class LoraConfig:
     check_at_least("lora.rank", self.rank, 1)
     check_one_of("lora.base", self.base, BASES)
 
-  @property
-  def embedding_dtype(self) -> jnp.dtype:
-    """The dtype of frozen embeddings."""
-    return jnp.dtype("bfloat16" if self.base == "int8" else self.base)
-
   def check(self, parts: tuple[str, ...]) -> None:
     """Raises UserError unless `targets` names some of `parts`, and nothing else."""
     if not self.targets or set(self.targets) - {*parts, "all"}:
@@ -59,14 +53,6 @@ class LoraConfig:
   def adapts(self, part: str) -> bool:
     """Whether `part` has adapters."""
     return part in self.targets or "all" in self.targets
-
-
-def quantise(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """kernel [..., i, o] -> int8 [..., i, o] and float32 scale [..., o], whose product is nearest."""
-  kernel = kernel.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(kernel), axis=-2) / 127
-  steps = jnp.round(kernel / jnp.where(scale > 0, scale, 1)[..., None, :])
-  return steps.astype(jnp.int8), scale
 
 
 class Linear(nnx.Module):
@@ -83,13 +69,10 @@ class Linear(nnx.Module):
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ):
-    outputs, base = sum(parts.values()), config.base
+    outputs = sum(parts.values())
     self.dtype, self.parts, self.weight = dtype, tuple(parts.items()), config.alpha / config.rank
     kernel = kernel_init(rngs.params(), (inputs, outputs), jnp.float32)
-    if base == "int8":
-      kernel, scale = quantise(kernel)
-      self.scale = nnx.Param(scale)
-    self.kernel = nnx.Param(kernel if base == "int8" else kernel.astype(base))
+    self.kernel = nnx.Param(kernel.astype(config.base))
     if use_bias:
       self.bias = nnx.Param(jnp.zeros(outputs))
     draw = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as torch draws a layer
@@ -102,8 +85,6 @@ class Linear(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
     y = flat @ self.kernel[...].astype(self.dtype)
-    if hasattr(self, "scale"):
-      y = (y * self.scale[...]).astype(self.dtype)
     if hasattr(self, "bias"):
       y = y + self.bias[...].astype(self.dtype)
     y = y + jnp.concatenate([self._adapter(flat, *part) for part in self.parts], axis=-1)
@@ -129,8 +110,6 @@ def merged(layer: Mapping[str, np.ndarray], parts: Mapping[str, int], weight: fl
     weight: alpha / rank.
   """
   kernel, start = layer["kernel"].astype(np.float32), 0
-  if "scale" in layer:
-    kernel *= layer["scale"][..., None, :]
   for part, size in parts.items():
     if f"{part}_a" in layer:
       kernel[..., start : start + size] += weight * layer[f"{part}_a"] @ layer[f"{part}_b"]

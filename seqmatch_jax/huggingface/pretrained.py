@@ -28,7 +28,7 @@ from seqmatch_jax.transformer import TransformerConfig, make_network
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
 from train_jax.files import read_json
-from train_jax.state import dotted, flatten
+from train_jax.state import dotted
 from train_jax.storage import lazy
 from train_jax.storage.lazy import Lazy
 from train_jax.storage.weights import Weights
@@ -244,15 +244,7 @@ def load(folder: str | Path, sizes: TransformerConfig, vocab: TextVocab, mesh: M
 
 
 def to_device(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
-  """The `tensors` that are named in `shapes`, nested dicts of abstract arrays, on the devices.
-
-  Where a kernel is to be int8, its scale is made with it.
-  """
-  tensors = dict(tensors)
-  for name, leaf in flatten(shapes).items():
-    if leaf.dtype == np.int8:
-      scale = f"{name.removesuffix('kernel')}scale"
-      tensors[name], tensors[scale] = lazy.quantised(tensors[name])
+  """The `tensors` that are named in `shapes`, nested dicts of abstract arrays, on the devices."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf, sharding: mesh_lib.to_device(tensors[dotted(path)], sharding, leaf.dtype),
     shapes,

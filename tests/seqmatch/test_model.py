@@ -53,10 +53,10 @@ def tokenizer(folder):
 
 
 def adapters(folder):
-  """Of drawn parameters, which are kept as int8; without <backspace>."""
+  """Of drawn parameters, which are kept as bfloat16; without <backspace>."""
   del folder
   config = seqmatch_gpt2.get_config("debug")
-  config.lora.base, config.loss.backspace = "int8", False
+  config.lora.base, config.loss.backspace = "bfloat16", False
   return config, {"symbols": list(" abcdef"), **LIMITS}, ["a", "bc d"]
 
 

@@ -255,7 +255,7 @@ def test_each_layer_has_its_own_first_values():
 
 
 def test_adapters_and_erase_are_learned_and_the_rest_is_kept_as_the_base_says():
-  lora = LoraConfig(2, 4.0, ("q",), "int8")
+  lora = LoraConfig(2, 4.0, ("q",), "bfloat16")
   network = transformer.make_network(replace(SMALL, erase=True, lora=lora))
   learned, kept = (
     {name: a.dtype for name, a in flatten(jax.eval_shape(draw, KEY)).items()}
@@ -263,7 +263,7 @@ def test_adapters_and_erase_are_learned_and_the_rest_is_kept_as_the_base_says():
   )
   names = ("blocks.qkv.q_a", "blocks.qkv.q_b", "erase.kernel", "erase.bias")
   assert learned == dict.fromkeys(names, "float32")
-  assert kept["blocks.down.kernel"] == "int8" and kept["norm.scale"] == "float32"
+  assert kept["blocks.down.kernel"] == "bfloat16" and kept["norm.scale"] == "float32"
   assert kept["embed.embedding"] == kept["out.kernel"] == "bfloat16" and not kept.keys() & learned
 
 

@@ -7,7 +7,6 @@ and only one device's share of one parameter is held.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,25 +95,3 @@ def rows(inner: Lazy, numbers: np.ndarray) -> Lazy:
       start += len(run)
 
   return Lazy((len(numbers), *inner.shape[1:]), fill)
-
-
-def quantised(inner: Lazy) -> tuple[Lazy, Lazy]:
-  """Kernels [l, i, o] as `lora.quantise` returns them: int8 [l, i, o], and scales [l, o]."""
-  layers, inputs, outputs = inner.shape
-
-  @functools.cache
-  def scale(layer: int, start: int, stop: int) -> np.ndarray:
-    kernel = inner[slice(layer, layer + 1), slice(0, inputs), slice(start, stop)][0]
-    return np.abs(kernel).max(axis=0) / np.float32(127)
-
-  def fill_kernel(out, index):
-    for row, layer in zip(out, range(index[0].start, index[0].stop), strict=True):
-      steps = scale(layer, index[2].start, index[2].stop)
-      kernel = inner[slice(layer, layer + 1), *index[1:]][0]
-      row[...] = np.round(kernel / np.where(steps > 0, steps, 1))
-
-  def fill_scale(out, index):
-    for row, layer in zip(out, range(index[0].start, index[0].stop), strict=True):
-      row[...] = scale(layer, index[1].start, index[1].stop)
-
-  return Lazy(inner.shape, fill_kernel, np.int8), Lazy((layers, outputs), fill_scale)

@@ -19,7 +19,7 @@ from seqmatch_jax.transformer import TransformerConfig
 from tests.seqmatch import hf_folder
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.lora import LoraConfig, join, quantise
+from train_jax.lora import LoraConfig, join
 from train_jax.state import dotted, flatten
 from train_jax.storage.weights import INDEX, Weights
 
@@ -182,15 +182,12 @@ def test_both_spellings_of_rope_scaling_are_read(key, tmp_path):
 
 def kept(name, value, base):
   """What is computed with a parameter of that name that is frozen as `base`."""
-  if base == "int8" and name.startswith("blocks.") and name.endswith("kernel"):
-    steps, scale = quantise(value)
-    return steps * scale[:, None]
   if base != "float32" and name.endswith(("kernel", "embedding")) and "erase" not in name:
     return value.astype("bfloat16").astype("float32")
   return value
 
 
-@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
 def test_at_step_0_adapters_change_nothing(loaded, base):
   _, folder, network, params, vocab, _, oracle = loaded
   other, adapted, _, _ = load(folder, lora=LoraConfig(4, 8.0, ("all",), base))
@@ -198,18 +195,15 @@ def test_at_step_0_adapters_change_nothing(loaded, base):
   rounded = map_named(lambda name, a: kept(name, a, base), params)
   expected = logits_of(network, rounded, vocab, oracle["tokens"])
   found = logits_of(other, adapted, vocab, oracle["tokens"])
-  if base == "int8":  # scales come after the product here
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
-  else:
-    np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(found, expected)
   exact = logits_of(network, params, vocab, oracle["tokens"])
-  assert np.abs(found - exact).max() <= {"float32": 0, "bfloat16": 0.1, "int8": 0.2}[base]
+  assert np.abs(found - exact).max() <= {"float32": 0, "bfloat16": 0.1}[base]
 
 
 # --- the way back ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["", "int8"])
+@pytest.mark.parametrize("base", ["", "bfloat16"])
 def test_an_export_computes_the_same(loaded, base, tmp_path, perturb, monkeypatch):
   family, folder, *_ = loaded
   lora = LoraConfig(3, 6.0, ("q", "v", "up"), base) if base else None

@@ -2,11 +2,9 @@
 
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train_jax import lora
 from train_jax.storage import lazy
 from train_jax.storage.weights import Weights, save
 
@@ -45,12 +43,3 @@ def test_rows_in_another_order(stored):
   expected = np.where(numbers[:, None] >= 0, A[numbers], 0)
   agrees(lazy.rows(stored("a"), numbers), expected)
   agrees(lazy.transposed(lazy.rows(stored("a"), numbers)), expected.T)
-
-
-def test_int8_of_any_part_is_that_of_the_whole(stored):
-  steps, scale = lazy.quantised(lazy.stacked([stored("a"), stored("b")]))
-  expected, scales = lora.quantise(jnp.stack([A, B]))
-  agrees(steps, np.asarray(expected))
-  assert steps[(slice(0, 1),) * 3].dtype == np.int8
-  for index in parts((2, 4)):
-    np.testing.assert_allclose(scale[index], scales[index], rtol=1e-6)
