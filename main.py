@@ -29,7 +29,7 @@ from train_jax.checkpointing.saver import SaveError
 from train_jax.command import WORKDIR, Command, Config, Flag
 from train_jax.errors import UserError, check_one_of
 from train_jax.files import check_writable
-from train_jax.multihost import distributed, signals
+from train_jax.multihost import distributed
 
 # A method is a package with method.py for training and commands.py for the other modes.
 METHODS = {"ism": "ism_jax", "seqmatch": "seqmatch_jax"}
@@ -245,8 +245,7 @@ def run(argv: list[str]) -> int:
     if other_args != argv:
       show_help(other_args)
       return 0
-    with signals.interruptible():
-      complete = main(argv)
+    complete = main(argv)
     if not complete and os.environ.get("STOPPED_FAILS"):
       return os.EX_TEMPFAIL
   except UserError as err:
@@ -255,7 +254,7 @@ def run(argv: list[str]) -> int:
   except (loop.DivergedError, SaveError) as err:
     print(f"stopped: {err}", file=sys.stderr)
     return 1
-  except (KeyboardInterrupt, signals.Interrupted):  # in training the loop handles it
+  except KeyboardInterrupt:  # in training the loop handles it
     print("interrupted", file=sys.stderr)
     return 130
   except Exception:

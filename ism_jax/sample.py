@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from ism_jax.path import both_fields, draw_noise, min_step_is_zero
 from train_jax import mesh as mesh_lib
-from train_jax.multihost.signals import pause
 
 BATCH = 256  # images at a time at most
 
@@ -100,7 +99,6 @@ def make_sampler(
       images.append(np.asarray(x)[: len(labels) - start])
       if progress is not None:
         progress(len(images[-1]))
-      pause()
     return np.concatenate(images)
 
   return sample

@@ -44,7 +44,6 @@ from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError, check_at_least, check_fraction
 from train_jax.files import read_json
-from train_jax.multihost.signals import pause
 from train_jax.storage import exported
 
 METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
@@ -308,7 +307,6 @@ class Model:
       prompts = prompt[index], length[index], key, row
       output = self.rollout(self.params, *prompts, forced=played, **settings)
       outputs.append([mesh_lib.to_host(x) for x in output])
-      pause()
     return Rollout(*(np.concatenate(parts)[:m] for parts in zip(*outputs, strict=True)))
 
   def log_likelihoods(

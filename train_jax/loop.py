@@ -24,7 +24,7 @@ from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError, check_above_zero, check_at_least, check_fraction
 from train_jax.multihost import distributed
 from train_jax.multihost.distributed import all_agree
-from train_jax.multihost.signals import Interrupted, Signals, pausing
+from train_jax.multihost.signals import Interrupted, Signals
 from train_jax.state import TrainState
 from train_jax.step import Method, Metrics, make_train_step
 
@@ -278,11 +278,15 @@ class _Run:
     return not all_agree(not self.signals.received)
 
   def _until_stop(self, values: Iterator) -> Iterator:
-    """Yields values until a signal ends it: at once, or with several processes at a `pause`."""
+    """Yields values until a signal ends it: at once where no other process takes part.
+
+    Several processes agree between two values. One that cannot wait may be killed: the state was
+    saved before the evaluation.
+    """
     alone = jax.process_count() == 1
     while True:
       try:
-        with pausing(self._stop_requested), self.signals.breaking() if alone else nullcontext():
+        with self.signals.breaking() if alone else nullcontext():
           item = next(values)
       except (StopIteration, Interrupted):
         return

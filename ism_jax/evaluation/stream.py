@@ -22,7 +22,6 @@ from jax.experimental import multihost_utils
 
 from ism_jax.evaluation import fid
 from train_jax import mesh as mesh_lib
-from train_jax.multihost.signals import pause
 from train_jax.storage.weights import sha256
 
 BLOCK = 1024  # images added to the moments at once, as each merge of moments costs 0.1 s
@@ -155,7 +154,6 @@ def _blocks(batches, n: int, kinds: Collection[str], progress) -> Iterator[tuple
     count = min(n - done, len(global_numbers))
     done += count
     progress(count)
-    pause()
     if sum(len(x["numbers"]) for x in pending) >= BLOCK:
       yield block()
   if pending:

@@ -23,7 +23,6 @@ from seqmatch_jax.tokens import BOS, PAD, Vocab
 from seqmatch_jax.transformer import TransformerConfig
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.multihost.signals import pause
 
 BATCH = 32
 CONTEXT = 1024  # most tokens of a text that are read
@@ -103,7 +102,6 @@ def make_features(
     for i in range(0, len(token), BATCH):
       batch = slice(i, i + BATCH)
       outputs.append(np.asarray(pooled(params, token[batch], length[batch])))
-      pause()
     return np.concatenate(outputs)[: len(texts)]
 
   return features

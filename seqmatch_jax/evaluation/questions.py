@@ -18,7 +18,6 @@ from seqmatch_jax.data.questions import Encoded
 from seqmatch_jax.loss import LossConfig, log_likelihood
 from seqmatch_jax.tokens import BACKSPACE, EOS, PAD
 from train_jax import mesh as mesh_lib
-from train_jax.multihost.signals import pause
 
 # (temperature, allow_retype) of a generation, see `rollout.Settings`. With a temperature and with
 # retyping it is the policy itself. Without retyping it is a search.
@@ -152,7 +151,6 @@ def sum_batches(
     trees["weight"] = trees["weight"] * (index < rows)[:, None]
     sums = total(params, trees)
     nats, count = nats + np.float64(sums[0]), count + float(sums[1])
-    pause()
   return nats, count
 
 
@@ -197,7 +195,6 @@ def make_score(apply: Callable, batch: int, mesh: Mesh | None = None) -> Callabl
       index = np.arange(start, start + batch) % len(actions)  # the last batch is filled
       part = {name: x[index] for name, x in trees.items()}
       scores.append(mesh_lib.to_host(score_rows(params, part)))
-      pause()
     return np.concatenate(scores)[: len(actions)]
 
   return score

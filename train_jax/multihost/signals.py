@@ -10,61 +10,15 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterator
 
 from train_jax.multihost import google_cloud
 
 EVERY = 5.0  # seconds between two requests to the metadata server; a VM stops 30 s after its notice
 
 
-_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
-
-
 class Interrupted(BaseException):
   """A signal came during work that may be interrupted; no `except Exception` catches it."""
-
-
-def pause() -> None:
-  """Raises Interrupted between two batches of long work if `pausing` asks for it.
-
-  Processes that share the work must call it equally often, and leave together.
-  """
-  if _should_stop.get()():
-    raise Interrupted
-
-
-@contextlib.contextmanager
-def pausing(should_stop: Callable[[], bool]) -> Iterator[None]:
-  """The block ends at its next `pause` once `should_stop()`, which all processes answer alike."""
-  token = _should_stop.set(should_stop)
-  try:
-    yield
-  finally:
-    _should_stop.reset(token)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-  """Ctrl-C raises KeyboardInterrupt in the block; if Python drops it, Interrupted at a `pause`.
-
-  Python drops exceptions in finalizers and in callbacks of the garbage collector. A program that
-  ignored Ctrl-C from its start, in the background, goes on ignoring it.
-  """
-  received = threading.Event()
-
-  def handle(*_) -> None:
-    received.set()
-    raise KeyboardInterrupt
-
-  before = signal.getsignal(signal.SIGINT)
-  try:
-    if before is not signal.SIG_IGN:
-      signal.signal(signal.SIGINT, handle)
-    with pausing(received.is_set):
-      yield
-  finally:
-    signal.signal(signal.SIGINT, before)
 
 
 class Signals:

@@ -94,33 +94,18 @@ def test_signal_breaks_off_an_evaluation_but_not_the_last(
   assert found == [{"eval/first"}, {"eval/first", "eval/third"}]
 
 
-@pytest.mark.parametrize("pauses", [False, True])
-def test_what_cannot_be_broken_off_ends_with_its_batch_or_its_number(
-  tmp_path, train, method, lines, monkeypatch, pauses
+def test_several_processes_end_an_evaluation_between_two_numbers(
+  tmp_path, train, method, lines, monkeypatch
 ):
-  """Several processes must take part in each batch, and break off none."""
-
   def evaluate(params, step, final):
     yield "first", 1.0
     os.kill(os.getpid(), signal.SIGTERM)
-    if pauses:
-      signals.pause()
     yield "second", 2.0
     yield "third", 3.0
 
   monkeypatch.setattr(signals.Signals, "breaking", lambda self: nullcontext())
   assert not train(tmp_path, method=method._replace(evaluate=evaluate), steps=4, eval_every=2)
-  second = {} if pauses else {"eval/second": 2.0}
-  assert lines(tmp_path)[-1] == {"step": 2, "eval/first": 1.0, **second}
-
-
-def test_pause_is_nothing_where_nobody_asks():
-  signals.pause()
-  with signals.pausing(lambda: False):
-    signals.pause()
-  with pytest.raises(signals.Interrupted), signals.pausing(lambda: True):
-    signals.pause()
-  signals.pause()
+  assert lines(tmp_path)[-1] == {"step": 2, "eval/first": 1.0, "eval/second": 2.0}
 
 
 def test_only_what_may_be_broken_off_is_and_at_once_after_a_signal():
@@ -195,38 +180,6 @@ def test_only_google_machines_are_asked(tmp_path, monkeypatch, product, there):
     assert not watchers()
   (tmp_path / "product_name").write_text(product)
   assert google_cloud.expected() is there
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_that_python_drops_is_noticed_at_the_next_pause():
-  class Dropped:
-    def __del__(self):
-      os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(0.01)
-
-  before = handlers()
-  with pytest.raises(KeyboardInterrupt), signals.interruptible():
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)
-  reached = []
-  with pytest.raises(signals.Interrupted), signals.interruptible():
-    Dropped()
-    reached.append("after it")
-    signals.pause()
-  assert reached and handlers() == before
-  signals.pause()
-
-
-def test_what_was_started_in_the_background_stays_deaf():
-  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-  try:
-    with signals.interruptible():
-      os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(0.01)
-      signals.pause()
-      assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-  finally:
-    signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_is_noted_where_nothing_can_be_written(monkeypatch):
