@@ -76,8 +76,7 @@ def roll_out(learner: Learner, memory: buffer.Buffer, params, batch: dict, key) 
 def replay(learner: Learner, memory: buffer.Buffer, key: jax.Array) -> dict:
   """Trajectories drawn from the buffer, as a batch of trees; of weight 0 while it is empty."""
   drawn = buffer.draw(memory, key, learner.buffer.draw, learner.multiple)
-  trees = tree(drawn["prompt"], drawn["length"], drawn["actions"], learner.nodes)
-  return {**trees, "weight": trees["weight"] * drawn["weight"][:, None]}
+  return tree(drawn["prompt"], drawn["length"], drawn["actions"], learner.nodes)
 
 
 def augment(learner: Learner, state, batch: dict, key: jax.Array, *frozen):

@@ -69,14 +69,12 @@ def insert(buffer: Buffer, prompt: jax.Array, length: jax.Array, actions: jax.Ar
 
 
 def draw(buffer: Buffer, key: jax.Array, batch: int, multiple: int = 1) -> dict[str, jax.Array]:
-  """`batch` filled rows, uniform with replacement: prompt, length, actions, and weight [b] float32.
+  """`batch` filled rows, uniform with replacement: prompt, length, actions.
 
-  The weight is 1, or 0 as long as the buffer is empty. Rows without actions, of weight 0, follow up
-  to the next `multiple`.
+  Rows without actions follow up to the next `multiple`. An empty buffer gives such rows alone.
   """
   index = jax.random.randint(key, (batch,), 0, jnp.maximum(buffer["filled"], 1))
   index = jnp.pad(index, (0, -batch % multiple))
   drawn = jnp.arange(len(index)) < batch
   rows = {name: buffer[name][index] for name in ("prompt", "length", "actions")}
-  rows["actions"] = jnp.where(drawn[:, None], rows["actions"], PAD)
-  return {**rows, "weight": (drawn & (buffer["filled"] > 0)).astype(jnp.float32)}
+  return {**rows, "actions": jnp.where(drawn[:, None], rows["actions"], PAD)}

@@ -13,6 +13,7 @@ from ism_jax.networks import autoencoder
 from tests.light import heavy_imports
 from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError
+from train_jax.storage import exported
 
 ANIMALS = {"names": ["cat", "dog", "0"], "shape": [8, 8, 1]}
 
@@ -35,7 +36,7 @@ def test_a_run_saved_and_opened_again_makes_the_same_images(digits_run, tmp_path
   trained = Model.from_run(digits_run, devices=jax.devices()[:1])
   trained.save_pretrained(tmp_path)
   for opened in (Model.from_pretrained(tmp_path), ism_jax.load_pretrained(tmp_path)):
-    assert opened.record == {"format": 1, **json.loads(json.dumps(trained.record))}
+    assert opened.record == {"format": exported.FORMAT, **json.loads(json.dumps(trained.record))}
     assert differences(opened.params, jax.device_get(trained.params)) == []
     images = [m.sample([3, "5"], steps=2, guidance=0.5, seed=1) for m in (trained, opened)]
     assert images[0].tobytes() == images[1].tobytes()

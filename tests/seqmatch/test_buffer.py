@@ -38,13 +38,11 @@ def test_it_holds_the_newest_rows_and_draws_no_others(n):
     newest.extend(range(i * n, (i + 1) * n))
     rows = draw(held, jax.random.key(i), 200)
     assert set(numbers(rows)) == set(newest)
-    np.testing.assert_array_equal(rows["weight"], np.ones(200, np.float32))
     assert held["filled"] == len(newest)
 
 
-def test_rows_of_an_empty_buffer_weigh_nothing():
+def test_rows_of_an_empty_buffer_have_no_actions():
   rows = draw(buffer.create(ROWS, PROMPT, ACTIONS), jax.random.key(0), 5)
-  np.testing.assert_array_equal(rows["weight"], np.zeros(5, np.float32))
   np.testing.assert_array_equal(rows["actions"], PAD)
 
 
@@ -55,7 +53,6 @@ def test_rows_are_filled_up_with_ones_that_say_nothing():
   for name, values in plain.items():
     np.testing.assert_array_equal(filled[name][:5], values)
   np.testing.assert_array_equal(filled["actions"][5:], PAD)
-  np.testing.assert_array_equal(filled["weight"][5:], 0)
 
 
 def test_draws_are_uniform():
