@@ -14,8 +14,9 @@ from seqmatch_jax.algorithm import Learner
 from seqmatch_jax.buffer import BufferConfig
 from seqmatch_jax.huggingface import decoder, tokenizer
 from seqmatch_jax.huggingface.decoder import make_network
+from seqmatch_jax.huggingface.saved import make_limits, make_record
 from seqmatch_jax.loss import LossConfig
-from seqmatch_jax.model import Model, load_features, make_limits, make_record
+from seqmatch_jax.model import Model, load_features
 from seqmatch_jax.tasks.from_config import find_task
 from train_jax import lora
 from train_jax import mesh as mesh_lib

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,19 +33,13 @@ from jax.sharding import Mesh
 from seqmatch_jax import loss, rollout, tokens, transformer
 from seqmatch_jax.actions import tree
 from seqmatch_jax.display import show
-from seqmatch_jax.huggingface import pretrained, tokenizer
+from seqmatch_jax.huggingface import saved, tokenizer
 from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.loss import LossConfig
 from seqmatch_jax.rollout import Rollout, RolloutConfig
 from seqmatch_jax.tokens import EOS, Vocab
-from seqmatch_jax.transformer import TransformerConfig
-from train_jax import lora
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError, check_at_least, check_fraction
-from train_jax.files import read_json
-from train_jax.storage import exported
-
-METHOD, TOKENIZER = "seqmatch", "tokenizer.json"
 
 
 class Generation(NamedTuple):
@@ -62,34 +55,6 @@ class Generation(NamedTuple):
   text: str
   typed: list[str]
   finished: bool
-
-
-def make_limits(metadata: dict, task) -> RolloutConfig:
-  """The limits of a generation; `task` is a module of the form in tasks/task.py."""
-  numbers = {name: metadata[name] for name in ("max_length", "max_actions", "max_backspaces")}
-  return RolloutConfig(**numbers, open_ended=task.OPEN_ENDED)
-
-
-def make_record(config, metadata: dict, sizes: TransformerConfig, task, step: int = 0) -> dict:
-  """All of a `Model` but its parameters, as JSON: it is saved with an export.
-
-  Args:
-    config, metadata: those saved with a checkpoint; `config` a ConfigDict.
-    task: a module of the form in tasks/task.py.
-  """
-  generation = {
-    **dataclasses.asdict(make_limits(metadata, task)),
-    "temperature": task.TEMPERATURE,
-    "allow_retype": task.RETYPE,
-    "backspace": config.loss.backspace,
-  }
-  return {
-    "method": METHOD,
-    "step": step,
-    "network": dataclasses.asdict(sizes),
-    "generation": generation,
-    "run": {"config": config.to_dict(), "metadata": metadata},
-  }
 
 
 def sampling_options(
@@ -124,7 +89,7 @@ class Model:
 
   Attributes:
     record: sizes, step, limits of a generation, and config and metadata of the run (see
-      `make_record`).
+      `saved.make_record`).
     vocab: its tokens.
     network: functions of its parameters (see transformer.py).
     load: () -> all of the network's parameters, nested dicts of arrays. It is called when they are
@@ -153,7 +118,7 @@ class Model:
     source: str = "",
   ) -> Model:
     """The model of a record, a network and the parameters that `load` reads."""
-    generate = rollout.make_rollout(network, _limits(record), mesh)
+    generate = rollout.make_rollout(network, saved.limits_of(record), mesh)
     return cls(record, vocab, network, load, mesh, generate, source)
 
   @classmethod
@@ -178,14 +143,14 @@ class Model:
     from train_jax.checkpointing.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(workdir)
-    config, metadata, step = checkpoints.require_run(METHOD, step)
+    config, metadata, step = checkpoints.require_run(saved.METHOD, step)
     config = ConfigDict(config)
     if pretrained:
       config, metadata = decoder.moved(config, metadata, pretrained)
     mesh = decoder.mesh_of(config, devices)
     sizes = decoder.make_sizes(config, metadata)
     network = transformer.make_network(sizes)
-    record = make_record(config, metadata, sizes, find_task(config), step)
+    record = saved.make_record(config, metadata, sizes, find_task(config), step)
 
     def load() -> dict:
       abstract = jax.eval_shape(network.init, jax.random.key(0))
@@ -198,16 +163,8 @@ class Model:
   @classmethod
   def from_pretrained(cls, directory: str | Path) -> Model:
     """The model that `save_pretrained` wrote, on one device."""
-    folder = Path(directory).expanduser()
-    try:
-      record = read_json(folder / exported.CONFIG).get(METHOD)
-    except (OSError, ValueError):
-      record = None  # exported.load raises the error
-    if record is None:
-      record, vocab, network, params = _read_exported(folder)
-      return cls.make(record, vocab, network, lambda: params)
-    vocab, network, params = _read_hugging_face(folder, record)
-    return cls.make(record, vocab, network, lambda: params, source=str(folder))
+    record, vocab, network, params, source = saved.read(Path(directory).expanduser())
+    return cls.make(record, vocab, network, lambda: params, source=source)
 
   def with_params(self, params, step: int) -> Model:
     """The same model with other parameters, those of `step`; nothing is compiled again."""
@@ -226,7 +183,7 @@ class Model:
   @property
   def limits(self) -> RolloutConfig:
     """The limits of a generation."""
-    return _limits(self.record)
+    return saved.limits_of(self.record)
 
   @property
   def loss_config(self) -> LossConfig:
@@ -398,22 +355,8 @@ class Model:
 
     A pretrained model becomes a folder in Hugging Face's layout, with its adapters merged.
     """
-    out, vocab = Path(directory), self.vocab
-    sources = [self.source] if self.source else []
-    sources += [Path(vocab.path).parent] if isinstance(vocab, TextVocab) else []
-    if out.resolve() in (Path(path).expanduser().resolve() for path in sources):
-      raise UserError(
-        f"--out={out} is what the run began from or has its tokenizer; choose another directory."
-      )
-    if self.source:
-      from seqmatch_jax.huggingface import export
-
-      sizes = _sizes(self.record)
-      return export.write(out, self.params, sizes, vocab, self.source, self.record)
-    if isinstance(vocab, TextVocab) and jax.process_index() == 0:
-      out.mkdir(parents=True, exist_ok=True)
-      shutil.copyfile(vocab.path, out / TOKENIZER)
-    return exported.save(out, self.params, self.record)
+    vocab, source = self.vocab, self.source
+    saved.write(Path(directory), self.record, lambda: self.params, vocab, source)
 
 
 def load_features(path: str, vocab: Vocab | TextVocab) -> Callable:
@@ -438,35 +381,3 @@ def load_features(path: str, vocab: Vocab | TextVocab) -> Callable:
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
   return [texts] if isinstance(texts, str) else list(texts)
-
-
-def _limits(record: dict) -> RolloutConfig:
-  names = (field.name for field in dataclasses.fields(RolloutConfig))
-  return RolloutConfig(**{name: record["generation"][name] for name in names})
-
-
-def _sizes(record: dict) -> TransformerConfig:
-  sizes = record["network"]
-  return TransformerConfig(**{**sizes, "lora": sizes["lora"] and lora.LoraConfig(**sizes["lora"])})
-
-
-def _read_exported(folder: Path) -> tuple:
-  """(record, vocabulary, network, parameters) of a network that was drawn."""
-  record, stored = exported.load(folder, METHOD)
-  metadata = record["run"]["metadata"]
-  if "tokenizer" in metadata:
-    metadata = {"tokenizer": {**metadata["tokenizer"], "path": str(folder / TOKENIZER)}}
-  network = transformer.make_network(_sizes(record))
-
-  def whole(key):
-    return lora.join(network.init(key), network.frozen(key))
-
-  params = exported.fill(stored, jax.eval_shape(whole, jax.random.key(0)))
-  return record, tokenizer.from_metadata(metadata), network, params
-
-
-def _read_hugging_face(folder: Path, record: dict) -> tuple:
-  """(vocabulary, network, parameters) of a pretrained network, its adapters merged."""
-  sizes = TransformerConfig(**{**record["network"], "lora": None})
-  vocab, mesh = TextVocab.from_file(folder), mesh_lib.make_mesh(devices=jax.local_devices()[:1])
-  return vocab, *pretrained.load(folder, sizes, vocab, mesh)

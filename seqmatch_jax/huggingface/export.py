@@ -45,7 +45,7 @@ def write(
   Args:
     params: all parameters of the network, as nested dicts of arrays.
     source: the folder that the network comes from; the other entries of its config.json are copied.
-    record: see `model.make_record`; an entry of config.json under the name of its `method`.
+    record: see saved.py; an entry of config.json under the name of its `method`.
   """
   tops = {name: layer for name, layer in params.items() if name != "blocks"}
   params = {**params, **jax.tree.map(mesh_lib.to_host, tops)}
