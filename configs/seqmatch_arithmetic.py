@@ -18,11 +18,11 @@ from configs.common import SEQMATCH_BASELINES, apply_options, get_seqmatch_commo
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config = get_seqmatch_common()
-  config.steps = 2500
+  config.steps = 1500
   config.batch = 64
   config.eval_every = 500
   config.optim.name = "muon"
-  config.optim.muon_lr = 0.01
+  config.optim.muon_lr = 0.02
   config.optim.weight_decay = 4.0  # of 5000 questions; with less they are learned by heart
   config.ema.sample = 0.99
 
@@ -55,8 +55,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.gamma = 0.998
   config.loss.backspace = True
   config.loss.unlikelihood = 0.0  # weight of the baseline that makes repeated tokens unlikely
-  config.loss.warmup = 800  # steps of maximum likelihood, without noise
-  config.loss.anneal = 800  # steps over which alpha grows from 0
+  config.loss.warmup = 500  # steps of maximum likelihood, without noise
+  config.loss.anneal = 500  # steps over which alpha grows from 0
 
   config.buffer = ml_collections.ConfigDict()
   config.buffer.size = 512  # the model's own trajectories
@@ -75,6 +75,7 @@ def two_sum(config):
   Erasing pays most at --config.data.numbers=8 --config.data.modulus=24 (docs/RESULTS.md).
   """
   config.steps = 2000
+  config.optim.muon_lr = 0.01
   config.loss.warmup = config.loss.anneal = 700
   config.data.source = "two_sum"
   config.data.sequences_per_row = 1  # they are all as long

@@ -13,6 +13,17 @@ from train_jax.errors import UserError
 from train_jax.files import check_writable
 
 
+KINDS = {
+  "string": flags.DEFINE_string,
+  "integer": flags.DEFINE_integer,
+  "float": flags.DEFINE_float,
+  "boolean": flags.DEFINE_boolean,
+  "enum": flags.DEFINE_enum,
+  "list": flags.DEFINE_list,
+  "multi_string": flags.DEFINE_multi_string,
+}
+
+
 class Flag:
   """A flag that a command reads: `absl.flags.DEFINE_<kind>(name, default, help, **rules)`."""
 
@@ -21,8 +32,7 @@ class Flag:
 
   def define(self, values: FlagValues) -> None:
     """Adds the flag to `values`."""
-    define = getattr(flags, f"DEFINE_{self.kind}")
-    define(self.name, self.default, help=self.help, flag_values=values, **self.rules)
+    KINDS[self.kind](self.name, self.default, help=self.help, flag_values=values, **self.rules)
 
 
 MODE = Flag("string", "mode", "train", "train, sample, evaluate, export, encode or compile.")
