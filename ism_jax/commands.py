@@ -13,7 +13,7 @@ from train_jax.command import Command, Flag, numbers
 from train_jax.errors import UserError
 
 # Functions import Model and its dependencies, so --help is quick.
-NFE = Flag("list", "nfe", None, "Numbers of steps, of 1, 2, 4, ... 128.")
+NFE = Flag("list", "nfe", None, "Numbers of steps, 1 to 128.")
 GUIDANCE = Flag(
   "list", "guidance", None, "Scales w, 0 to the run's loss.w_max; of flow models any."
 )
@@ -35,13 +35,13 @@ def sample(flags: FlagValues) -> None:
   nfe = numbers(flags, "nfe", int) or (1, 4, path.FINEST)
   guidance = numbers(flags, "guidance", float) or (0.0,)
   path.check_settings(nfe, guidance, model.w_max)
-  labels = model.labels(flags.labels or range(len(model.names)))
+  labels = model.labels(flags.labels) if flags.labels else np.arange(len(model.names))
   if model.makes_latents and not model.vae:
     raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
-  out = command.out_directory(flags, "generated")
   labels = np.resize(labels, flags.num or 64)
   settings = [(steps, w) for steps in nfe for w in guidance]
-  pictures.write_samples(model, settings, labels, flags.seed, out)
+  with command.out_directory(flags, "generated", model.record["run"]) as out:
+    pictures.write_samples(model, settings, labels, flags.seed, out)
 
 
 def evaluate(flags: FlagValues) -> None:
@@ -52,16 +52,16 @@ def evaluate(flags: FlagValues) -> None:
   choices |= {name: flags[name].value for name in ("reference", "inception", "dinov2", "classes")}
   if flags.save_samples and not flags.metrics:
     raise UserError("--save_samples is for --metrics; add --metrics=fid, or leave it out.")
-  out = command.out_directory(flags, "generated")
   choices = {name: value for name, value in choices.items() if value}
-  model.evaluate(out, flags.seed, flags.save_samples, **choices)
+  with command.out_directory(flags, "generated", model.record["run"]) as out:
+    model.evaluate(out, flags.seed, flags.save_samples, **choices)
 
 
 def export(flags: FlagValues) -> None:
   """`--mode=export`: the `sample` average as files that `Model.from_pretrained` reads."""
   model = _open(flags)
-  out = command.out_directory(flags, "exported")
-  model.save_pretrained(out)
+  with command.out_directory(flags, "exported", model.record["run"]) as out:
+    model.save_pretrained(out)
   if jax.process_index() == 0:
     usage = f"ism_jax.Model.from_pretrained({str(out)!r}) samples from it"
     print(f"model: {out} (step {model.step}); {usage}")

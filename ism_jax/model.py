@@ -16,7 +16,9 @@ Dimensions: n samples, h w image, c channel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 
 from ism_jax import dit, path, sample
 from ism_jax.loss import LossConfig
@@ -32,6 +35,9 @@ from train_jax.errors import UserError
 from train_jax.storage import exported
 
 METHOD = "ism"
+_NUMBER = re.compile("-?[0-9]+")  # of a class; str.isdecimal would take other scripts' digits
+
+_warn_once = functools.cache(logging.warning)
 
 
 def make_sizes(config: Mapping, metadata: Mapping) -> dit.DiTConfig:
@@ -196,7 +202,9 @@ class Model:
     return math.inf if config.is_flow_matching else config.w_max
 
   def labels(self, classes: int | str | Sequence[int | str]) -> np.ndarray:
-    """Labels int32 [n] of classes by name or number; "3" is the name before the number.
+    """Labels int32 [n] of classes by name or number; "3" is the name before the number, 3 a number.
+
+    A warning says which class is taken where both could be meant.
 
     Raises:
       UserError: a class is unknown.
@@ -205,12 +213,22 @@ class Model:
     index, labels = {name: i for i, name in enumerate(self.names)}, []
     for name in classes:
       label = index.get(name, name) if isinstance(name, str) else name
-      if isinstance(label, str) and not label.lstrip("-").isdecimal():
+      if isinstance(label, str) and not _NUMBER.fullmatch(label):
         some = ", ".join(f"{i} {name}" for i, name in enumerate(self.names[:20]))
         more = ", ..." if len(self.names) > 20 else ""
         raise UserError(f"labels: {name!r} is no number or name of a class; they are {some}{more}.")
       labels.append(int(label) if isinstance(label, str) else label)
     path.check_labels(labels, len(self.names))
+    for given, label in dict(zip(map(str, classes), labels, strict=True)).items():
+      taken = self.names[label]
+      if not _NUMBER.fullmatch(given):
+        continue
+      if taken == given:
+        how, both = "name", label != int(given) < len(self.names)
+      else:  # a class of another name; numbers as names are those of folders 1 ... 10, say
+        how, both = "number", given in index or _NUMBER.fullmatch(taken)
+      if both:
+        _warn_once(f"labels: {given} is taken as the {how} of a class: number {label}, {taken!r}")
     return np.array(labels, np.int32)
 
   def sample(
@@ -225,7 +243,7 @@ class Model:
 
     Args:
       labels: [n] classes, by name or number.
-      steps: a power of two up to 128.
+      steps: 1 to 128, see `path.step_start`.
       guidance: scale w, 0 for none.
       batch: images at a time at most; fewer take less memory.
 

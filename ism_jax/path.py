@@ -25,7 +25,6 @@ import numpy as np
 from train_jax.errors import UserError
 
 FINEST = 128  # steps of the finest grid
-NFES = tuple(2**k for k in range(FINEST.bit_length()))  # 1, 2, 4, ..., 128
 
 
 def interpolate(x0: jax.Array, x1: jax.Array, t: jax.Array) -> jax.Array:
@@ -44,6 +43,18 @@ def min_step_is_zero(d: jax.Array) -> jax.Array:
   return jnp.where(d <= 1 / FINEST, 0.0, d)
 
 
+def step_start(i: jax.Array, nfe: jax.Array) -> jax.Array:
+  """The time at which step i of `nfe` starts, float32; i = nfe is 1. Both are int32, maybe traced.
+
+  Every number of steps consists of trained ones: powers of two, each at a multiple of its size. Of
+  the largest power 2^k <= nfe equal steps, the last nfe - 2^k are halved: 3 is 1/2, 1/4, 1/4.
+  """
+  i, nfe = jnp.int32(i), jnp.int32(nfe)
+  power = jnp.left_shift(1, 31 - jax.lax.clz(nfe))
+  whole = 2 * power - nfe  # steps that are not halved
+  return jnp.where(i <= whole, 2 * i, whole + i) / (2 * power)
+
+
 def both_fields(apply: Callable, params, x, t, label, null: int) -> tuple[jax.Array, jax.Array]:
   """s(x, t, 0, c, 0) and s(x, t, 0, null, 0), from one call."""
   # An example's two inputs are neighbours, so both stay on its device.
@@ -57,12 +68,11 @@ def both_fields(apply: Callable, params, x, t, label, null: int) -> tuple[jax.Ar
 
 def check_settings(nfe: Sequence[int], guidance: Sequence[float], w_max: float) -> None:
   """Raises UserError unless the network was trained for these numbers of steps and scales."""
-  choices = ", ".join(map(str, NFES))
   if not nfe:
-    raise UserError(f"nfe has no value; choose from {choices}.")
+    raise UserError(f"nfe has no value; choose from 1 to {FINEST}.")
   for steps in nfe:
-    if steps not in NFES:
-      raise UserError(f"nfe={steps} was not trained; choose from {choices}.")
+    if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= FINEST:
+      raise UserError(f"nfe={steps} must be a whole number from 1 to {FINEST}.")
   for w in guidance:
     if not isinstance(w, (int, float)):
       raise UserError(f"guidance={w!r} must be a number.")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ism_jax.path import both_fields, draw_noise, min_step_is_zero
+from ism_jax.path import both_fields, draw_noise, min_step_is_zero, step_start
 from train_jax import mesh as mesh_lib
 
 BATCH = 256  # images at a time at most
@@ -31,14 +31,16 @@ def batch_size(n: int, limit: int) -> int:
 
 
 def integrate(apply: Callable, params, x0: jax.Array, label, w, nfe) -> jax.Array:
-  """x0 [b, h, w, c] noise -> images, in `nfe` equal steps x <- x + d s(x, t, d, c, w).
+  """x0 [b, h, w, c] noise -> images, in `nfe` steps x <- x + d s(x, t, d, c, w).
 
-  `nfe` may be traced: one compilation serves every number of steps. w and label are [b].
+  The steps are those of `path.step_start`, equal where `nfe` is a power of two. `nfe` may be
+  traced: one compilation serves every number of steps. w and label are [b].
   """
-  d = 1.0 / nfe
 
   def step(i, x):
-    t, size = (jnp.full(x.shape[:1], value, jnp.float32) for value in (i * d, min_step_is_zero(d)))
+    start = step_start(i, nfe)
+    d = step_start(i + 1, nfe) - start
+    t, size = (jnp.full(x.shape[:1], value, jnp.float32) for value in (start, min_step_is_zero(d)))
     return x + d * apply(params, x, t, size, label, w)
 
   return jax.lax.fori_loop(0, nfe, step, x0)

@@ -191,7 +191,7 @@ def test_mistakes_cost_one_sentence_and_exit_code_2(flags, words, tmp_path, call
   [
     ((*RUN, "--config.batch=16"), ("batch", "16")),
     ((*RUN, "--config.init_from=other"), ("init_from='other'", "would not read")),
-    (("--mode=sample", "--nfe=3"), ("nfe", "3")),
+    (("--mode=sample", "--nfe=200"), ("nfe", "200")),
     (("--mode=sample", "--backend=tpu"), ("backend='tpu' was asked for", "'cpu'")),
     (("--mode=export", "--step=10"), ("--step=10 is not stored", "[12, 9]")),
     (("--mode=sample", "--guidance=9"), ("9", "0 to 2")),

@@ -74,7 +74,7 @@ def test_only_the_first_process_writes_and_prints(call, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
   ("mode", "flag", "message"),
   [
-    ("sample", "--nfe=3", "nfe=3 was not trained"),
+    ("sample", "--nfe=0", "nfe=0 must be"),
     ("sample", "--nfe=one", "--nfe=one must be whole numbers separated by commas"),
     ("sample", "--guidance=9", "guidance=9 is outside the trained range 0 to"),
     ("sample", "--labels=0,10", "label 10 is out of range: the classes are 0 to 9."),
@@ -82,7 +82,7 @@ def test_only_the_first_process_writes_and_prints(call, tmp_path, monkeypatch, c
     ("sample", "--vae=v", "vae='v' decodes latents, but this model makes images"),
     ("sample", "--num=0", "--num"),
     ("sample", "--metrics=fid", "--metrics does nothing in --mode=sample of a run of ism"),
-    ("evaluate", "--nfe=3", "nfe=3 was not trained"),
+    ("evaluate", "--nfe=129", "nfe=129 must be"),
     ("evaluate", "--num=5", "eval.samples=5 must be at least 16"),
     ("evaluate", "--classes=all", "--classes"),
     ("evaluate", "--reference=r", "--reference=r is for --metrics; add --metrics=fid, or leave it"),

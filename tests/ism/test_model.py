@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import ism_jax
+from ism_jax import model as model_lib
 from ism_jax import path, sample
 from ism_jax.model import Model, make_network
 from ism_jax.networks import autoencoder
@@ -90,6 +91,28 @@ def test_classes_are_asked_for_by_name_or_number(model):
   assert np.abs(images - model.sample([0, 1], steps=1)).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+  ("names", "asked", "labels", "said"),
+  [
+    (["1", "10", "2"], ["10", "2"], [1, 2], ""),  # "2" is the name and the number of one class
+    (["1", "10", "2"], ["1"], [0], "1 is taken as the name of a class: number 0, '1'"),
+    (["1", "10", "2"], [1], [1], "1 is taken as the number of a class: number 1, '10'"),
+    (["1", "3", "5"], ["2"], [2], "2 is taken as the number of a class: number 2, '5'"),
+    (["3", "cat"], ["1", "cat", 0], [1, 1, 0], "0 is taken as the number of a class: number 0"),
+    (["0", "1"], ["0", 1], [0, 1], ""),
+    (["cat", "²"], ["²", "1", 0], [1, 1, 0], ""),
+  ],
+)
+def test_of_a_name_and_a_number_it_is_said_which_is_meant(
+  names, asked, labels, said, small_config, make_model, caplog
+):
+  model = make_model(small_config(), {**ANIMALS, "names": names})
+  model_lib._warn_once.cache_clear()
+  for _ in range(2):
+    assert model.labels(asked).tolist() == labels
+  assert said in caplog.text and len(caplog.records) == bool(said)
+
+
 def test_samples_are_those_of_the_network(small_config, model):
   labels = [0, 2, 0, 2, 0, 2]
   images = model.sample(labels, steps=4, guidance=1.0, seed=3)
@@ -165,8 +188,9 @@ def test_an_autoencoder_is_refused_where_images_are_made(directory, digits_run):
     ({"labels": [1.5]}, r"labels=\[1.5\] must be whole numbers"),
     ({"labels": [3]}, r"label 3 is out of range: the classes are 0 to 2\."),
     ({"labels": ["-1"]}, r"label -1 is out of range"),
+    *(({"labels": [digit]}, rf"{digit!r} is no number or name") for digit in ("²", "３", "--3")),
     ({"labels": ["dog", "cow"]}, r"'cow' is no number or name of a class; they are 0 cat, 1 dog"),
-    ({"labels": [0], "steps": 3}, r"nfe=3 was not trained"),
+    ({"labels": [0], "steps": 300}, r"nfe=300 must be"),
     ({"labels": [0], "guidance": 2.5}, r"guidance=2.5 is outside the trained range 0 to 2"),
   ],
 )

@@ -107,17 +107,17 @@ def test_the_largest_strength_is_drawn_whatever_the_rounding():
 
 
 def test_settings_that_were_trained_pass():
-  path.check_settings(path.NFES, (0.0, 0.6, 3.5), 3.5)
+  path.check_settings(range(1, 129), (0.0, 0.6, 3.5), 3.5)
   path.check_settings((1,), (0,), 0.0)
 
 
 @pytest.mark.parametrize(
   ("nfe", "guidance", "message"),
   [
-    ((1, 3), (0.0,), r"nfe=3 was not trained; choose from 1, 2, 4, 8, 16, 32, 64, 128\."),
-    ((256,), (0.0,), r"nfe=256 was not trained"),
-    ((0,), (0.0,), r"nfe=0 was not trained"),
-    ((), (0.0,), r"nfe has no value; choose from 1, 2"),
+    ((1, 2.5), (0.0,), r"nfe=2.5 must be a whole number from 1 to 128\."),
+    ((129,), (0.0,), r"nfe=129 must be"),
+    ((0,), (0.0,), r"nfe=0 must be"),
+    ((), (0.0,), r"nfe has no value; choose from 1 to 128"),
     ((1,), (0.5, 4.0), r"guidance=4 is outside the trained range 0 to 3.5"),
     ((1,), (-0.5,), r"guidance=-0.5 is outside the trained range"),
     ((1,), (float("nan"),), r"guidance=nan is outside the trained range"),
@@ -148,3 +148,12 @@ def test_noise_is_standard_normal_and_independent():
   neighbours = np.mean(flat[1:] * flat[:-1])  # consecutive numbers
   assert np.abs(between_pixels).max() < 0.08
   assert abs(neighbours) < 0.02
+
+
+@pytest.mark.parametrize("nfe", range(1, 129))
+def test_any_number_of_steps_consists_of_trained_ones(nfe):
+  times = np.asarray(jax.vmap(lambda i: path.step_start(i, nfe))(jnp.arange(nfe + 1)))
+  sizes = np.diff(times)
+  assert times[0] == 0 and times[-1] == 1 and len(sizes) == nfe
+  assert {*sizes} <= {2.0**-k for k in range(8)} and sizes.max() <= 2 * sizes.min()
+  assert np.all(times[:-1] % sizes == 0) and np.all(np.diff(sizes) <= 0)

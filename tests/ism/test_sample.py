@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ism_jax import dit, sample
-from ism_jax.path import NFES, draw_noise, min_step_is_zero
+from ism_jax.path import draw_noise, min_step_is_zero, step_start
 from train_jax import mesh as mesh_lib
 
 SHAPE = (4, 4, 1)
@@ -32,21 +32,25 @@ def linear_sampler():
   return sample.make_sampler(linear, SHAPE)
 
 
-@pytest.mark.parametrize("nfe", NFES)
+@pytest.mark.parametrize("nfe", [1, 2, 3, 7, 64, 100, 128])
 def test_euler_on_a_linear_field(nfe, linear_sampler, start):
   images = linear_sampler(jnp.float32(-1.5), 7, LABELS, 0.0, nfe)
-  np.testing.assert_allclose(images, start * (1 - 1.5 / nfe) ** nfe, rtol=1e-4, atol=1e-6)
+  times = np.array([step_start(i, nfe) for i in range(nfe + 1)], np.float64)
+  expected = start * np.prod(1 - 1.5 * np.diff(times))
+  np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("nfe", [1, 2, 64, 128])
+@pytest.mark.parametrize("nfe", [1, 2, 3, 64, 128])
 def test_each_step_is_told_its_time_and_size(nfe, start):
   told = sample.make_sampler(
     lambda params, x, t, d, label, w: column(jnp.stack([t, d], -1) @ params) + 0 * x, SHAPE
   )
   times = told(jnp.array([1.0, 0.0]), 7, LABELS, 0.0, nfe) - start
-  np.testing.assert_allclose(times, np.mean(np.arange(nfe) / nfe), atol=1e-5)
+  starts = np.array([step_start(i, nfe) for i in range(nfe + 1)])
+  d = np.diff(starts)
+  np.testing.assert_allclose(times, np.full_like(start, d @ starts[:-1]), atol=1e-5)
   sizes = told(jnp.array([0.0, 1.0]), 7, LABELS, 0.0, nfe) - start
-  np.testing.assert_allclose(sizes, float(min_step_is_zero(1 / nfe)), atol=1e-5)
+  np.testing.assert_allclose(sizes, np.full_like(start, d @ min_step_is_zero(d)), atol=1e-5)
 
 
 def test_labels_and_strengths_reach_their_images(start):
@@ -124,7 +128,7 @@ def test_one_compilation_serves_every_number_of_steps():
   sampler = sample.make_sampler(counted, SHAPE)
   sampler(jnp.float32(1), 0, LABELS, 0.0, 1, batch=4)
   first = len(traces)
-  for nfe in NFES:
+  for nfe in (1, 2, 3, 16, 128):
     sampler(jnp.float32(1), nfe, LABELS, nfe / 10, nfe, batch=4)
   assert first >= 1 and len(traces) == first
 

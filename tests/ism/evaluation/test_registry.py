@@ -61,7 +61,7 @@ def test_evaluation_by_the_command_line(call, files, digits_run, tmp_path, capsy
   [
     (["--metrics=fid,fdi"], "eval.metrics='fdi' is unknown; choose from fid, sfid"),
     (["--metrics=fid", "--num=1"], "0 samples are too few"),
-    (["--metrics=fid", "--nfe=3"], "nfe=3 was not trained"),
+    (["--metrics=fid", "--nfe=0"], "nfe=0 must be a whole number from 1 to 128"),
     (["--metrics=fid", "--reference=gone"], "reference='gone' is not there"),
     (["--metrics=fid", "--vae=gone"], "vae='gone'"),
   ],
