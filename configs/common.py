@@ -153,7 +153,25 @@ def shortcut_fast_ema(config) -> None:
   config.ema.target = 0.95
 
 
-ISM_BASELINES = {"flow": flow, "shortcut": shortcut, "shortcut_fast_ema": shortcut_fast_ema}
+def meanflow(config) -> None:
+  """The derivative's target in place of the two half steps (arXiv 2505.13447)."""
+  config.loss.target = "meanflow"
+  config.model.time_scale = 16.0  # smooth enough to differentiate: not at 1000
+
+
+def improved_meanflow(config) -> None:
+  """The same with the network's own velocity as the tangent (arXiv 2512.02012)."""
+  meanflow(config)
+  config.loss.target = "improved_meanflow"
+
+
+ISM_BASELINES = {
+  "flow": flow,
+  "shortcut": shortcut,
+  "shortcut_fast_ema": shortcut_fast_ema,
+  "meanflow": meanflow,
+  "improved_meanflow": improved_meanflow,
+}
 
 
 def ism_debug(config) -> None:

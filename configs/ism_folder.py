@@ -51,6 +51,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.loss.split.velocity = 4
   config.loss.split.guidance = 1
   config.loss.split.consistency = 3
+  config.loss.target = "two_steps"  # the paper; or meanflow, improved_meanflow
   config.loss.weighting = "by_example"  # one mean; or by_term: a mean of each, added (the paper)
   config.loss.class_dropout = 0.1
   config.loss.w_max = 2.0  # 3.5 in the paper; scales that are never used cost capacity

@@ -40,6 +40,8 @@ class LossConfig:
 
   Attributes:
     split: number of each term's examples in every group of sum(split) neighbours; 0 by default.
+    target: of a consistency example: 'two_steps' (the paper), or the derivative of the network
+      along its path, 'meanflow' or 'improved_meanflow' (see `derivative_examples`).
     weighting: 'by_example', one mean over all examples; or 'by_term', the sum of each term's mean
       (the paper).
     class_dropout: probability that a velocity example loses its class.
@@ -52,6 +54,7 @@ class LossConfig:
   """
 
   split: Mapping[str, int]
+  target: str
   weighting: str
   class_dropout: float
   w_max: float
@@ -72,6 +75,12 @@ class LossConfig:
     if any(not isinstance(n, int) or n < 0 for n in split.values()) or not split["velocity"]:
       raise UserError(
         f"loss.split={split} must be whole numbers of examples, and that of velocity at least 1."
+      )
+    check_one_of("loss.target", self.target, TARGETS)
+    if self.target != "two_steps" and self.bootstrap_guidance:
+      raise UserError(
+        f"loss.bootstrap_guidance={self.bootstrap_guidance:g} is a part of loss.target=two_steps, "
+        f"and loss.target={self.target!r}; choose that target, or set it to 0."
       )
     check_one_of("loss.norm", self.norm, ("l2", "charbonnier"))
     check_one_of("loss.weighting", self.weighting, ("by_example", "by_term"))
@@ -204,6 +213,33 @@ def consistency_examples(
   return _examples(x, t, step, label, w, (first + second) / 2)
 
 
+def derivative_examples(
+  apply, params, x0, x1, t, d, label, w, *, own_tangent: bool, interval_start: float, null: int
+) -> Examples:
+  """A step of any size d [b] must be the mean velocity over [t, t + d], by its derivative.
+
+  d s(x_t, t, d) is the integral of v from t to t + d. Its derivative along the path, with the end
+  t + d fixed, gives s = v + d D s with D = v . grad_x + d/dt - d/dd:
+
+      target = g + d jvp(s; (u, 1, -1)),    g = v + w_eff (s(x, t, 0, c, 0) - s(x, t, 0, null, 0))
+
+  w_eff is that of `guidance_examples`. MeanFlow (arXiv 2505.13447) has the tangent u = g. Improved
+  MeanFlow (arXiv 2512.02012) has the network's own u = s(x, t, 0, c, w), `own_tangent`. All of it
+  uses the current parameters.
+  """
+  x = path.interpolate(x0, x1, t)
+  w_eff = jnp.where(t < interval_start, 0.0, w)
+  direction = guidance_direction(apply, params, x, t, label, null)
+  g = path.velocity(x0, x1) + _scale(w_eff, direction)
+  u = apply(params, x, t, jnp.zeros_like(d), label, w) if own_tangent else g
+
+  def step(x, t, d):
+    return apply(params, x, t, d, label, w)
+
+  _, slope = jax.jvp(step, (x, t, d), (u, jnp.ones_like(t), -jnp.ones_like(d)))
+  return _examples(x, t, d, label, w, g + _scale(d, slope))
+
+
 # The terms: (config, networks, x0, x1, label, two keys) -> Examples. They draw t, d and w.
 
 
@@ -221,15 +257,23 @@ def _guidance(config: LossConfig, net: Networks, x0, x1, label, keys) -> Example
 
 
 def _consistency(config: LossConfig, net: Networks, x0, x1, label, keys) -> Examples:
-  t, step = path.sample_steps(keys[0], len(label))
   w = jnp.zeros(len(label))
   if config.w_max:
     scales = (config.w_max, config.w_step, config.zero_w_prob)
     w = path.sample_guidance(keys[1], len(label), *scales)
+  if config.target != "two_steps":
+    how = {"own_tangent": config.target == "improved_meanflow", "null": net.null}
+    t, d = path.sample_intervals(keys[0], len(label))
+    interval = config.interval_start
+    return derivative_examples(
+      net.apply, net.params, x0, x1, t, d, label, w, interval_start=interval, **how
+    )
+  t, step = path.sample_steps(keys[0], len(label))
   target = (config.bootstrap_guidance, net.null)
   return consistency_examples(net.apply, net.target_params, x0, x1, t, step, label, w, *target)
 
 
+TARGETS = ("two_steps", "meanflow", "improved_meanflow")
 TERMS = {"velocity": _velocity, "guidance": _guidance, "consistency": _consistency}
 
 
@@ -299,7 +343,8 @@ def loss(
     The scalar loss, each term's mean distance, and `curvature`: E|s - v|^2 / E|v|^2 of the velocity
     examples (in the loss's distance), which is 0 for straight, non-crossing paths.
   """
-  networks = Networks(apply, params, target_params, null)
+  fixed = jax.lax.stop_gradient((params, target_params))  # forward mode must not meet reverse mode
+  networks = Networks(apply, *fixed, null)
   terms = make_examples(config, networks, x0, x1, label, key)
   split = {name: config.split[name] for name in terms}
   fields = zip(*terms.values(), strict=True)

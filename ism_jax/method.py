@@ -25,6 +25,11 @@ from train_jax.warm_start import WarmStart
 
 def _check(config, loss_config: LossConfig, shape: tuple[int, int, int]) -> None:
   wavelet.check_levels(*shape[:2], loss_config.wavelet_levels)
+  if loss_config.target != "two_steps" and config.model.attention != "xla":
+    raise UserError(
+      f"loss.target={loss_config.target!r} differentiates the network in forward mode, which "
+      f"model.attention={config.model.attention!r} does not have; choose model.attention=xla."
+    )
   group, parts = loss_config.group, config.optim.grad_accum_steps
   if config.batch % (group * parts):
     times = f" times optim.grad_accum_steps={parts}" if parts > 1 else ""

@@ -120,6 +120,17 @@ def sample_steps(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
   return t, 1 / starts
 
 
+def sample_intervals(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+  """(t, d), both [n]: where a step starts and its size, for the derivative's targets.
+
+  d is 1 with probability 1/8, else log-uniform on [1/128, 1]; t is uniform on [0, 1 - d].
+  """
+  key_whole, key_size, key_time = jax.random.split(key, 3)
+  size = jnp.exp2(-jnp.log2(FINEST) * jax.random.uniform(key_size, (n,)))
+  d = jnp.where(jax.random.uniform(key_whole, (n,)) < 1 / 8, 1.0, size)
+  return (1 - d) * jax.random.uniform(key_time, (n,)), d
+
+
 def sample_guidance(
   key: jax.Array, n: int, w_max: float, w_step: float, zero_prob: float
 ) -> jax.Array:

@@ -129,7 +129,7 @@ class Dense(nnx.Linear):
     return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def output(x: jax.Array, matrix: jax.Array) -> jax.Array:
   """A last layer: x [..., k] @ matrix [k, v] -> [..., v] float32, for any dtype of the two.
 
@@ -142,13 +142,22 @@ def output(x: jax.Array, matrix: jax.Array) -> jax.Array:
   return products.reshape(*x.shape[:-1], -1)
 
 
+def _output_forward(inputs, tangents):
+  (x, matrix), (x_dot, matrix_dot) = inputs, tangents
+  return output(x_dot, matrix) + output(x, matrix_dot)
+
+
 def _output_backward(inputs, gradient):
   x, matrix = inputs
   flat, gradient = (a.reshape(-1, a.shape[-1]).astype(x.dtype) for a in (x, gradient))
   return (gradient @ matrix.T).reshape(x.shape), flat.T @ gradient
 
 
-output.defvjp(lambda x, matrix: (output(x, matrix), (x, matrix)), _output_backward)
+@output.defjvp
+def _output_rule(inputs, tangents):
+  # A linear map with its own transpose: forward mode and reverse mode by one rule.
+  call = jax.custom_derivatives.linear_call
+  return output(*inputs), call(_output_forward, _output_backward, inputs, tangents)
 
 
 class Embed(nnx.Embed):

@@ -82,7 +82,7 @@ def numpy_dit(config, params, x, t, d, label, w):
   grid, p, k = config.image_size // config.patch, config.patch, config.width
   level = np.log2(d * 128) + 1 if d else 0
   c = params["embed_class"]["embedding"][label]
-  scalars = {"embed_time": 1000 * t, "embed_step": level, "embed_guidance": 4 * w}
+  scalars = {"embed_time": config.time_scale * t, "embed_step": level, "embed_guidance": 4 * w}
   for name, value in scalars.items():
     c = c + dense(params[name]["outer"], silu(dense(params[name]["inner"], waves(value, 256))))
   c = silu(c)
@@ -273,3 +273,47 @@ def test_bfloat16_is_close_to_float32(small, inputs):
 def test_bad_sizes_are_refused_in_a_sentence(changes, message):
   with pytest.raises(UserError, match=message):
     replace(SMALL, **changes)
+
+
+# --- forward mode ---------------------------------------------------------------------------------
+
+
+def slope(config, params, inputs):
+  """d/dh of the network at (x + h u, t + h, d - h), by forward mode, and u."""
+  _, apply = dit.make_network(config)
+  x, t, d, label, w = inputs
+  u = np.random.default_rng(5).normal(size=x.shape).astype(np.float32)
+
+  def step(h):
+    return apply(params, x + h * u, t + h, jnp.maximum(d, 1 / 16) - h, label, w)
+
+  _, found = jax.jit(lambda h: jax.jvp(step, (h,), (1.0,)))(0.0)
+  return np.asarray(found), u
+
+
+def test_forward_mode_is_the_finite_difference_of_the_float64_network(small, inputs):
+  smooth = replace(SMALL, time_scale=16.0)
+  found, u = slope(smooth, small[1], inputs)
+  params = jax.tree.map(lambda a: np.asarray(a, np.float64), small[1])
+  x, t, d, label, w = (np.asarray(a, np.float64) for a in inputs)
+  for i, c in enumerate(label.astype(int)):
+    ahead, behind = (
+      numpy_dit(smooth, params, x[i] + h * u[i], t[i] + h, max(d[i], 1 / 16) - h, c, w[i])
+      for h in (1e-6, -1e-6)
+    )
+    expected = (ahead - behind) / 2e-6
+    np.testing.assert_allclose(found[i], expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+  "changes, tolerance",
+  [
+    ({"remat": "block"}, 1e-6),
+    ({"remat": "products", "unroll": True}, 1e-6),
+    ({"dtype": "bfloat16"}, 0.1),
+  ],
+)
+def test_forward_mode_knows_remat_and_bfloat16(changes, tolerance, small, inputs):
+  smooth = replace(SMALL, time_scale=16.0)
+  exact, found = (slope(c, small[1], inputs)[0] for c in (smooth, replace(smooth, **changes)))
+  assert np.linalg.norm(found - exact) < tolerance * np.linalg.norm(exact)

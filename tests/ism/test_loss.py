@@ -16,6 +16,7 @@ from train_jax.errors import UserError
 NULL = 3
 ISM = LossConfig(
   split={"velocity": 2, "guidance": 1, "consistency": 1},
+  target="two_steps",
   weighting="by_term",
   class_dropout=0.5,
   w_max=2.0,
@@ -289,6 +290,11 @@ def test_what_a_config_says_is_what_is_learned():
     ({"split": {"velocity": 2.5, "guidance": 1}}, r"loss.split=.* must be whole numbers"),
     ({"split": {"velocity": 4, "guidance": "x"}}, r"loss.split=.* must be whole numbers"),
     ({"norm": "l1"}, r"loss.norm='l1' is unknown; choose from l2, charbonnier"),
+    ({"target": "jump"}, r"loss.target='jump' is unknown; .* two_steps, meanflow, improved_meanf"),
+    (
+      {"target": "meanflow", "bootstrap_guidance": 0.5},
+      r"loss.bootstrap_guidance=0.5 is a part of loss.target=two_steps",
+    ),
     ({"weighting": "rows"}, r"loss.weighting='rows' is unknown; .* by_example, by_term"),
     ({"w_max": 0.0}, r"loss.split.guidance=1 but loss.w_max=0"),
     ({"split": {"velocity": 1}}, r"loss.split.guidance=0 but loss.w_max=2"),

@@ -176,6 +176,10 @@ def test_what_is_evaluated_is_what_the_config_says(nfe, quick, default, small_co
     ({"loss__norm": "l1"}, r"loss.norm='l1' is unknown"),
     ({"pairing__condition": "labels"}, r"pairing.condition='labels' is unknown"),
     ({"pairing__pool": 10**6, "pairing__condition": "none"}, r"pool=1000000 batches of 16"),
+    (
+      {"loss__target": "meanflow", "model__attention": "cudnn"},
+      r"loss.target='meanflow' differentiates .* choose model.attention=xla",
+    ),
     ({"eval__nfe": (1, 500)}, r"nfe=500 must be"),
     ({"eval__guidance": (0.0, 9.0)}, r"guidance=9 is outside the trained range"),
     ({"eval__samples": 10}, r"eval.samples=10 must be at least 16"),
@@ -230,6 +234,7 @@ def test_a_folder_is_paired_and_trained_on_with_its_mirror_images(photos, monkey
 
   monkeypatch.setattr(pairing, "pair", watched)
   method, metadata = build(config)
+  assert len(metadata.pop("sha256")) == 64
   assert metadata == {"names": ["cats", "dogs"], "shape": [8, 8, 3], "examples": 18}
   batches = list(itertools.islice(method.stream(0, 0), 2))  # a pool, and 32 rows: all of them
   trained = np.concatenate([batch["image"] for batch in batches])
@@ -264,8 +269,33 @@ def test_a_model_is_not_evaluated_on_other_images_than_its_run_had(photos):
   config = photos({"a": 3, "b": 3})
   _, metadata = build(config)
   photos({"c": 3})  # whose label is that of no class
-  with pytest.raises(UserError, match=r"has other names, examples than the run had"):
+  with pytest.raises(UserError, match=r"has other names, examples, sha256 than the run had"):
     Model.make(make_record(config.to_dict(), metadata), dict).evaluate()
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_images_that_were_replaced_are_noticed_even_if_they_are_held_out(kind, photos, tmp_path):
+  config = photos({"a": 4, "b": 4}, data__held_out=0.25)
+  if kind == "npz":
+    config.data.source, config.data.path = kind, str(tmp_path / "a.npz")
+
+  def write(i: int, value: int):
+    if kind == "folder":
+      return Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "photos" / "b" / f"{i}.png")
+    images = np.zeros((8, 8, 8, 3), np.uint8)
+    images[4 + i] = value
+    return np.savez(tmp_path / "a.npz", images=images, labels=[0] * 4 + [1] * 4)
+
+  for i in range(4):  # one of them is held out
+    write(i, 1)
+    _, metadata = build(config)
+    write(i, 2)
+    with pytest.raises(UserError, match=r"has other sha256 than the run had; restore the images"):
+      Model.make(make_record(config.to_dict(), metadata), dict).evaluate()
+  write(3, 1)
+  _, again = build(config)
+  write(3, 1)
+  assert build(config)[1] == again
 
 
 def test_latents_have_their_mirror_images_and_may_have_one_class():

@@ -157,3 +157,13 @@ def test_any_number_of_steps_consists_of_trained_ones(nfe):
   assert times[0] == 0 and times[-1] == 1 and len(sizes) == nfe
   assert {*sizes} <= {2.0**-k for k in range(8)} and sizes.max() <= 2 * sizes.min()
   assert np.all(times[:-1] % sizes == 0) and np.all(np.diff(sizes) <= 0)
+
+
+def test_intervals_are_whole_or_log_uniform_and_end_by_one():
+  t, d = (np.asarray(a, np.float64) for a in path.sample_intervals(KEY, 40_000))
+  assert abs(np.mean(d == 1) - 1 / 8) < 0.01 and d.min() >= 1 / 128
+  level = -np.log2(d[d < 1])
+  np.testing.assert_allclose(np.quantile(level, [0.25, 0.5, 0.75]), [1.75, 3.5, 5.25], atol=0.1)
+  place = t[d < 1] / (1 - d[d < 1])
+  np.testing.assert_allclose(np.quantile(place, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.02)
+  assert np.all(t + d <= 1 + 1e-6) and not t[d == 1].any()

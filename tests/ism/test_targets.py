@@ -173,12 +173,66 @@ def test_consistency_target_of_gaussians_is_their_flow_map(batch, step):
   np.testing.assert_allclose(examples.target, exact, rtol=2e-4, atol=2e-5)
 
 
+def derivative(apply, batch, t, d, w, params=None, own_tangent=True, interval_start=0.3):
+  x0, x1, label = batch
+  t, d, w = (jnp.broadcast_to(jnp.float32(a), (len(x0),)) for a in (t, d, w))
+  kind = {"own_tangent": own_tangent, "interval_start": interval_start, "null": NULL}
+  return loss.derivative_examples(apply, params, x0, x1, t, d, label, w, **kind)
+
+
+@pytest.mark.parametrize("t, d", [(0.0, 1.0), (0.5, 0.3), (0.2, 0.05)])
+def test_the_derivative_s_target_of_gaussians_is_their_flow_map(batch, t, d):
+  """With the exact field the identity s = v + d D s holds for each example, once v is its mean."""
+  examples = derivative(gaussian_flow, batch, t, d, 0.0)
+  x0, x1, label = batch
+  mean = gaussian_flow(None, examples.x, examples.t, 0 * examples.d, label, 0)
+  found = examples.target - (x1 - x0) + mean
+  exact = gaussian_flow(None, *examples[:5])
+  np.testing.assert_allclose(found, exact, rtol=2e-3, atol=2e-4)
+  np.testing.assert_array_equal(examples.d, np.float32(d))
+
+
+def test_meanflow_s_target_has_the_flow_map_as_its_mean_over_pairs():
+  """Over all pairs that cross one point: noise and image given x_t are Gaussian."""
+  t, d, label, x, n = 0.4, 0.5, 2, 0.7, 200_000
+  rng = np.random.default_rng(0)
+  mean, gain = float(MEANS[label]), float(SPREAD**2 * t / deviation(t) ** 2)
+  spread = SPREAD * (1 - t) / float(deviation(t))  # of x1 given x_t
+  x1 = mean + gain * (x - t * mean) + spread * rng.normal(size=n)
+  pairs = column((x - t * x1) / (1 - t)), column(x1), jnp.full(n, label)
+  examples = derivative(gaussian_flow, pairs, t, d, 0.0, own_tangent=False)
+  exact = gaussian_flow(None, *(a[:1] for a in examples[:5]))
+  error = np.std(examples.target) / np.sqrt(n)
+  np.testing.assert_allclose(np.mean(examples.target), exact.item(), atol=4 * error + 1e-3)
+
+
+def test_on_a_linear_field_the_derivative_is_the_finite_difference_of_the_steps(batch, params):
+  """d/dh of s along its tangent with the end fixed, at the guided velocity from the interval on."""
+  for own in (True, False):
+    examples = derivative(field, batch, 0.5, 0.25, 1.0, params, own)
+    x0, x1, label = batch
+    classes = np.asarray(params["class"])
+    g = x1 - x0 + column((classes[label] - classes[NULL]) * 1.5)
+    u = field(params, examples.x, examples.t, 0 * examples.d, label, examples.w) if own else g
+    h = 1e-2
+    ahead, behind = (
+      field(params, examples.x + k * u, examples.t + k, examples.d - k, label, examples.w)
+      for k in (h, -h)
+    )
+    expected = g + 0.25 * (ahead - behind) / (2 * h)
+    np.testing.assert_allclose(examples.target, expected, rtol=2e-3, atol=2e-3)
+  before = derivative(field, batch, 0.1, 0.25, 1.0, params, own_tangent=False)  # no guidance yet
+  plain = derivative(field, batch, 0.1, 0.25, 1.0, params, False, interval_start=0.0)
+  assert np.abs(before.target - plain.target)[jnp.arange(B) != 3].min() > 0.05
+
+
 def test_targets_carry_no_gradient(batch, params):
   t, w = jnp.full(B, 0.5), jnp.ones(B)
   for examples in (
     lambda p: guided(field, batch, t, w, p),
     lambda p: consistency(field, batch, 0.5, 0.5, 1.0, p)[0],
     lambda p: consistency(field, batch, 0.5, 1 / 64, 0.0, p, bootstrap=0.5)[0],
+    lambda p: derivative(field, batch, 0.5, 0.25, 1.0, p),
   ):
     cost = lambda p: jnp.sum(examples(p).target ** 2)  # noqa: E731, B023
     assert float(cost(params)) != float(cost(jax.tree.map(lambda p: 2 * p, params)))
