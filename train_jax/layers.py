@@ -142,22 +142,23 @@ def output(x: jax.Array, matrix: jax.Array) -> jax.Array:
   return products.reshape(*x.shape[:-1], -1)
 
 
-def _output_forward(inputs, tangents):
-  (x, matrix), (x_dot, matrix_dot) = inputs, tangents
-  return output(x_dot, matrix) + output(x, matrix_dot)
-
-
-def _output_backward(inputs, gradient):
-  x, matrix = inputs
-  flat, gradient = (a.reshape(-1, a.shape[-1]).astype(x.dtype) for a in (x, gradient))
-  return (gradient @ matrix.T).reshape(x.shape), flat.T @ gradient
-
-
 @output.defjvp
 def _output_rule(inputs, tangents):
-  # A linear map with its own transpose: forward mode and reverse mode by one rule.
-  call = jax.custom_derivatives.linear_call
-  return output(*inputs), call(_output_forward, _output_backward, inputs, tangents)
+  # Two linear maps, each with its own transpose: one rule for forward mode and for reverse mode.
+  (x, matrix), (x_dot, matrix_dot) = inputs, tangents
+  flat = x.reshape(-1, x.shape[-1])
+
+  def backward_to_x(matrix, gradient):
+    gradient = gradient.reshape(-1, gradient.shape[-1]).astype(x.dtype)
+    return (gradient @ matrix.astype(x.dtype).T).reshape(x.shape)
+
+  def backward_to_matrix(flat, gradient):
+    return (flat.T @ gradient.astype(flat.dtype)).astype(matrix.dtype)
+
+  linear = jax.custom_derivatives.linear_call
+  of_x = linear(lambda matrix, x_dot: output(x_dot, matrix), backward_to_x, matrix, x_dot)
+  of_matrix = linear(output, backward_to_matrix, flat, matrix_dot)
+  return output(x, matrix), of_x + of_matrix.reshape(of_x.shape)
 
 
 class Embed(nnx.Embed):
