@@ -29,7 +29,7 @@ from train_jax.checkpointing.saver import SaveError
 from train_jax.command import WORKDIR, Command, Config, Flag
 from train_jax.errors import UserError, check_one_of
 from train_jax.files import check_writable
-from train_jax.multihost import distributed
+from train_jax.multihost import distributed, lock
 
 # A method is a package with method.py for training and commands.py for the other modes.
 METHODS = {"ism": "ism_jax", "seqmatch": "seqmatch_jax"}
@@ -52,6 +52,8 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   optim_config = optim.OptimConfig(**config.optim)
   loop_config = loop.LoopConfig.of(config)
   distributed.check_shared(workdir)
+  check_writable(workdir)
+  lock.check_free(workdir)  # now, and not only once the data are read; `loop.train` holds it
   saved = Checkpoints(workdir).newest_meta()
   if saved:
     config_lib.check_same(config.to_dict(), saved["config"], workdir)
@@ -73,7 +75,6 @@ def train(config: ConfigDict, workdir: Path) -> bool:
   init_params = functools.partial(
     warm_start.make_init_params, rules, module.make_network, **record, mesh=devices
   )
-  check_writable(workdir)
   rate, averages = optim.schedule(optim_config, config.steps), dict(config.ema)
   engine = make_optimizer(config), rate, averages, loop_config, devices
   complete = loop.train(method, *engine, workdir, record, init_params)

@@ -110,7 +110,7 @@ def image_rates(args) -> dict[str, float]:
   found = images.EncodedImages(10**6, (), lambda i: (jpegs[i % 64], 0), str)
   with ThreadPoolExecutor() as pool:
     reader = images.read_batches(found, range(10**6), 32, 256, pool)
-    job = lambda: np.stack([pixels for _, pixels, _ in next(reader)])  # noqa: E731
+    job = lambda: np.stack([image.pixels for _, image in next(reader)])  # noqa: E731
     speed, busy = rate(job, 32, args.seconds)
   name = "JPEG to 256 pixels"
   return {f"images a second/{name}": speed, f"a second of processor time/{name}": busy}

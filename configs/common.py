@@ -113,6 +113,7 @@ def get_seqmatch_text_common() -> ml_collections.ConfigDict:
   config.data.tokenizer = ""  # tokenizer.json; "": that of `pretrained`, or a token a character
   config.data.context = 0  # tokens of a row, <bos> and wrong ones included
   config.data.prompt = 0  # tokens at the start of a text that carry no loss
+  config.data.max_faults = 100  # texts that may be unreadable before the run stops
   config.model.attention = "xla"  # or cudnn: fused, for bfloat16 on NVIDIA GPUs
   config.eval.samples = 256  # generations
   config.eval.features = ""  # for MAUVE: a text run's workdir, or a folder of GPT-2's weights

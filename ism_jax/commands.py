@@ -35,7 +35,9 @@ def sample(flags: FlagValues) -> None:
   nfe = numbers(flags, "nfe", int) or (1, 4, path.FINEST)
   guidance = numbers(flags, "guidance", float) or (0.0,)
   path.check_settings(nfe, guidance, model.w_max)
-  labels = model.labels(flags.labels) if flags.labels else np.arange(len(model.names))
+  labels = (
+    model.labels(flags.labels) if flags.labels else np.arange(len(model.names), dtype=np.int32)
+  )
   if model.makes_latents and not model.vae:
     raise UserError("--vae=FILE is missing: this run's samples are latents, and it decodes them.")
   labels = np.resize(labels, flags.num or 64)

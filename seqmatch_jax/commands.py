@@ -47,32 +47,32 @@ def sample(flags: FlagValues) -> None:
   erases = config.loss.backspace and flags.backspace
   limits = {name: flags[name].value for name in ("top_k", "top_p", "max_actions")}
   settings = sampling_options(temperature, task.RETYPE, erases, **limits)
-  out = command.out_directory(flags, "generated")
   show = display.live if flags.stream else display.together
-  typed, seconds = show(
-    model, prompts, jax.random.key(flags.seed), settings, task.GAP, config.batch
-  )
-  if jax.process_index():  # every process has all of it
-    return
-  if not flags.stream:
-    display.print_lines(prompts, typed, task.GAP, sys.stdout)
-  chosen = {"step": model.step, "temperature": temperature, **limits, "seed": flags.seed}
-  display.write(out, chosen, prompts, typed, task.GAP)
-  print(display.speed(typed, seconds))
+  with command.out_directory(flags, "generated", model.record["run"]) as out:
+    typed, seconds = show(
+      model, prompts, jax.random.key(flags.seed), settings, task.GAP, config.batch
+    )
+    if jax.process_index():  # every process has all of it
+      return
+    if not flags.stream:
+      display.print_lines(prompts, typed, task.GAP, sys.stdout)
+    chosen = {"step": model.step, "temperature": temperature, **limits, "seed": flags.seed}
+    display.write(out, chosen, prompts, typed, task.GAP)
+    print(display.speed(typed, seconds))
 
 
 def evaluate(flags: FlagValues) -> None:
   """`--mode=evaluate`: every metric on all test examples, see `Model.evaluate`."""
   model = _open(flags)
-  out = command.out_directory(flags, "generated")
-  model.evaluate(out, flags.seed, flags.features or "")
+  with command.out_directory(flags, "generated", model.record["run"]) as out:
+    model.evaluate(out, flags.seed, flags.features or "")
 
 
 def export(flags: FlagValues) -> None:
   """`--mode=export`: the `sample` average as files that `Model.from_pretrained` reads."""
   model = _open(flags)
-  out = command.out_directory(flags, "exported")
-  model.save_pretrained(out)
+  with command.out_directory(flags, "exported", model.record["run"]) as out:
+    model.save_pretrained(out)
   if jax.process_index() == 0:
     use = f"seqmatch_jax.Model.from_pretrained({str(out)!r}) generates with it"
     start = f", --config.pretrained={out} begins from it" if model.source else ""

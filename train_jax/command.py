@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 from absl import flags
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
+from train_jax.config import is_same
 from train_jax.errors import UserError
-from train_jax.files import check_writable
+from train_jax.files import check_writable, read_json, write_json
 
+OWNER = ".run.json"  # in a directory of results: the `workdir` of their run, and its `run`
 
 KINDS = {
   "string": flags.DEFINE_string,
@@ -98,8 +103,46 @@ def numbers(values: FlagValues, name: str, kind: type) -> tuple:
     raise UserError(f"--{name}={','.join(words)} must be {expected} separated by commas.") from err
 
 
-def out_directory(values: FlagValues, default: str) -> Path:
-  """--out, or `default` in --workdir; UserError if it cannot be written to."""
+@contextmanager
+def out_directory(values: FlagValues, default: str, run: dict) -> Iterator[Path]:
+  """--out, or `default` in --workdir, to write to; it is marked as this run's at the end.
+
+  Args:
+    run: `config` and `metadata` of the run.
+
+  Raises:
+    UserError: it cannot be written to, or holds files of another run or a model of other origin.
+  """
   out = Path(values.out) if values.out else Path(values.workdir) / default
   check_writable(out, "--out")
-  return out
+  for path in (out / OWNER, out / "config.json"):
+    _check_owner(path, run)
+  try:
+    yield out
+  finally:  # after an error, too, but for a refusal, which writes nothing
+    if jax.process_index() == 0 and out.is_dir() and not isinstance(sys.exception(), UserError):
+      write_json(out / OWNER, {"workdir": str(Path(values.workdir).resolve()), "run": run})
+
+
+def _check_owner(path: Path, run: dict) -> None:
+  """Raises UserError if the JSON at `path` names another run than `run`, or none.
+
+  config.json of a Hugging Face folder has the record of its run under the name of the method.
+  """
+  try:
+    record = read_json(path)
+  except FileNotFoundError:
+    return
+  except (OSError, ValueError):
+    record = {}
+  record = record.get(run["config"]["method"], record)
+  other = record.get("run")
+  if isinstance(other, dict) and all(k in other and is_same(run[k], other[k]) for k in run):
+    return
+  if path.name == OWNER and [file.name for file in path.parent.iterdir()] == [OWNER]:
+    return  # the other run's files are gone
+  owner = f"the run in {record['workdir']}" if "workdir" in record else "another run or program"
+  raise UserError(
+    f"--out={path.parent} holds files of {owner} (says {path.name}), which would be lost; choose "
+    "another directory, or empty that one."
+  )

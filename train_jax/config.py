@@ -150,6 +150,30 @@ def explain_unknown_key(key: str, config: dict) -> str:
   return f"the config has no key {key!r}; did you mean --config.{guess}?{has}"
 
 
+def _changed(new: dict, old: dict) -> list[str]:
+  """The keys of `old`, both flat, that are not FREE and have another value in `new`."""
+  return [
+    key
+    for key, value in sorted(old.items())
+    if new.get(key) != value and (not key.startswith(FREE) or key in NOT_FREE)
+  ]
+
+
+def _refused(changed: list[str], new: dict, old: dict) -> list[str]:
+  """Those of `changed` with which a run cannot go on."""
+  return [
+    key
+    for key in changed
+    if key not in REPORTED and not (key in PATHS and old[key] and new.get(key))
+  ]
+
+
+def is_same(config: dict, saved: dict) -> bool:
+  """Whether a run of `saved` could go on with `config`; both may be metadata of the data."""
+  new, old = flatten(config), flatten(saved)
+  return not _refused(_changed(new, old), new, old)
+
+
 def check_same(config: dict, saved: dict, workdir, what: str = "config") -> None:
   """Raises UserError, with the differences, if `config` must not go on from a run of `saved`.
 
@@ -164,15 +188,9 @@ def check_same(config: dict, saved: dict, workdir, what: str = "config") -> None
       "another --workdir."
     )
   new, old = flatten(config), flatten(saved)
-  changed = [
-    key
-    for key, value in sorted(old.items())
-    if new.get(key) != value and (not key.startswith(FREE) or key in NOT_FREE)
-  ]
+  changed = _changed(new, old)
   refused = [
-    f"{key}: {old[key]!r} there, {new.get(key)!r} here"
-    for key in changed
-    if key not in REPORTED and not (key in PATHS and old[key] and new.get(key))
+    f"{key}: {old[key]!r} there, {new.get(key)!r} here" for key in _refused(changed, new, old)
   ]
   # An average is a part of the state.
   refused += [f"{key}: not there" for key in new if key.startswith("ema.") and key not in old]

@@ -13,6 +13,9 @@ from typing import BinaryIO
 
 from train_jax.errors import UserError
 
+# What a message says of a file that `is_lfs_pointer`.
+LFS = "is git-LFS's pointer to a file and not the file; run `git lfs pull` in its repository"
+
 
 def commit(partial: Path, path: Path) -> None:
   """Renames a complete file to `path` once it is on the disk."""
@@ -46,6 +49,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
   """An open file to write to; the rest is as in `whole_path`."""
   with whole_path(path) as partial, partial.open("wb") as file:
     yield file
+
+
+def is_lfs_pointer(path: Path) -> bool:
+  """Whether a file is only git-LFS's note of where its content is."""
+  try:
+    with path.open("rb") as file:
+      return file.read(30).startswith(b"version https://git-lfs")
+  except OSError:
+    return False
 
 
 def read_json(path: Path) -> dict:

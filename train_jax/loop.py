@@ -22,7 +22,7 @@ from train_jax import metrics as metrics_lib
 from train_jax import state as state_lib
 from train_jax.checkpointing.checkpoint import Checkpoints
 from train_jax.errors import UserError, check_above_zero, check_at_least, check_fraction
-from train_jax.multihost import distributed
+from train_jax.multihost import distributed, lock
 from train_jax.multihost.distributed import all_agree
 from train_jax.multihost.signals import Interrupted, Signals
 from train_jax.state import TrainState
@@ -118,12 +118,12 @@ def train(
   Raises:
     DivergedError: `max_skipped` non-finite steps in a row, for the second time.
     SaveError: the run is at its end, and its state could not be saved.
-    UserError: no stored checkpoint is good, the newest is of a later step than `config.steps`, or a
-      decay is not in [0, 1).
+    UserError: another run holds the workdir, no stored checkpoint is good, the newest is of a later
+      step than `config.steps`, or a decay is not in [0, 1).
   """
   for name, decay in decays.items():
     check_fraction(f"ema.{name}", decay, inclusive=False)
-  with Signals() as signals:
+  with lock.held(workdir), Signals() as signals:
     run = partial(
       _Run, method, tx, rate, decays, config, mesh, workdir, record, init_params, signals
     )
@@ -250,7 +250,7 @@ class _Run:
           self._evaluate(final=False)
           if (stop := self._stop_requested()) and not save:
             self._save()
-        self.log.clock.restart(step)
+        self.log.clock.restart()
       if stop:
         break
     return stop
@@ -330,7 +330,7 @@ class _Log:
     self.bar = metrics_lib.progress_bar(
       config.steps, start, active=self._chief, unit="step", desc="compiling"
     )
-    self.clock, self._spikes = metrics_lib.StepClock(start), metrics_lib.Spikes()
+    self.clock, self._spikes = metrics_lib.StepClock(), metrics_lib.Spikes()
     self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
     self.skipped = self.diverged_at = 0
 
@@ -355,14 +355,16 @@ class _Log:
         self.bar.set_description("training", refresh=False)
         self.bar.unpause()
       self.bar.update()
+      if leave:
+        self.clock.tick(step)
       if step % self._config.log_every == 0 or step == self._config.steps:
         values = {name: float(value) for name, value in values.items()}
-        speed = {"lr": float(self._rate(step - 1)), "milliseconds_per_step": self.clock.lap(step)}
-        self.writer.scalars(step, {**values, **speed})
+        values["lr"] = float(self._rate(step - 1))
+        if milliseconds := self.clock.lap():
+          values["milliseconds_per_step"] = milliseconds
+        self.writer.scalars(step, values)
         postfix = {name: f"{values[name]:.3g}" for name in ("loss", "grad_norm")}
         self.bar.set_postfix(postfix, refresh=False)
-      if step == self._start + 1:
-        self.clock.restart(step)
 
   def close(self) -> None:
     self.bar.close()

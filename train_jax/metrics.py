@@ -130,21 +130,31 @@ class Spikes:
 
 
 class StepClock:
-  """Wall time of a training step, without evaluations and saves."""
+  """Wall time of a training step, without compilation, evaluations and saves.
 
-  def __init__(self, step: int):
-    self.restart(step)
+  Metrics are read some steps late, and just before a save all at once. So a time belongs to a step
+  only as the distance of two reads that are equally late, and such reads are its ticks.
+  """
 
-  def restart(self, step: int) -> None:
-    """Begins a lap after `step`."""
-    self._step, self._time = step, time.perf_counter()
+  def __init__(self):
+    self.restart()
 
-  def lap(self, step: int) -> float:
-    """Milliseconds a step since the lap began; begins the next lap."""
-    now, steps = time.perf_counter(), step - self._step
-    milliseconds = 1e3 * (now - self._time) / max(steps, 1)
-    self._step, self._time = step, now
-    return milliseconds
+  def restart(self) -> None:
+    """Forgets all ticks: what lies between them and the next is not training alone."""
+    self._first = self._last = None
+
+  def tick(self, step: int) -> None:
+    """Notes the time at which `step` was read, as late as at every other tick."""
+    self._last = step, time.perf_counter()
+    self._first = self._first or self._last
+
+  def lap(self) -> float | None:
+    """Milliseconds a step between the ticks since the last lap; None if there are not two."""
+    if self._first == self._last:
+      return None
+    (start, begun), (stop, ended) = self._first, self._last
+    self._first = self._last
+    return 1e3 * (ended - begun) / (stop - start)
 
 
 class _Terminal:

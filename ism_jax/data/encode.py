@@ -1,6 +1,6 @@
 """`--mode=encode`: images -> a latent set (see latents.py), in shards.
 
-Images are cropped as in ADM (see `images.center_crop`), encoded with their mirror images, and
+Images are cropped as in ADM (see `decode.center_crop`), encoded with their mirror images, and
 stored as mean and standard deviation of the posterior. Each process encodes its own shards on its
 own devices, see shards.py.
 
@@ -9,6 +9,7 @@ Dimensions: n images, b batch, h w image or latent, c channel.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ism_jax.data.images import EncodedImages, find, read_batches
+from ism_jax.data.images import CLASSES, EncodedImages, find, notes, read_batches
 from ism_jax.data.latents import VERSION, moments, record_dtype
 from ism_jax.networks import autoencoder
 from ism_jax.networks.autoencoder import SCALE
@@ -30,6 +31,7 @@ from train_jax.storage.shards import Job, make_missing
 from train_jax.storage.weights import sha256
 
 KIND = "images", "img", ("latents.array_record", "latents.json")  # see shards.Job
+CUT = "adm, upright"  # of the images; shards of other cuts do not mix
 PER_DEVICE = 32  # images in one call of the encoder
 
 
@@ -71,9 +73,12 @@ class ShardWriter:
         f"--vae gives latents that are not finite (near {names[0]!r}); give the weights of a "
         "trained autoencoder."
       )
-    if min(labels) < 0:
-      unknown = names[labels.index(min(labels))]
-      raise UserError(f"{unknown!r} has the class {min(labels)}; give images of known classes.")
+    for name, label in zip(names, labels, strict=True):
+      if not 0 <= label < CLASSES:
+        raise UserError(
+          f"{name!r} has the class {label}, which must be from 0 to {CLASSES - 1}; give images of "
+          "known classes, numbered from 0 on."
+        )
     records = np.zeros(len(labels), record_dtype(posterior.shape[3:]))
     records["label"], records["posterior"] = labels, posterior
     for record in records:
@@ -81,12 +86,12 @@ class ShardWriter:
     self.labels.extend(labels)
     self.sums.append([moment.sum(0) for moment in moments(posterior)])
 
-  def finish(self, skipped: list[str]) -> None:
+  def finish(self, skipped: list[str], turned: int = 0) -> None:
     """Writes the shard's JSON file, then gives the shard its name."""
     self.writer.close()
     first, second = np.sum(self.sums, axis=0).tolist() if self.sums else ([], [])
-    part = {"labels": self.labels, "skipped": skipped, "sum": first, "square": second}
-    write_json(self.json, {"job": self.job.metadata, **part})
+    part = {"labels": self.labels, "skipped": skipped, "turned": turned}
+    write_json(self.json, {"job": self.job.metadata, **part, "sum": first, "square": second})
     commit(self.partial, self.records)
 
 
@@ -105,24 +110,27 @@ def encode_shard(
     UserError: the autoencoder's output is not finite in float16, or an image has no class.
   """
   writer = ShardWriter(out, job, shard)
-  skipped, pending = [], None  # pending: written while the devices encode the next batch
+  skipped, turned = [], 0
+  pending = None  # written while the devices encode the next batch
   with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
     for items in read_batches(images, job.rows(shard), batch, job.metadata["image_size"], pool):
-      unreadable = [images.name(i) for i, pixels, _ in items if pixels is None]
-      for name in unreadable:
-        logging.warning("skipped: cannot read the image %s", name)
-      skipped += unreadable
-      readable = [item for item in items if item[1] is not None]
+      for i, image in items:
+        if image.pixels is None:
+          skipped.append(images.name(i))
+          logging.warning("skipped: cannot read the image %s (%s)", skipped[-1], image.why)
+      turned += sum(image.turned for _, image in items)
+      readable = [item for item in items if item[1].pixels is not None]
       if readable:
-        numbers, pixels, labels = zip(*readable, strict=True)
+        pixels = [image.pixels for _, image in readable]
         posterior = encode(np.stack([pixels[min(i, len(pixels) - 1)] for i in range(batch)]))
         if pending:
           writer.write(*pending)
-        pending = posterior, [images.name(i) for i in numbers], list(labels)
+        names, labels = [images.name(i) for i, _ in readable], [read.label for _, read in readable]
+        pending = posterior, names, labels
       progress(len(items))
   if pending:
     writer.write(*pending)
-  writer.finish(skipped)
+  writer.finish(skipped, turned)
 
 
 def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int, ...]) -> dict:
@@ -136,12 +144,15 @@ def write_manifest(out: Path, job: Job, names: tuple[str, ...], shape: tuple[int
   if not count:
     raise UserError(f"none of the {job.size} images can be read; give whole image files.")
   mean, square = (np.sum([p[key] for p in parts if p[key]], 0) / count for key in ("sum", "square"))
-  classes = 1 + max(max(part["labels"], default=0) for part in parts)
+  labels = np.concatenate([np.array(part["labels"], np.int32) for part in parts])
+  classes = 1 + int(labels.max())
   manifest = {
     **job.metadata,
     "count": count,
     "skipped": sum(len(part["skipped"]) for part in parts),
+    "turned": sum(part["turned"] for part in parts),
     "names": names or [str(i) for i in range(classes)],
+    "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
     "shape": shape,
     "scale": SCALE,
     "mean": mean.tolist(),
@@ -159,7 +170,7 @@ def make_job(images: EncodedImages, vae: str, image_size: int, shards: int) -> J
   """
   if image_size < 8 or image_size % 8:
     raise UserError(f"--image_size={image_size} must be a positive multiple of 8, such as 256.")
-  flags = {"image_size": image_size, "vae": sha256(vae)}
+  flags = {"image_size": image_size, "vae": sha256(vae), "cut": CUT, "content": images.content}
   return shards_lib.make_job(KIND, VERSION, images, shards, flags)
 
 
@@ -200,8 +211,10 @@ def encode(source: str, vae: str, image_size: int, shards: int, out: Path) -> No
   job = make_job(images, vae, image_size, shards)
   manifest = encode_images(images, job, lambda: autoencoder.load(vae), out)
   if manifest:
+    files = notes(images.left_out, manifest["turned"])
     print(
       f"latents:   {manifest['count']} images of {len(manifest['names'])} classes in {out}, "
-      f"{manifest['skipped']} skipped\nchannels:  means {np.round(manifest['mean'], 3).tolist()}, "
+      f"{manifest['skipped']} skipped{files and '; ' + files}\n"
+      f"channels:  means {np.round(manifest['mean'], 3).tolist()}, "
       f"stds {np.round(manifest['std'], 3).tolist()} after scaling"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from absl import logging
 
 from ism_jax.data import latents, sources
 from train_jax.errors import UserError, check_one_of
@@ -69,11 +68,13 @@ def make_metadata(source: sources.Source | latents.Latents) -> dict:
   metadata["examples"] = len(source.labels)
   if isinstance(source, latents.Latents):
     metadata |= {"vae": source.vae, "manifest_sha256": source.manifest}
+  elif source.sha256:
+    metadata["sha256"] = source.sha256
   return metadata
 
 
 def describe(config, source: sources.Source | latents.Latents, held_out: int) -> None:
-  """Prints the size of the data; warns if the classes look like the splits of a data set."""
+  """Prints the size of the data, and which files are not in it."""
   if jax.process_index():
     return
   count, names = len(source.labels), source.names
@@ -81,9 +82,10 @@ def describe(config, source: sources.Source | latents.Latents, held_out: int) ->
   mirrored += f", {held_out} more held out" if held_out else ""
   some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
   size = "x".join(map(str, source.shape))
-  print(f"data: {count} images of {size}{mirrored}; {len(names)} class(es): {some}", flush=True)
-  if set(names) <= {"train", "val", "valid", "validation", "test"}:
-    logging.warning("data.path=%s: is one of these the data set? Then give that.", config.data.path)
+  notes = f"; {source.notes}" if getattr(source, "notes", "") else ""
+  print(
+    f"data: {count} images of {size}{mirrored}; {len(names)} class(es): {some}{notes}", flush=True
+  )
 
 
 def share_of_largest_class(source: sources.Source | latents.Latents) -> float:

@@ -11,8 +11,9 @@ Dimensions: n images, b batch, h w image, c channel.
 from __future__ import annotations
 
 import functools
+import hashlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ class Source:
     names: one name for each class.
     decode: pixels -> float32 in [-1, 1].
     flip: if True, example 2 i + f is image i, mirrored if f = 1; else example i is image i.
+    notes: what to say of the files, see `images.notes`.
+    sha256: of the content of all files, also of those that are held out; "" for data made here.
   """
 
   pixels: np.ndarray
@@ -43,6 +46,8 @@ class Source:
   names: tuple[str, ...]
   decode: Callable[[np.ndarray], np.ndarray]
   flip: bool = False
+  notes: str = ""
+  sha256: str = ""
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -132,8 +137,18 @@ def npz(path: str) -> Source:
       f"each of the {len(pixels)} images."
     )
   classes, labels = np.unique(labels.reshape(-1), return_inverse=True)
+  content = (str(images.dtype), str(images.shape), images, classes[labels])
   pixels, decode = _npz_pixels(pixels, flag)
-  return Source(pixels, labels.astype(np.int32), tuple(map(str, classes)), decode)
+  names = tuple(map(str, classes))
+  return Source(pixels, labels.astype(np.int32), names, decode, sha256=_sha256(content))
+
+
+def _sha256(parts: Iterable[str | bytes | np.ndarray]) -> str:
+  """The SHA-256 of the parts, one after the other."""
+  digest = hashlib.sha256()
+  for part in parts:
+    digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data)
+  return digest.hexdigest()
 
 
 def _npz_pixels(pixels: np.ndarray, flag: str) -> tuple[np.ndarray, Callable]:
@@ -197,23 +212,31 @@ def _in_memory(
   names = images.names
   # One array from the start: joining separate ones at the end would take the memory twice.
   pixels = np.empty((images.size, image_size, image_size, channels), np.uint8)
-  labels, bad = [], []
+  labels, turned, bad = [], 0, {}
+  digests = [b""] * images.size
+
+  def noted(i: int) -> tuple[bytes, int]:
+    content, label = images.read(i)
+    digests[i] = hashlib.sha256(content).digest()
+    return content, label
+
   with ThreadPoolExecutor() as pool:
     read = functools.partial(
-      images_lib.read_image, images, image_size=image_size, channels=channels
+      images_lib.read_image, replace(images, read=noted), image_size=image_size, channels=channels
     )
     results = pool.map(read, range(images.size))
     results = tqdm(results, total=images.size, desc="reading images", unit="img", disable=None)
-    for i, (image, label) in enumerate(results):
-      if image is None:
-        bad.append(i)
+    for i, image in enumerate(results):
+      if image.pixels is None:
+        bad[i] = image.why
       else:
-        pixels[len(labels)] = image
-        labels.append(label)
+        pixels[len(labels)] = image.pixels
+        labels.append(image.label)
+        turned += image.turned
 
   faults = Faults(max_faults, f"data.path={path!r}")
-  for i in bad:
-    faults.add(images.name(i), "it is no whole image")
+  for i, why in bad.items():
+    faults.add(images.name(i), why)
   if bad:
     logging.warning("skipped %d of %d images that cannot be read", len(bad), images.size)
   pixels, labels = pixels[: len(labels)], np.array(labels, np.int32)
@@ -226,7 +249,10 @@ def _in_memory(
     raise UserError(
       f"data.path={path!r}: an image has the label {labels.min()}; choose a split with labels."
     )
-  return Source(pixels, labels, names, _decode_bytes)
+  notes = images_lib.notes(images.left_out, turned)
+  content = (f"{images.name(i)}\0".encode() + digests[i] for i in range(images.size))
+  digest = _sha256((*content, labels))
+  return Source(pixels, labels, names, _decode_bytes, notes=notes, sha256=digest)
 
 
 def folder(root: str, image_size: int, channels: int, max_faults: int = LIMIT) -> Source:

@@ -10,6 +10,7 @@ Dimensions: n images, b batch, h w image, c channel.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from numpy.lib import format as npy
-from PIL import Image
 
-from ism_jax.data.images import SUFFIXES, UNREADABLE, square
+from ism_jax.data import images as images_lib
+from ism_jax.data.decode import Fault, square
 from train_jax.errors import UserError
 from train_jax.files import whole_file
 
@@ -100,13 +102,20 @@ def _header(file) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def folder_files(folder: Path) -> list[Path]:
-  """The image files in a folder and its sub-folders, sorted; UserError if there is none."""
-  files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+  """The image files in a folder and its sub-folders, sorted; see `images.scan`.
+
+  Raises:
+    UserError: there is none, or the folder holds the splits of a data set.
+  """
+  files, left_out = images_lib.scan(folder)
+  notes = images_lib.notes(left_out)
   if not files:
     raise UserError(
-      f"the folder {str(folder)!r} has no images; expected files ending in "
-      f"{', '.join(sorted(SUFFIXES))}."
+      f"the folder {str(folder)!r} has no images{notes and f' ({notes})'}; expected files such as "
+      "a.png, or with another suffix that Pillow reads."
     )
+  if notes:
+    logging.warning("reference=%s: %d images; %s", folder, len(files), notes)
   return files
 
 
@@ -114,28 +123,58 @@ def folder_images(files: list[Path], image_size: int, channels: int | None = Non
   """Image files cropped by `read_square`; grey ones get three equal channels."""
 
   def batches(b: int, rows: np.ndarray) -> Iterator[np.ndarray]:
+    turned = 0
     with ThreadPoolExecutor() as pool:
       for start in range(0, len(files), b):
         paths = [files[start + i] for i in rows if start + i < len(files)]
-        squares = list(pool.map(lambda path: read_square(path, image_size, channels), paths))
-        pixels = np.array(squares, np.uint8).reshape(-1, image_size, image_size, channels or 3)
+        found = list(pool.map(lambda path: _read(path, image_size, channels), paths))
+        turned += sum(was_turned for _, was_turned in found)
+        squares = np.array([pixels for pixels, _ in found], np.uint8)
+        pixels = squares.reshape(-1, image_size, image_size, channels or 3)
         yield np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+    if turned:
+      logging.warning("reference: %s", images_lib.notes({}, turned))
 
   cut = f"area{channels}" if channels else "adm"
   return ImageBatches(len(files), (image_size, image_size, 3), batches, cut)
 
 
 def read_square(path: Path, image_size: int, channels: int | None = None) -> np.ndarray:
-  """`images.square` of an image file, uint8 [image_size, image_size, `channels` or 3].
+  """`decode.square` of an image file, uint8 [image_size, image_size, `channels` or 3].
 
   Raises:
     UserError: the file is unreadable.
   """
+  return _read(path, image_size, channels)[0]
+
+
+def _read(path: Path, image_size: int, channels: int | None) -> tuple[np.ndarray, bool]:
+  """`read_square`, and whether EXIF turned the image."""
+  with _refusing(path):
+    return square(images_lib.file_bytes(path), image_size, channels)
+
+
+def folder_digest(folder: Path, files: list[Path]) -> bytes:
+  """SHA-256 of the names and contents of the image files in a folder; raises as `read_square`."""
+
+  def of_file(path: Path) -> bytes:
+    with _refusing(path):
+      content = images_lib.file_bytes(path)
+    return f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(content).digest()
+
+  with ThreadPoolExecutor() as pool:
+    return hashlib.sha256(b"".join(pool.map(of_file, files))).digest()
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+  """A Fault becomes a UserError that names the file."""
   try:
-    with Image.open(path) as file:
-      return square(file, image_size, channels)
-  except UNREADABLE as err:
-    raise UserError(f"the image {str(path)!r} cannot be read; repair or remove it.") from err
+    yield
+  except Fault as fault:
+    raise UserError(
+      f"the image {str(path)!r} cannot be read: {fault}; repair or remove it."
+    ) from fault
 
 
 @contextmanager

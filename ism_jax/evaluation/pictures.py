@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import matplotlib
 import numpy as np
+from matplotlib import font_manager, ft2font
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -22,6 +23,7 @@ from train_jax.metrics import progress_bar
 matplotlib.use("Agg")
 
 COLUMNS = 16  # of a grid at most
+FONT_SIZE = 8  # points
 
 
 def grid(
@@ -30,7 +32,8 @@ def grid(
   """Draws images uint8 [rows, columns, h, w, c] with their names -> uint8 [height, width, 3]."""
   n_rows, n_columns = images.shape[:2]
   title_height = 0.3 if title else 0.0  # inches
-  size = 0.62 * n_columns + 1.1, 0.62 * n_rows + 0.6 + title_height
+  lines = max(name.count("\n") for name in columns)  # below the first
+  size = 0.62 * n_columns + 1.1, 0.62 * n_rows + 0.6 + 0.13 * lines + title_height
   figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, dpi=100)
   for i, j in np.ndindex(n_rows, n_columns):
     axis = axes[i, j]
@@ -39,9 +42,9 @@ def grid(
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
     if i == 0:
-      axis.set_title(columns[j], fontsize=8)
+      axis.set_title(columns[j], fontsize=FONT_SIZE, parse_math=False)  # $ is a letter of a name
     if j == 0:
-      axis.set_ylabel(rows[i], fontsize=8, rotation=0, ha="right", va="center")
+      axis.set_ylabel(rows[i], fontsize=FONT_SIZE, rotation=0, ha="right", va="center")
   if title:
     figure.suptitle(title, fontsize=9)
   figure.tight_layout(pad=0.3, h_pad=0.15, w_pad=0.15, rect=(0, 0, 1, 1 - title_height / size[1]))
@@ -91,6 +94,37 @@ def row_name(nfe: int, w: float) -> str:
   return f"{nfe} step{'s' * (nfe > 1)}, w={w:g}"
 
 
+@functools.cache
+def _font() -> ft2font.FT2Font:
+  """The font of figures, with lengths in units of 1/64 point; matplotlib's own changes its size."""
+  font = ft2font.FT2Font(font_manager.findfont(font_manager.FontProperties()))
+  font.set_size(FONT_SIZE, 72)
+  return font
+
+
+def column_name(name: str, label: int, width: float = 42) -> str:
+  """A class's name as the label of a grid's column: one or two lines of `width` points at most.
+
+  A name keeps its first and its last letters, in which long names differ. One that the font cannot
+  draw becomes the class's number.
+  """
+  font = _font()
+  if not name.strip() or any(not c.isprintable() or not font.get_char_index(ord(c)) for c in name):
+    return f"class {label}"
+
+  def fits(text: str) -> bool:
+    font.set_text(text)
+    return font.get_width_height()[0] / 64 <= width
+
+  if fits(name):
+    return name
+  first = next(name[:n] for n in range(len(name), 0, -1) if fits(name[:n]))
+  first, rest = first.strip(), name[len(first) :].strip()
+  if not fits(rest):
+    rest = next(f"…{rest[-n:]}" for n in range(len(rest) - 1, 0, -1) if fits(f"…{rest[-n:]}"))
+  return f"{first}\n{rest}"
+
+
 def labelled_grid(
   images: np.ndarray,
   settings: Sequence[tuple[int, float]],
@@ -100,7 +134,7 @@ def labelled_grid(
 ) -> np.ndarray:
   """`grid` of images [settings, labels, h, w, c], labelled with (nfe, w) and class."""
   rows = [row_name(*setting) for setting in settings]
-  return grid(images, rows, [names[label][:10] for label in labels], title)
+  return grid(images, rows, [column_name(names[label], label) for label in labels], title)
 
 
 def write_samples(

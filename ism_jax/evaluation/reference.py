@@ -32,6 +32,7 @@ KEYS = {
   "spatial": ("mu_s", "sigma_s"),
   "dinov2": ("mu_dinov2", "sigma_dinov2"),
 }
+RULES = "upright"  # how files become pixels; statistics kept under other rules are not taken
 MAX_FEATURES = 10_000  # images whose features precision and recall compare with
 
 
@@ -40,7 +41,7 @@ class OpenedReference(NamedTuple):
 
   Attributes:
     path: the .npz or folder.
-    digest: 12 digits of the file's SHA-256, or that of a folder's file names and sizes.
+    digest: 12 digits of the file's SHA-256, or that of the names and contents of a folder's files.
     arrays: names of the arrays in the .npz.
     images: its images; None if it has moments only.
   """
@@ -76,7 +77,7 @@ def open_reference(
     sizes: kind -> number of features f of the network.
     shape: (h, w, c) of the samples.
     channels: of a model of pixels; None for a model of latents. It chooses the crop of a folder's
-      images: that of the training data, see images.py.
+      images: that of the training data, see decode.py.
 
   Raises:
     UserError: the file is unreadable, lacks statistics and images, or has other sizes.
@@ -86,8 +87,8 @@ def open_reference(
     raise UserError(f"reference={file!r} is not there; give an .npz or a folder of images.")
   if path.is_dir():
     files = adm.folder_files(path)
-    listed = "".join(f"{p.relative_to(path)} {p.stat().st_size}\n" for p in files)
-    digest = hashlib.sha256(listed.encode()).hexdigest()[: stream.DIGITS]
+    listed = RULES.encode() + adm.folder_digest(path, files)
+    digest = hashlib.sha256(listed).hexdigest()[: stream.DIGITS]
     arrays, images = {}, adm.folder_images(files, shape[0], channels)
   else:
     arrays, digest = adm.npz_arrays(path), sha256(path)[: stream.DIGITS]

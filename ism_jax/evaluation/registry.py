@@ -107,7 +107,8 @@ def evaluate(
     )
   source, held_out = from_config.make_source(config)
   now = from_config.make_metadata(source)
-  if changed := [name for name, value in now.items() if value != metadata[name]]:
+  # A run of an earlier version has no SHA-256.
+  if changed := [name for name, value in now.items() if value != metadata.get(name, value)]:
     raise UserError(
       f"data.path={config.data.path!r} has other {', '.join(changed)} than the run had; restore "
       "the images of the run."

@@ -8,6 +8,7 @@ lines are a part of it.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -29,13 +30,15 @@ class Corpus:
 
   Attributes:
     size: their number.
-    read: i -> the text of document i. Raises ValueError if it is not UTF-8.
+    read: i -> the text of document i. Raises ValueError, with the reason, if it is no text.
     name: i -> the origin of document i, the same wherever the source lies.
+    content: SHA-256 of all files; "" for those that are not read when the corpus is opened.
   """
 
   size: int
   read: Callable[[int], str]
   name: Callable[[int], str]
+  content: str = ""
 
 
 def from_list(texts: list[str], name: str) -> Corpus:
@@ -43,19 +46,21 @@ def from_list(texts: list[str], name: str) -> Corpus:
   return Corpus(len(texts), texts.__getitem__, lambda i: f"{name} {i}")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-  """(offset, line) of each line of a file."""
+def _lines(path: Path, digest) -> Iterator[tuple[int, bytes]]:
+  """(offset, line) of each line of a file, of which `digest` takes note."""
   offset = 0
+  digest.update(f"\0{path.name}\0".encode())
   try:
     with path.open("rb") as file:
       for line in file:
+        digest.update(line)
         yield offset, line
         offset += len(line)
   except OSError as err:
     raise UserError(f"the text file {str(path)!r} cannot be read: {err.strerror}.") from err
 
 
-def _plain(path: Path) -> list[tuple[Path, int, int, str]]:
+def _plain(path: Path, digest) -> list[tuple[Path, int, int, str]]:
   """(file, offset, bytes, name) of each document of a plain text file, without blank ones."""
   documents, start, stop, blank = [], 0, 0, True
 
@@ -63,7 +68,7 @@ def _plain(path: Path) -> list[tuple[Path, int, int, str]]:
     if not blank:
       documents.append((path, start, stop - start, f"{path.name}:{start}"))
 
-  for offset, line in _lines(path):
+  for offset, line in _lines(path, digest):
     if line.strip() == SEPARATOR:
       close()
       start, stop, blank = offset + len(line), offset + len(line), True
@@ -73,26 +78,33 @@ def _plain(path: Path) -> list[tuple[Path, int, int, str]]:
   return documents
 
 
-def _json_lines(path: Path) -> list[tuple[Path, int, int, str]]:
+def _json_lines(path: Path, digest) -> list[tuple[Path, int, int, str]]:
   """(file, offset, bytes, name) of each line that is not blank."""
   return [
     (path, offset, len(line), f"{path.name}:{number}")
-    for number, (offset, line) in enumerate(_lines(path), 1)
+    for number, (offset, line) in enumerate(_lines(path, digest), 1)
     if line.strip()
   ]
 
 
+def _decode(content: bytes, encoding: str = "utf-8") -> str:
+  try:
+    return content.decode(encoding)
+  except ValueError as err:
+    raise ValueError(f"it is not text in UTF-8: {err}") from err
+
+
 def files(paths: list[Path]) -> Corpus:
   """Plain text, and JSON lines `{"text": "...", ...}`; read, and checked, where they lie."""
-  documents = []
+  documents, digest = [], hashlib.sha256()
   for path in paths:
-    documents += (_json_lines if path.suffix in LINES else _plain)(path)
+    documents += (_json_lines if path.suffix in LINES else _plain)(path, digest)
 
   def read(i: int) -> str:
-    path, offset, size, name = documents[i]
+    path, offset, size, _ = documents[i]
     with path.open("rb") as file:
       file.seek(offset)
-      text = file.read(size).decode("utf-8" if offset else "utf-8-sig")
+      text = _decode(file.read(size), "utf-8" if offset else "utf-8-sig")
     if path.suffix not in LINES:
       return text.replace("\r\n", "\n").strip("\n")
     try:
@@ -101,13 +113,13 @@ def files(paths: list[Path]) -> Corpus:
         return text
     except (json.JSONDecodeError, KeyError, TypeError):
       pass
-    raise UserError(f'{name} is not a JSON object {{"text": "...", ...}}; mend or remove the line.')
+    raise ValueError('it is not a JSON object {"text": "...", ...}')
 
-  return Corpus(len(documents), read, lambda i: documents[i][3])
+  return Corpus(len(documents), read, lambda i: documents[i][3], digest.hexdigest())
 
 
 def _decoded(source: records.Records) -> Corpus:
-  return Corpus(source.size, lambda i: source.read(i)[0].decode("utf-8"), source.name)
+  return Corpus(source.size, lambda i: _decode(source.read(i)[0]), source.name)
 
 
 def find(source: str, flag: str) -> Corpus:

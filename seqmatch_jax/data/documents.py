@@ -12,18 +12,21 @@ Dimensions: d documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from seqmatch_jax import tokens
 from seqmatch_jax.data.corpus import Corpus
 from seqmatch_jax.huggingface import tokenizer
 from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.tokens import Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json
+from train_jax.storage.faults import LIMIT, Faults
 from train_jax.storage.shards import shard_name
 
 VERSION = 1  # of the layout above
@@ -43,19 +46,24 @@ class Documents:
     parts: 1-D arrays of tokens, which may be mapped files.
     length: int64 [d], tokens of each document, <eos> not counted.
     part, offset: int64 [d], the part that holds it, and its first place there.
+    content: `content_of` all documents of the source; "" if it is unknown.
   """
 
   parts: tuple[np.ndarray, ...]
   length: np.ndarray
   part: np.ndarray
   offset: np.ndarray
+  content: str = ""
 
   @classmethod
-  def from_parts(cls, parts: Sequence[np.ndarray], lengths: Sequence[np.ndarray]) -> Documents:
+  def from_parts(
+    cls, parts: Sequence[np.ndarray], lengths: Sequence[np.ndarray], content: str = ""
+  ) -> Documents:
     """`parts` hold documents of these lengths, one after the other."""
     part = np.repeat(np.arange(len(lengths)), [len(x) for x in lengths])
     offset = [np.cumsum(x, dtype=np.int64) - x for x in lengths]
-    return cls(tuple(parts), np.concatenate(lengths).astype(np.int64), part, np.concatenate(offset))
+    length, offset = np.concatenate(lengths).astype(np.int64), np.concatenate(offset)
+    return cls(tuple(parts), length, part, offset, content)
 
   def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Tokens `start` to `stop` of a document, int32."""
@@ -65,7 +73,8 @@ class Documents:
 
   def select(self, index: np.ndarray) -> Documents:
     """The documents of `index`."""
-    return Documents(self.parts, self.length[index], self.part[index], self.offset[index])
+    picked = {name: getattr(self, name)[index] for name in ("length", "part", "offset")}
+    return replace(self, **picked)
 
   def split(self, tests: int) -> tuple[Documents, Documents]:
     """(the others, `tests` documents spread evenly over all); UserError if there are too few.
@@ -75,7 +84,12 @@ class Documents:
     size = len(self.length)
     if size == 1:
       end = self.length[0] * 9 // 10
-      rest = Documents(self.parts, self.length - end, self.part, self.offset + end)
+      if not end:
+        raise UserError(
+          "these texts are one document of one token, of which no part can be held out; give more "
+          "text, or data.test."
+        )
+      rest = replace(self, length=self.length - end, offset=self.offset + end)
       return replace(self, length=0 * self.length + end), rest
     if not 1 <= tests < size:
       raise UserError(
@@ -88,11 +102,17 @@ class Documents:
     return self.select(np.setdiff1d(np.arange(size), held)), self.select(held)
 
 
-def encode_texts(texts: Corpus, vocab: Vocab | TextVocab) -> Documents:
-  """All of `texts` that have tokens, in memory; UserError if there are too many."""
-  encoded, characters = [], 0
+def encode_texts(
+  texts: Corpus, vocab: Vocab | TextVocab, faults: Faults | None = None
+) -> Documents:
+  """All of `texts` that have tokens, in memory; UserError if there are too many.
+
+  Args:
+    faults: counts the texts that are left out; None for any LIMIT of them.
+  """
+  encoded, characters, faults = [], 0, faults or Faults(LIMIT, "the texts")
   for i in range(texts.size):
-    text = read_text(texts, i)
+    text = read_text(texts, i, faults)
     characters += len(text)
     if characters > MAX_CHARACTERS:
       raise UserError(
@@ -103,17 +123,41 @@ def encode_texts(texts: Corpus, vocab: Vocab | TextVocab) -> Documents:
   encoded = [ids for ids in encoded if len(ids)]
   if not encoded:
     raise UserError("these texts have no tokens; give texts that are not blank.")
-  return Documents.from_parts([np.concatenate(encoded)], [np.array([len(ids) for ids in encoded])])
+  lengths = np.array([len(ids) for ids in encoded])
+  return Documents.from_parts([np.concatenate(encoded)], [lengths], content_of(encoded))
 
 
-def read_text(texts: Corpus, i: int) -> str:
-  """Text i; UserError if it is not UTF-8."""
+def content_of(documents: Iterable[np.ndarray], others: Iterable[str] = ()) -> str:
+  """The sum of the SHA-256 of each document's tokens, and of `others`, which are such sums.
+
+  So shards can be added; the order is not in it.
+  """
+  total = sum(int(other, 16) for other in others)
+  total += sum(int(hashlib.sha256(ids.data).hexdigest(), 16) for ids in documents)
+  return f"{total % 2**256:064x}"
+
+
+def read_text(texts: Corpus, i: int, faults: Faults) -> str:
+  """Text i; "" if it cannot be used, which is counted as a fault."""
+  text, why = find_text(texts, i)
+  if why:
+    faults.add(texts.name(i), why)
+  return text
+
+
+def find_text(texts: Corpus, i: int) -> tuple[str, str]:
+  """(text i, ""), or ("", the reason why it cannot be used)."""
   try:
-    return texts.read(i)
+    text = texts.read(i)
   except UserError:
     raise
   except ValueError as err:
-    raise UserError(f"{texts.name(i)} is not text in UTF-8 ({err}); save it as such.") from err
+    return "", str(err)
+  if "\b" in text or tokens.NAME in text:
+    return "", "it holds a backspace"
+  if not tokens.is_unicode(text):
+    return "", "it holds half a character, which is not text in UTF-8"
+  return text, ""
 
 
 def is_set(path: str) -> bool:
@@ -149,7 +193,7 @@ def open_set(path: str) -> tuple[Documents, Vocab | TextVocab]:
       ) from err
     if lengths[-1].sum() != len(parts[-1]):
       raise UserError(f"{files[0]} and {files[1].name} do not belong together; encode again.")
-  documents = Documents.from_parts(parts, lengths)
+  documents = Documents.from_parts(parts, lengths, manifest.get("documents_sha256", ""))
   counts = len(documents.length), documents.length.sum()
   if counts != (manifest["documents"], manifest["tokens"]):
     raise UserError(f"the shards in {path!r} are not those of its manifest.json; encode again.")

@@ -1,7 +1,7 @@
 """`--mode=encode --texts=...`: texts -> a set of token documents (see documents.py), in shards.
 
-The threads of a process share the texts of a shard; see shards.py for the processes. Texts that are
-not UTF-8, hold a backspace or are blank are named, skipped and counted.
+The threads of a process share the texts of a shard; see shards.py for the processes. Texts that
+`documents.find_text` refuses or that are blank are named, skipped and counted.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from seqmatch_jax import tokens
 from seqmatch_jax.data import corpus
 from seqmatch_jax.data.corpus import Corpus
-from seqmatch_jax.data.documents import VERSION, token_type
+from seqmatch_jax.data.documents import VERSION, content_of, find_text, token_type
 from seqmatch_jax.huggingface import tokenizer
 from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.tokens import Vocab
 from train_jax.errors import UserError
 from train_jax.files import read_json, whole_file, write_json
 from train_jax.metrics import progress_bar
+from train_jax.storage.faults import LIMIT
 from train_jax.storage.shards import Job, make_job, make_missing
 
 KIND = "texts", "text", ("tokens.npy", "lengths.npy", "part.json")  # see shards.Job
@@ -33,19 +33,21 @@ CHUNK = 64  # texts that a thread takes at a time
 
 def _read(texts: Corpus, i: int, use: Callable):
   """(use(text i), ""), or (None, the reason why it is skipped)."""
-  try:
-    text = texts.read(i)
-  except UserError:
-    raise
-  except ValueError as err:
-    return None, f"{texts.name(i)} is not text in UTF-8 ({err})"
-  if not text.strip():
-    return None, f"{texts.name(i)} is blank"
-  if "\b" in text or tokens.NAME in text:
-    return None, f"{texts.name(i)} holds a backspace"
-  if not tokens.is_unicode(text):
-    return None, f"{texts.name(i)} holds half a character, which is not text in UTF-8"
-  return use(text), ""
+  text, why = find_text(texts, i)
+  why = why or ("" if text.strip() else "it is blank")
+  return (None, f"{texts.name(i)} ({why})") if why else (use(text), "")
+
+
+def check_some(texts: Corpus) -> None:
+  """Raises UserError if all of the first LIMIT texts are faults: another form of data, perhaps."""
+  for i in range(min(texts.size, LIMIT)):
+    _, why = find_text(texts, i)
+    if not why:
+      return
+  raise UserError(
+    f"none of the first {i + 1} texts can be used, the last of them is {texts.name(i)} ({why}); "
+    "mend the data."
+  )
 
 
 def _map(texts: Corpus, rows: range, use: Callable, progress: Callable) -> tuple[list, int]:
@@ -68,11 +70,12 @@ def find_symbols(texts: Corpus, job: Job, out: Path) -> Vocab:
   """One token for each character of the texts; the characters are kept in `out`."""
   path = out / "symbols.json"
   stored = read_json(path) if path.exists() else {}
-  if stored.get("texts") != job.metadata["texts"]:  # those of a broken job on other texts, perhaps
+  known = {name: job.metadata[name] for name in ("texts", "content")}
+  if not known.items() <= stored.items():  # those of a broken job on other texts, perhaps
     bar, symbols = progress_bar(texts.size, 0, unit="text", desc="looking for characters"), set()
     _map(texts, range(texts.size), symbols.update, bar.update)
     bar.close()
-    stored = {"texts": job.metadata["texts"], "symbols": sorted(symbols)}
+    stored = {**known, "symbols": sorted(symbols)}
     write_json(path, stored)
   return Vocab(tuple(stored["symbols"]))
 
@@ -98,6 +101,7 @@ def encode_shard(
     "tokens": len(ids),
     "characters": sum(size for _, size in encoded),
     "skipped": skipped,
+    "documents_sha256": content_of(ids for ids, _ in encoded),
   }
   write_json(job.paths(out, shard)[-1], part)
 
@@ -122,7 +126,8 @@ def encode_texts(
     with whole_file(out / "tokenizer.json") as file:
       file.write(Path(vocab.path).read_bytes())
     metadata["tokenizer"]["path"] = "tokenizer.json"
-  manifest = {**job.metadata, **counts, "vocab": metadata}
+  content = content_of((), [part["documents_sha256"] for part in parts])
+  manifest = {**job.metadata, **counts, "documents_sha256": content, "vocab": metadata}
   write_json(out / "manifest.json", manifest)
   return manifest
 
@@ -137,7 +142,8 @@ def encode(source: str, tokenizer: str, shards: int, out: Path) -> None:
   """
   texts = corpus.find(source, "--texts")
   vocab = TextVocab.from_file(tokenizer) if tokenizer else None
-  metadata = {"tokenizer": vocab.sha256 if vocab else ""}
+  check_some(texts)
+  metadata = {"tokenizer": vocab.sha256 if vocab else "", "content": texts.content}
   job = make_job(KIND, VERSION, texts, shards, metadata)
   manifest = encode_texts(texts, lambda: vocab or find_symbols(texts, job, out), job, out)
   if manifest:

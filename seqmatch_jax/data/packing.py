@@ -179,10 +179,11 @@ def pack(documents: Documents, vocab: int, context: int, errors: int, prompt: in
       f"data.prompt={prompt} must be at least 0 and, with data.context={context} and "
       f"noise.max_errors={errors}, less than {limit}; choose a smaller one, or more context."
     )
-  if documents.length.max() <= prompt:
+  if (longest := documents.length.max()) <= prompt:
     raise UserError(
-      f"data.prompt={prompt} leaves nothing to learn: none of these {len(documents.length)} texts "
-      f"has more tokens; choose less than {documents.length.max()}."
+      f"data.prompt={prompt} leaves nothing to learn: the longest of {len(documents.length)} texts "
+      f"for training or testing has {longest} tokens (of a single document the last tenth is for "
+      f"testing); choose less than {longest}, or give longer texts, or texts to test in data.test."
     )
   document, start, stop = cut(documents.length, limit)
   row = assign(1 + stop - start, context - errors)

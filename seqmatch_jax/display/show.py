@@ -118,7 +118,8 @@ class Screen:
   def key(self, key: str) -> None:
     """One key, see `Typist`."""
     if key == "\b" and not self.columns:
-      self.out.write("⌫")
+      shown, _, _, _ = self.cells[self.alive.pop()]
+      self.out.write("⌫" if shown else "")  # half a character was not shown
     elif key == "\b":
       first = self.alive.pop()
       self.cells[first][1] = True

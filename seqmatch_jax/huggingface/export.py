@@ -67,6 +67,8 @@ def _write(folder, params, blocks, sizes, vocab, source, record) -> None:
   twins = vocab.bos == vocab.eos and not np.array_equal(*params["embed"]["embedding"][[BOS, EOS]])
   vocab = _write_tokenizer(folder, vocab, twins)
   _write_tensors(folder, _tensors(params, blocks, sizes, vocab))
+  if not sizes.tied:  # the source's config.json may say otherwise of its own files
+    config["tie_word_embeddings"] = False
   config |= {"vocab_size": vocab.hf_size, "bos_token_id": vocab.bos, record["method"]: record}
   config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
   write_json(folder / "config.json", config, indent=1)

@@ -16,22 +16,24 @@ Dimensions: v vocabulary, k width, l layers.
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.transformer import TransformerConfig, make_network
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError
-from train_jax.files import read_json
+from train_jax.files import LFS, is_lfs_pointer, read_json
 from train_jax.state import dotted
 from train_jax.storage import lazy
 from train_jax.storage.lazy import Lazy
-from train_jax.storage.weights import Weights
+from train_jax.storage.weights import INDEX, PLAIN, WHOLE, Weights
 
 BIAS = "backspace_bias"
 CHUNK = 8192  # rows of the output that are averaged at a time
@@ -95,22 +97,44 @@ LAYOUTS = {
   ),
 }
 OUTPUT = "lm_head.weight"
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # in config.json
+# Ends of the names of constants that older files hold: masks and frequencies.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def read_config(folder: str | Path) -> dict:
-  """The folder's config.json; UserError if it cannot be read."""
+  """The folder's config.json; UserError if it cannot be read, or is not of a whole plain model."""
   path = Path(folder).expanduser() / "config.json"
+  if (adapter := path.with_name("adapter_config.json")).is_file():
+    raise UserError(
+      f"pretrained={str(folder)!r} has {adapter.name}, so it is a PEFT adapter and not a whole "
+      "model; give a folder that its `merge_and_unload().save_pretrained(...)` wrote, or remove "
+      "that file if the weights beside it are whole."
+    )
   try:
-    return read_json(path)
+    config = read_json(path)
   except (OSError, ValueError) as err:
+    if is_lfs_pointer(path):
+      raise UserError(f"{path} {LFS}.") from err
     raise UserError(
       f"pretrained={str(folder)!r}: {path} cannot be read as JSON; give a folder with config.json, "
       "tokenizer.json and safetensors files, as Hugging Face lays it out."
     ) from err
+  for name in QUANTISED:
+    if entry := config.get(name):
+      kind = entry.get("quant_method") if isinstance(entry, dict) else entry
+      raise UserError(
+        f"{path} has {name} ({kind or entry}), and quantised weights are not read; give the folder "
+        f"of this model in {PLAIN}."
+      )
+  return config
 
 
 def read_sizes(folder: str | Path) -> dict:
-  """The fields of TransformerConfig that the folder's config.json decides, as JSON.
+  """The fields of TransformerConfig that the folder decides, as JSON.
+
+  config.json decides them, but for `tied`: a file with another output than its embedding is not
+  tied, as in transformers from version 5 on.
 
   UserError if the architecture is not supported.
   """
@@ -122,68 +146,148 @@ def read_sizes(folder: str | Path) -> dict:
       f"pretrained={str(folder)!r} is of the architecture {kind!r}; supported are "
       f"{', '.join(readers)}."
     )
-  try:
-    expected, sizes = readers[kind](config)
-  except KeyError as err:
-    raise UserError(f"{folder}/config.json does not say {err}; fetch it again.") from err
+  path = Path(folder).expanduser() / "config.json"
+  expected, sizes = readers[kind](_Entries(path, config))
   for name, value in expected.items():
-    if (actual := config.get(name, value)) not in (value, None):
+    actual = config.get(name, value)
+    if actual is None:  # a derived size, or a switch that is off
+      actual = value if name == "head_dim" else False
+    if actual != value:
       raise UserError(
-        f"{folder}/config.json has {name}={actual!r}, a variant of {kind} that is not supported; "
+        f"{path} has {name}={actual!r}, a variant of {kind} that is not supported; "
         f"{name}={value!r} is."
       )
+  if sizes["tied"] and _has_own_output(folder, LAYOUTS[kind]):
+    logging.warning(
+      "%s: its %s is not its embedding, so it is used, though config.json ties the two.",
+      folder,
+      OUTPUT,
+    )
+    sizes["tied"] = False
   without = {"kv_heads": 0, "theta": 10_000.0, "scaling": [], "context": 0}
   return {"family": kind, "erase": True, **without, **sizes}
 
 
-def _gpt2(config: dict) -> tuple[dict, dict]:
+def _has_own_output(folder: str | Path, layout: Layout) -> bool:
+  """Whether the files hold an output matrix whose values are not the embedding's."""
+  path = Path(folder).expanduser()
+  if not any((path / name).is_file() for name in (WHOLE, INDEX)):
+    return False
+  weights, embedding = Weights(path), layout.tops["embed.embedding"]
+  if OUTPUT not in weights:
+    return False
+  name, shape = _prefix(weights, layout) + embedding, weights.shapes[OUTPUT]
+  if weights.shapes.get(name) != shape:
+    return True
+  pair = [lazy.stored(weights, name, shape) for name in (OUTPUT, name)]
+  parts = ((slice(i, i + CHUNK), slice(None)) for i in range(0, shape[0], CHUNK))
+  return not all(np.array_equal(*(tensor[part] for tensor in pair)) for part in parts)
+
+
+class _Entries:
+  """The entries of a config.json, by name and kind; UserError if one is missing or of no use."""
+
+  def __init__(self, path: Path, entries: dict):
+    self.path, self.entries = path, entries
+
+  def number(self, name: str, default: float | None = None) -> float:
+    """A finite number above 0; `default` if it is missing or null."""
+    value = self.entries.get(name)
+    value = default if value is None else value
+    if value is None:
+      raise UserError(f"{self.path} does not say {name!r}; fetch it again.")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+      raise UserError(f"{self.path} has {name}={value!r}, which must be a number above 0.")
+    return value
+
+  def size(self, name: str, default: int | None = None) -> int:
+    """A whole number above 0; `default` if it is missing or null."""
+    if (value := self.number(name, default)) != int(value):
+      raise UserError(f"{self.path} has {name}={value!r}, which must be a whole number.")
+    return int(value)
+
+  def switch(self, name: str, default: bool) -> bool:
+    """Whether it is on; null is off."""
+    return bool(self.entries.get(name, default))
+
+  def group(self, name: str) -> _Entries | None:
+    """A group of entries; None if it is missing, null or empty."""
+    value = self.entries.get(name) or {}
+    if not isinstance(value, dict) or any(isinstance(entry, dict) for entry in value.values()):
+      raise UserError(f"{self.path} has {name}={value!r}, which must be one set of numbers.")
+    return _Entries(self.path, value) if value else None
+
+
+def _gpt2(config: _Entries) -> tuple[dict, dict]:
   """(entries that must be so, sizes)."""
   expected = {
     "activation_function": "gelu_new",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
   }
   return expected, {
-    "width": config["n_embd"],
-    "depth": config["n_layer"],
-    "heads": config["n_head"],
-    "hidden": config.get("n_inner") or 4 * config["n_embd"],
-    "context": config["n_positions"],
-    "epsilon": config.get("layer_norm_epsilon", 1e-5),
-    "tied": True,
+    "width": config.size("n_embd"),
+    "depth": config.size("n_layer"),
+    "heads": config.size("n_head"),
+    "hidden": config.size("n_inner", 4 * config.size("n_embd")),
+    "context": config.size("n_positions"),
+    "epsilon": config.number("layer_norm_epsilon", 1e-5),
+    "tied": config.switch("tie_word_embeddings", True),
   }
 
 
-def _llama(config: dict) -> tuple[dict, dict]:
+def _llama(config: _Entries) -> tuple[dict, dict]:
   """(entries that must be so, sizes)."""
-  width, heads = config["hidden_size"], config["num_attention_heads"]
+  width, heads = config.size("hidden_size"), config.size("num_attention_heads")
   expected = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "head_dim": width // heads,
   }
-  # Newer files have rope_parameters in place of rope_scaling and rope_theta.
-  rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind not in ("default", "llama3"):
-    raise UserError(
-      f"config.json has rope positions of the type {kind!r}; supported are default, llama3."
-    )
-  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  theta, scaling = _rope(config)
   return expected, {
     "width": width,
-    "depth": config["num_hidden_layers"],
+    "depth": config.size("num_hidden_layers"),
     "heads": heads,
-    "hidden": config["intermediate_size"],
-    "kv_heads": config.get("num_key_value_heads") or heads,
-    "theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-    "scaling": [rope[name] for name in names] if kind == "llama3" else [],
-    "epsilon": config.get("rms_norm_eps", 1e-6),
-    "tied": config.get("tie_word_embeddings", False),
+    "hidden": config.size("intermediate_size"),
+    "kv_heads": config.size("num_key_value_heads", heads),
+    "theta": theta,
+    "scaling": scaling,
+    "epsilon": config.number("rms_norm_eps", 1e-6),
+    "tied": config.switch("tie_word_embeddings", False),
   }
+
+
+def _rope(config: _Entries) -> tuple[float, list[float]]:
+  """(theta, scaling) of the rotary positions, see `transformer.frequencies`.
+
+  Newer files have rope_parameters in place of rope_scaling and rope_theta.
+  """
+  groups = [group for name in ("rope_parameters", "rope_scaling") if (group := config.group(name))]
+  if len(groups) == 2 and any(
+    groups[0].entries[name] != groups[1].entries[name]
+    for name in {*groups[0].entries} & {*groups[1].entries}
+  ):
+    raise UserError(
+      f"{config.path} has rope_parameters and rope_scaling that differ; keep the one of the model."
+    )
+  rope = _Entries(config.path, {k: v for group in groups for k, v in group.entries.items()})
+  kind = rope.entries.get("rope_type") or rope.entries.get("type") or "default"
+  if kind not in ("default", "llama3"):
+    raise UserError(
+      f"{config.path} has rope positions of the type {kind!r}; supported are default, llama3."
+    )
+  for group in (config, rope):
+    if (part := group.number("partial_rotary_factor", 1.0)) != 1:
+      raise UserError(
+        f"{config.path} has partial_rotary_factor={part!r}, a variant of llama that is not "
+        "supported; 1.0 is."
+      )
+  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  scaling = [rope.number(name) for name in names] if kind == "llama3" else []
+  return float(rope.number("rope_theta", config.number("rope_theta", 10_000.0))), scaling
 
 
 def read(
@@ -195,8 +299,7 @@ def read(
     bias: of <backspace>'s logit, where the folder does not know that token.
   """
   weights, layout = Weights(folder), LAYOUTS[sizes.family]
-  prefixed = any(name.startswith(layout.prefix) for name in weights.shapes)
-  prefix = layout.prefix if prefixed else ""
+  prefix, known = _prefix(weights, layout), {OUTPUT, BIAS}
 
   def matrix(name: str, inputs: int, outputs: int) -> Lazy:
     if layout.transposed:
@@ -206,6 +309,7 @@ def read(
   def block(ours: str, theirs: tuple[str, ...], number: int) -> Lazy:
     layer, _, leaf = ours.partition(".")
     names = [prefix + layout.layer.format(number) + name for name in theirs]
+    known.update(names)
     parts = list(sizes.parts.get(layer, {"": sizes.width}).values())
     if leaf != "kernel":
       return lazy.stored(weights, names[0], (sum(parts),))
@@ -223,16 +327,35 @@ def read(
     "embed.embedding": (_rows(weights, embed, sizes, vocab),),
     "place.embedding": (sizes.context,),
   }
+  known.update(prefix + name for name in layout.tops.values())
   for ours, theirs in layout.tops.items():
     shape = (*first.get(ours, ()), sizes.width)
     tensors[ours] = lazy.stored(weights, prefix + theirs, shape)
   output = tensors["embed.embedding"]
-  tensors["embed.embedding"] = lazy.rows(output, vocab.hf_ids)
+  tensors["embed.embedding"] = lazy.rows(_extended(output, vocab.hf_size), vocab.hf_ids)
   if not sizes.tied:
     rows = _rows(weights, OUTPUT, sizes, vocab)
     output = lazy.stored(weights, OUTPUT, (rows, sizes.width))
-    tensors["out.kernel"] = lazy.transposed(lazy.rows(output, vocab.hf_ids))
+    tensors["out.kernel"] = lazy.transposed(
+      lazy.rows(_extended(output, vocab.hf_size), vocab.hf_ids)
+    )
+  _say_unembedded(weights, output, vocab)
+  if unread := sorted(
+    name for name in weights.shapes if name not in known and not name.endswith(BUFFERS)
+  ):
+    logging.warning(
+      "%s: not read, because this architecture has no place for them: %d of its tensors, %s%s",
+      weights.path,
+      len(unread),
+      ", ".join(unread[:3]),
+      ", ..." if unread[3:] else "",
+    )
   return {**tensors, **_erase(weights, output, vocab, bias)}
+
+
+def _prefix(weights: Weights, layout: Layout) -> str:
+  prefixed = any(name.startswith(layout.prefix) for name in weights.shapes)
+  return layout.prefix if prefixed else ""
 
 
 def load(folder: str | Path, sizes: TransformerConfig, vocab: TextVocab, mesh: Mesh) -> tuple:
@@ -253,9 +376,12 @@ def to_device(tensors: dict[str, Lazy], shapes: dict, shardings: dict) -> dict:
 
 
 def _rows(weights: Weights, name: str, sizes: TransformerConfig, vocab: TextVocab) -> int:
-  """The embedding's number of rows: the tokenizer's tokens, and perhaps padding."""
+  """The number of rows of an embedding: of the tokenizer's tokens, and perhaps of padding.
+
+  Special tokens that were added to the tokenizer may lack one, see `_extended`.
+  """
   rows = weights.shapes.get(name, (vocab.hf_size, sizes.width))[0]
-  if rows < vocab.hf_size:
+  if not vocab.only_special_from(rows):
     raise UserError(
       f"{vocab.path} has {vocab.hf_size} tokens and {weights.path} embeds {rows}; give the "
       "tokenizer of these weights."
@@ -263,24 +389,57 @@ def _rows(weights: Weights, name: str, sizes: TransformerConfig, vocab: TextVoca
   return rows
 
 
+def _say_unembedded(weights: Weights, output: Lazy, vocab: TextVocab) -> None:
+  if (rows := output.shape[0]) < vocab.hf_size:
+    logging.warning(
+      "%s embeds %d tokens: special ones from there on, such as %s, begin at the mean of its rows.",
+      weights.path,
+      rows,
+      vocab.name(vocab.hf_size - 1),
+    )
+
+
+def _mean(matrix: Lazy, rows: int) -> np.ndarray:
+  """The mean of the first rows of a matrix."""
+  width = slice(0, matrix.shape[1])
+  parts = (
+    matrix[slice(i, min(i + CHUNK, rows)), width].sum(0, dtype=np.float64)
+    for i in range(0, rows, CHUNK)
+  )
+  return sum(parts) / rows
+
+
+def _extended(matrix: Lazy, size: int) -> Lazy:
+  """`matrix`, with the mean of its rows in place of those that it lacks of `size`."""
+  if (rows := matrix.shape[0]) >= size:
+    return matrix
+  mean = functools.cache(lambda: _mean(matrix, rows))
+
+  def fill(out, index):
+    start, stop = index[0].start, index[0].stop
+    if start < (end := min(stop, rows)):
+      matrix.fill(out[: end - start], (slice(start, end), *index[1:]))
+    if stop > rows:
+      out[max(rows - start, 0) :] = mean()[index[1]]
+
+  return Lazy((size, matrix.shape[1]), fill)
+
+
 def _erase(weights: Weights, output: Lazy, vocab: TextVocab, bias: float) -> dict[str, Lazy]:
   """The row of <backspace> and its bias."""
-  number, width = vocab.backspace, output.shape[1]
+  number, (rows, width) = vocab.backspace, output.shape
+  known = 0 <= number < rows
 
   @functools.cache
   def row() -> np.ndarray:
-    if number >= 0:
+    if known:
       return output[slice(number, number + 1), slice(0, width)][0]
-    parts = (
-      output[slice(i, min(i + CHUNK, vocab.hf_size)), slice(0, width)].sum(0, dtype=np.float64)
-      for i in range(0, vocab.hf_size, CHUNK)
-    )
-    return sum(parts) / vocab.hf_size
+    return _mean(output, min(rows, vocab.hf_size))
 
   def fill_row(out, index):
     out[...] = row()[index[0], None]
 
   def fill_bias(out, index):
-    out[...] = weights.get(BIAS, (1,)) if BIAS in weights else 0.0 if number >= 0 else bias
+    out[...] = weights.get(BIAS, (1,)) if BIAS in weights else 0.0 if known else bias
 
   return {"erase.kernel": Lazy((width, 1), fill_row), "erase.bias": Lazy((1,), fill_bias)}

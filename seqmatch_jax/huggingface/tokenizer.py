@@ -12,11 +12,14 @@ import numpy as np
 
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, NAME, SHOWN, SPECIAL, Vocab, check_text
 from train_jax.errors import UserError
-from train_jax.files import read_json
+from train_jax.files import LFS, is_lfs_pointer, read_json
 from train_jax.storage.weights import sha256
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
+
+NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # they name special tokens
+OLDER = ("tokenizer.model", "vocab.json", "spiece.model")  # of tokenizers without tokenizer.json
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class TextVocab:
   def from_file(cls, path: str | Path) -> TextVocab:
     """The vocabulary of a tokenizer.json, or of the folder that holds it.
 
-    The file tokenizer_config.json or config.json beside it says which tokens begin and end a text.
+    tokenizer_config.json, special_tokens_map.json or config.json beside it, the first that does,
+    says which tokens begin and end a text.
 
     Raises:
       UserError: the file cannot be read, or nothing says which token ends a text.
@@ -51,6 +55,12 @@ class TextVocab:
     path = Path(path).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
+      if older := next((n for n in OLDER if path.with_name(n).is_file()), None):
+        raise UserError(
+          f"there is no tokenizer {path}, and {older} beside it is not read; write it once with "
+          "transformers: AutoTokenizer.from_pretrained(FOLDER, use_fast=True)"
+          ".save_pretrained(FOLDER)."
+        )
       raise UserError(
         f"there is no tokenizer {path}; give a tokenizer.json, or a folder that holds one (nothing "
         "is fetched by name)."
@@ -99,6 +109,8 @@ class TextVocab:
     try:
       tokenizer = Tokenizer.from_file(self.path)
     except Exception as err:  # tokenizers raises plain Exceptions
+      if is_lfs_pointer(Path(self.path)):
+        raise UserError(f"{self.path} {LFS}.") from err
       raise UserError(
         f"{self.path} is no tokenizer ({str(err)[:100]}); give a tokenizer.json of `tokenizers`."
       ) from err
@@ -112,6 +124,16 @@ class TextVocab:
   def hf_size(self) -> int:
     """Number of the tokenizer's own tokens; a model's embedding has at least as many rows."""
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+  def only_special_from(self, hf_id: int) -> bool:
+    """Whether the tokenizer's tokens from `hf_id` on are added special ones: no text holds them."""
+    added = self._tokenizer.get_added_tokens_decoder()
+    later = (i for i in self._tokenizer.get_vocab(with_added_tokens=True).values() if i >= hf_id)
+    return all(i in added and added[i].special for i in later)
+
+  def name(self, hf_id: int) -> str:
+    """How the tokenizer writes its token `hf_id`."""
+    return repr(self._tokenizer.id_to_token(hf_id))
 
   @cached_property
   def hf_ids(self) -> np.ndarray:
@@ -143,23 +165,36 @@ class TextVocab:
     """The text that each of `ids` adds: ⌫ for a backspace, nothing for other special tokens.
 
     A character of several tokens comes with the last of them. The joined pieces are `decode(ids)`.
+    A backspace erases the token before, and the tokens after it are read as if that one had never
+    been typed.
     """
     from tokenizers.decoders import DecodeStream
 
-    stream, hf_ids, pieces, pending = DecodeStream(), self.hf_ids, [], []
-    for i in ids:
-      if i < SPECIAL:
-        pieces.append(SHOWN[i])
-        continue
-      pending.append(int(hf_ids[i]))
+    hf_ids, pieces, kept, pending, stream = self.hf_ids, [], [], [], DecodeStream()
+
+    def add(hf_id: int) -> str:
+      nonlocal stream
+      pending.append(hf_id)
       try:
-        piece = stream.step(self._tokenizer, pending[-1])
+        piece = stream.step(self._tokenizer, hf_id)
       except Exception:  # a plain one: these bytes are no character and unmake the one before
         stream = DecodeStream()
         piece = "".join(stream.step(self._tokenizer, hf_id) or "" for hf_id in pending)
       if piece:
         pending.clear()
-      pieces.append(piece or "")
+      return piece or ""
+
+    for i in ids:
+      if i >= SPECIAL:
+        kept.append(int(hf_ids[i]))
+        pieces.append(add(kept[-1]))
+        continue
+      pieces.append(SHOWN[i])
+      if i == BACKSPACE:
+        del kept[-1:], pending[:]
+        stream = DecodeStream()
+        for hf_id in kept:
+          add(hf_id)
     return pieces
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -178,13 +213,20 @@ def _special(tokenizer: Tokenizer, folder: Path, name: str) -> int | None:
     except (OSError, ValueError) as err:
       raise UserError(f"{folder / file} cannot be read as JSON: {err}.") from err
 
-  token = read("tokenizer_config.json", f"{name}_token")
-  token = token["content"] if isinstance(token, dict) else token
+  tokens = (read(file, f"{name}_token") for file in NAMING)
+  token = next((token for token in tokens if token is not None), None)
+  token = token.get("content") if isinstance(token, dict) else token
+  if not isinstance(token, str | None):
+    raise UserError(f"{folder} names {token!r} as {name} token; give the token as a string.")
   if token is not None:
     hf_id = tokenizer.token_to_id(token)
   else:
     hf_id = read("config.json", f"{name}_token_id")
-    hf_id = hf_id[0] if isinstance(hf_id, list) else hf_id  # the first one ends a text
+    hf_id = hf_id[0] if isinstance(hf_id, list) and hf_id else hf_id  # the first one ends a text
+    if hf_id is not None and (type(hf_id) is not int or hf_id < 0):
+      raise UserError(
+        f"{folder / 'config.json'} has {name}_token_id={hf_id!r}, which must be a token's number."
+      )
     token = hf_id
   if token is not None and (hf_id is None or tokenizer.id_to_token(hf_id) is None):
     raise UserError(f"{folder} names {token!r} as {name} token, which its tokenizer does not have.")

@@ -11,6 +11,7 @@ from absl import logging
 from seqmatch_jax import tokens
 from seqmatch_jax.data import corpus, documents, packing
 from seqmatch_jax.data.documents import Documents
+from seqmatch_jax.evaluation import mauve
 from seqmatch_jax.evaluation import questions as evaluate
 from seqmatch_jax.evaluation import text as evaluate_text
 from seqmatch_jax.huggingface import tokenizer
@@ -19,6 +20,7 @@ from seqmatch_jax.tasks.task import Evaluation, Prompts, Task
 from seqmatch_jax.tokens import Vocab
 from train_jax import mesh as mesh_lib
 from train_jax.errors import UserError, check_at_least
+from train_jax.storage.faults import LIMIT, Faults
 
 TEMPERATURE = 1.0  # of a generation, by default
 RETYPE = True  # whether a sample may type an erased token again
@@ -30,12 +32,12 @@ def _find(path: str, key: str) -> corpus.Corpus:
   return corpus.find(path, f"data.{key}") if path else corpus.python_prose()
 
 
-def _characters(texts: list[corpus.Corpus]) -> Vocab:
+def _characters(texts: list[corpus.Corpus], faults: list[Faults]) -> Vocab:
   """One token for each character of the texts."""
   symbols = set()
-  for source in texts:
+  for source, counter in zip(texts, faults, strict=True):
     for i in range(source.size):
-      symbols.update(documents.read_text(source, i))
+      symbols.update(documents.read_text(source, i, counter))
   return Vocab.from_texts([symbols])
 
 
@@ -47,6 +49,8 @@ def open_documents(
   Args:
     vocab: encodes the texts; None chooses as `config.data` says.
   """
+  limit = source.get("max_faults", LIMIT)  # configs of earlier versions have none
+  faults = [Faults(limit, f"data.{name}={source[name]!r}") for name in ("path", "test")]
   if vocab is None and source.tokenizer:
     vocab = TextVocab.from_file(source.tokenizer)
   if documents.is_set(source.path):
@@ -55,14 +59,15 @@ def open_documents(
     if not source.test:
       return *train.split(source.tests), vocab
     if not documents.is_set(source.test):
-      return train, documents.encode_texts(_find(source.test, "test"), vocab), vocab
+      return train, documents.encode_texts(_find(source.test, "test"), vocab, faults[1]), vocab
     test, other = documents.open_set(source.test)
     _check_same(source.test, other, vocab)
     return train, test, vocab
   texts = [_find(source.path, "path")] + ([_find(source.test, "test")] if source.test else [])
+  faults = faults[: len(texts)]
   if vocab is None:
-    vocab = _characters(texts) if source.path else Vocab(tuple(corpus.PRINTABLE))
-  encoded = [documents.encode_texts(x, vocab) for x in texts]
+    vocab = _characters(texts, faults) if source.path else Vocab(tuple(corpus.PRINTABLE))
+  encoded = [documents.encode_texts(x, vocab, f) for x, f in zip(texts, faults, strict=True)]
   return (*encoded, vocab) if source.test else (*encoded[0].split(source.tests), vocab)
 
 
@@ -88,6 +93,17 @@ def _pack(config, source: Documents, vocab) -> packing.Packed:
 def _digest(source: Documents) -> str:
   """Of the number of tokens of each document, in order."""
   return hashlib.sha256(source.length.tobytes()).hexdigest()
+
+
+def _state(train: Documents, test: Documents) -> dict:
+  """What tells these documents from others, as JSON."""
+  state = {
+    "documents": len(train.length),
+    "lengths_sha256": _digest(train),
+    "tests_lengths_sha256": _digest(test),
+  }
+  content = [train.content, test.content]
+  return {**state, "content": content} if all(content) else state
 
 
 def _describe(packed: packing.Packed, batch: int) -> None:
@@ -117,20 +133,20 @@ def make_task(config, mesh) -> Task:
       f"noise.source={config.noise.source!r} is for questions; choose 'uniform' for text."
     )
   check_at_least("eval.samples", config.eval.samples, 1)
-  if config.eval.features and config.eval.samples < 8:  # two for MAUVE in a quarter of them
+  if config.eval.features and config.eval.samples < mauve.LEAST:
     raise UserError(
-      f"eval.samples={config.eval.samples} must be at least 8 for MAUVE, which eval.features asks "
-      "for."
+      f"eval.samples={config.eval.samples} must be at least {mauve.LEAST} for MAUVE, which "
+      "eval.features asks for: with fewer it is near 1 for any texts."
     )
   train, test, vocab = open_documents(config.data)
   packed, max_backspaces = _pack(config, train, vocab), config.eval.max_backspaces
+  if config.eval.features:
+    _check_held_out(_pack(config, test, vocab))
   _describe(packed, config.batch)
   longest = config.data.context - config.noise.max_errors  # a text in training, <bos> too
   metadata = {
     **tokenizer.to_metadata(vocab),
-    "documents": len(train.length),
-    "lengths_sha256": _digest(train),
-    "tests_lengths_sha256": _digest(test),
+    **_state(train, test),
     "max_length": longest,
     "max_actions": longest + 2 * max_backspaces,
     "max_backspaces": max_backspaces,
@@ -147,8 +163,18 @@ def make_task(config, mesh) -> Task:
   return Task(metadata, 1 + config.data.prompt, stream, evaluation)
 
 
+def _check_held_out(held: packing.Packed) -> None:
+  """Raises UserError unless enough is held out for MAUVE."""
+  if len(held.start) < mauve.LEAST:
+    raise UserError(
+      f"{len(held.start)} pieces of text are held out, and MAUVE, which the features are for, "
+      f"needs {mauve.LEAST}: with fewer it is near 1 for any texts; hold out more by data.tests or "
+      "data.test, or leave the features out."
+    )
+
+
 def _evaluate(config, held: packing.Packed, vocab, model, seed: int, features) -> Evaluation:
-  """All that is held out at the end, a quarter of it before."""
+  """All that is held out at the end, a quarter of it before, but enough for MAUVE."""
   total = evaluate.make_total(model.network.apply, model.loss_config, model.mesh)
   erases = model.loss_config.backspace
   policies = {"T=1": (erases, None), "p=0.95": (erases, 0.95)}
@@ -157,7 +183,8 @@ def _evaluate(config, held: packing.Packed, vocab, model, seed: int, features) -
 
   def run(model, final: bool):
     rows = held.rows if final else max(held.rows // 4, 1)
-    count = config.eval.samples if final else max(config.eval.samples // 4, 1)
+    least = mauve.LEAST if features else 1
+    count = max(config.eval.samples // (1 if final else 4), least)
     yield from evaluate_text.likelihood(total, model.params, held, vocab, rows, config.batch)
     piece = continued(held, count)
     real = evaluate_text.real_texts(held, np.unique(piece))
@@ -197,12 +224,9 @@ def continued(held: packing.Packed, count: int) -> np.ndarray:
 def _held_out(config, metadata: dict) -> tuple[packing.Packed, Vocab | TextVocab]:
   """The held-out texts of a trained run, and its vocabulary; UserError if the data have changed."""
   train, test, vocab = open_documents(config.data, tokenizer.from_metadata(metadata))
-  state = {
-    "documents": len(train.length),
-    "lengths_sha256": _digest(train),
-    "tests_lengths_sha256": _digest(test),
-  }
-  if any(value != metadata[name] for name, value in state.items()):
+  state = _state(train, test)
+  # Runs of earlier versions have no content.
+  if any(value != metadata.get(name, value) for name, value in state.items()):
     raise UserError(
       f"data.path={config.data.path!r} has {len(train.length)} documents to train on now, and the "
       f"run had {metadata['documents']}, or they or those held out are others or in another order; "
@@ -214,7 +238,10 @@ def _held_out(config, metadata: dict) -> tuple[packing.Packed, Vocab | TextVocab
 def make_evaluate(config, metadata: dict, model, seed: int, features) -> tuple[Evaluation, int]:
   """(the evaluation of a trained run, number of generations)."""
   held, vocab = _held_out(config, metadata)
-  return _evaluate(config, held, vocab, model, seed, features), config.eval.samples
+  if features:
+    _check_held_out(held)
+  count = max(config.eval.samples, mauve.LEAST if features else 1)
+  return _evaluate(config, held, vocab, model, seed, features), count
 
 
 def make_prompts(config, metadata: dict, prompts: list[str], count: int) -> Prompts:

@@ -128,9 +128,12 @@ def test_training_measures_what_the_saved_model_does(task, request, one_device):
   assert other.keys() == training.keys() and other != training
 
 
-def test_texts_are_compared_by_the_features_that_are_asked_for(text_run):
+def test_texts_are_compared_by_the_features_that_are_asked_for(text_run, monkeypatch):
   """Of a workdir, in training as in Model.evaluate."""
   model, path = Model.from_run(text_run.workdir, devices=jax.devices()[:1]), str(text_run.workdir)
+  with pytest.raises(UserError, match=r"pieces of text are held out, and MAUVE, .* needs 100: "):
+    model.evaluate(features=path)
+  monkeypatch.setattr("seqmatch_jax.evaluation.mauve.LEAST", 4)
   found = model.evaluate(seed=6, features=path)
   plain = model.evaluate(seed=6)
   assert {name.partition("/")[0] for name in found.keys() - plain.keys()} == {

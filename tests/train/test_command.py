@@ -1,5 +1,6 @@
 """The modes of main.py: whose a flag is, and one sentence for one that is nobody's here."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -173,11 +174,64 @@ def test_lists_of_numbers(parsed, text, kind, wanted):
       command.numbers(values, "n", kind)
 
 
-def test_results_go_beside_the_run_or_where_they_are_asked_for(parsed, tmp_path):
-  flags, run = [command.WORKDIR, command.OUT], f"--workdir={tmp_path}"
-  assert command.out_directory(parsed(flags, run), "made") == tmp_path / "made"
-  out = tmp_path / "o"
-  assert command.out_directory(parsed(flags, run, f"--out={out}"), "made") == out
-  out.touch()
-  with pytest.raises(UserError, match=r"--out=.*/o/p cannot be written to"):
-    command.out_directory(parsed(flags, run, f"--out={out}/p"), "made")
+RUN_OF = {"config": {"method": "tiny", "seed": 0, "steps": 4}, "metadata": {"classes": 3}}
+LONGER = {"config": {**RUN_OF["config"], "steps": 8}, "metadata": {"classes": 3}}
+OTHER = {"config": {**RUN_OF["config"], "seed": 1}, "metadata": {"classes": 3}}
+
+
+@pytest.fixture
+def write(parsed):
+  """(out, workdir, run) -> the directory of results, in which a command of `run` made a file."""
+
+  def make(out, workdir, run):
+    values = parsed([command.WORKDIR, command.OUT], f"--workdir={workdir}", *out)
+    with command.out_directory(values, "made", run) as directory:
+      directory.mkdir(parents=True, exist_ok=True)
+      (directory / "samples.npz").touch()
+    return directory
+
+  return make
+
+
+def test_results_go_beside_the_run_or_where_they_are_asked_for(write, tmp_path):
+  assert write((), tmp_path, RUN_OF) == tmp_path / "made"
+  assert write([f"--out={tmp_path / 'o'}"], tmp_path, RUN_OF) == tmp_path / "o"
+  with pytest.raises(UserError, match=r"--out=.*/o/samples.npz/p cannot be written to"):
+    write([f"--out={tmp_path / 'o' / 'samples.npz' / 'p'}"], tmp_path, RUN_OF)
+
+
+@pytest.mark.parametrize(
+  "files, run, owner",
+  [
+    ({}, LONGER, ""),
+    ({}, OTHER, "the run in .*first"),
+    ({"samples.npz": None}, OTHER, ""),  # the first run's file is gone
+    ({command.OWNER: {}}, RUN_OF, "another run or program"),
+    ({"config.json": {"format": 2, "run": LONGER}}, RUN_OF, ""),
+    ({"config.json": {"model_type": "gpt2", "tiny": {"run": LONGER}}}, RUN_OF, ""),
+    ({"config.json": {"format": 2, "run": OTHER}}, RUN_OF, "another run or program"),
+    ({"config.json": {"model_type": "gpt2"}}, RUN_OF, "another run or program"),
+    ({"config.json": b"{"}, RUN_OF, "another run or program"),
+  ],
+)
+def test_files_of_another_run_are_not_lost(write, tmp_path, files, run, owner):
+  out = write([f"--out={tmp_path / 'out'}"], tmp_path / "first", RUN_OF)
+  for name, content in files.items():
+    (out / name).unlink(missing_ok=True)
+    if content is not None:
+      content = content if isinstance(content, bytes) else json.dumps(content).encode()
+      (out / name).write_bytes(content)
+  if not owner:
+    write([f"--out={out}"], tmp_path / "second", run)
+    return
+  with pytest.raises(UserError, match=rf"--out={out} holds files of {owner} \(says .*; choose"):
+    write([f"--out={out}"], tmp_path / "second", run)
+
+
+def test_a_refused_command_marks_nothing(parsed, tmp_path):
+  values = parsed([command.WORKDIR, command.OUT], f"--workdir={tmp_path}")
+  for error, marked in ((UserError, False), (OSError, True)):
+    (tmp_path / "made").mkdir(exist_ok=True)
+    with pytest.raises(error), command.out_directory(values, "made", RUN_OF):
+      raise error("why")
+    assert (tmp_path / "made" / command.OWNER).exists() == marked

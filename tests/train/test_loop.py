@@ -149,22 +149,16 @@ def test_end_that_cannot_be_saved_is_an_error(tmp_path, train, load, full_disk):
   assert train(tmp_path, steps=4)
 
 
-def test_evaluates_the_slow_average_on_time(tmp_path, train, method, load, lines, monkeypatch):
-  seen, laps, restart = [], [], metrics.StepClock.restart
+def test_evaluates_the_slow_average_on_time(tmp_path, train, method, load, lines):
+  seen = []
 
   def evaluate(params, step, final):
     seen.append((step, final))
     yield "norm", float(jnp.linalg.norm(params["layer"]["kernel"]))
     yield "grid", np.full((4, 6, 3), step, np.uint8)
 
-  def spy(self, step):
-    laps.append(step)
-    restart(self, step)
-
-  monkeypatch.setattr(metrics.StepClock, "restart", spy)
   train(tmp_path, method=method._replace(evaluate=evaluate), steps=5, eval_every=2)
   assert seen == [(2, False), (4, False), (5, True)]
-  assert laps == [0, 1, 2, 4, 5]  # compiling, saves and evaluations are not timed as steps
   found = [(line["step"], line["eval/norm"]) for line in lines(tmp_path) if "eval/norm" in line]
   assert [step for step, _ in found] == [2, 4, 5]
   kernel = load(tmp_path)[0].ema["sample"]["layer"]["kernel"]
@@ -202,8 +196,38 @@ def test_what_was_learned_is_on_disk_or_on_its_way_before_an_evaluation(
   assert Checkpoints(tmp_path).steps() == [9, 8]
 
 
+@pytest.mark.parametrize("options", [{"eval_every": 8}, {"save_every": 8}], ids=str)
+def test_time_of_a_step_is_right_or_absent(tmp_path, train, method, lines, monkeypatch, options):
+  """A step takes 1 s, and a compilation, an evaluation or a save 100."""
+  now, seen = [0.0], set()
+
+  def stream(seed, position):
+    for batch in method.stream(seed, position):
+      now[0] += 1 if seen else 100
+      seen.add(position)
+      yield batch
+
+  def evaluate(params, step, final):
+    now[0] += 100
+    yield "norm", 1.0
+
+  def slow_save(self, *args):
+    now[0] += 100
+    save(self, *args)
+
+  save = Checkpoints.save
+  monkeypatch.setattr(Checkpoints, "save", slow_save)
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  slow = method._replace(stream=stream, evaluate=evaluate)
+  train(tmp_path, method=slow, steps=20, **{"save_every": 100, **options})
+  found = {row["step"]: row.get("milliseconds_per_step") for row in lines(tmp_path) if "lr" in row}
+  # Around a save (of steps 8, 16 and 20), no two reads are equally late.
+  right = [*range(2, 7), *range(10, 15), 18]
+  assert found == {step: 1000 if step in right else None for step in range(1, 21)}
+
+
 def test_logs_every_so_many_steps_and_the_last(tmp_path, train, lines, losses):
-  train(tmp_path, steps=7, log_every=3)
+  train(tmp_path, steps=7, log_every=3, save_every=100)
   assert [step for step, _ in losses(tmp_path)] == [3, 6, 7]
   first = lines(tmp_path)[0]
   assert {"loss", "noise", "grad_norm", "skipped", "lr", "milliseconds_per_step"} < set(first)

@@ -123,16 +123,20 @@ def test_picture_is_a_png_named_by_its_step(tmp_path):
 def test_clock_leaves_out_what_lies_between_laps(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-  clock = metrics.StepClock(10)
-  now[0] = 1.0
-  assert clock.lap(20) == pytest.approx(100)
+  clock = metrics.StepClock()
+  assert clock.lap() is None
+  for time, step in ((9, 1), (9.5, 5), (11, 11)):
+    now[0] = time
+    clock.tick(step)
+  assert clock.lap() == pytest.approx(200)  # without the 9 s before the first tick
+  assert clock.lap() is None  # no step since
   now[0] = 50.0
-  clock.restart(20)  # after an evaluation
+  clock.restart()  # after an evaluation
+  clock.tick(12)
+  assert clock.lap() is None
   now[0] = 50.5
-  assert clock.lap(30) == pytest.approx(50)
-  now[0] = 52.5
-  assert clock.lap(40) == pytest.approx(200)
-  assert clock.lap(40) == 0  # no step since
+  clock.tick(22)
+  assert clock.lap() == pytest.approx(50)
 
 
 def test_table_has_a_row_for_each_setting_and_a_column_for_each_metric():

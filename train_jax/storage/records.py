@@ -36,7 +36,8 @@ def open_array_records(paths: list[Path], fields: dict[str, type], content: str)
     content: description of the fields, for messages.
 
   Raises:
-    UserError: the files cannot be read, are empty or hold something else; `read` raises it, too.
+    UserError: the files cannot be read, are empty or begin with something else; `read` raises
+      ValueError for a record that is something else.
   """
   from array_record.python.array_record_data_source import ArrayRecordDataSource
   from google.protobuf.message import DecodeError
@@ -54,15 +55,18 @@ def open_array_records(paths: list[Path], fields: dict[str, type], content: str)
     try:
       feature = tf_example_pb2.Example.FromString(source[i]).features.feature
       return tuple(getattr(feature[key], _LISTS[kind]).value[0] for key, kind in fields.items())
-    except (DecodeError, IndexError) as err:
-      raise UserError(
-        f"{name(i)} is not a tf.train.Example with {content}; write the records so, or give the "
-        "data in another form."
-      ) from err
+    except (DecodeError, IndexError, RuntimeError) as err:
+      raise ValueError(f"it is not a tf.train.Example with {content}") from err
 
   if not len(source):
     raise UserError(f"{paths[0]} has no ArrayRecord records; give whole .array_record files.")
-  read(0)
+  try:
+    read(0)
+  except ValueError as err:
+    raise UserError(
+      f"{name(0)} is not a tf.train.Example with {content}; write the records so, or give the data "
+      "in another form."
+    ) from err
   return Records(len(source), read, name)
 
 

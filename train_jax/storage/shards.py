@@ -89,6 +89,7 @@ def make_job(kind: tuple, version: int, source, shards: int, flags: dict[str, in
 def _check_same(job: Job, out: Path) -> None:
   """Raises UserError if `out` holds shards of another job."""
   words = {"version": "layout version", "size": f"number of {job.items}"}
+  words |= {name: f"{name} of the {job.items}" for name in ("cut", "content")}
   for path in sorted(out.glob(job.files[-1].replace(".", "-*."))):
     other = _read(path)["job"]
     differ = [words.get(k, f"--{k}") for k, value in job.metadata.items() if other.get(k) != value]

@@ -1,8 +1,10 @@
 """Images to a latent set, with a stand-in for the autoencoder: layout, restarts, refusals."""
 
+import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,7 +91,7 @@ def test_a_record_is_the_posterior_of_the_image_and_its_mirror_image(photos, who
   records = records_of(whole[1])
   assert len(records) == 23
   for i, record in enumerate(records):
-    pixels, label = images.read_image(photos, i, SIDE)
+    pixels, label, *_ = images.read_image(photos, i, SIDE)
     assert record["label"] == label
     for view, turned in enumerate((pixels, pixels[:, ::-1])):
       mean, std = load().encode(load().params, turned[None] / np.float32(127.5) - 1)
@@ -123,7 +125,8 @@ def test_the_manifest_says_what_the_set_is(photos, vae, whole):
   expected = {"manifest.json", *(f"{name}{end}" for name in names for end in SUFFIXES)}
   assert {path.name for path in out.iterdir()} == expected
   parts = [json.loads((out / f"{name}.json").read_text()) for name in names]
-  assert {*parts[0]["job"]} == {"version", "image_size", "vae", "images", "size", "shards"}
+  job = {"version", "image_size", "vae", "cut", "content", "images", "size", "shards"}
+  assert {*parts[0]["job"]} == job
   assert [len(part["labels"]) for part in parts] == [5, 6, 6, 6]
   labels = np.concatenate([part["labels"] for part in parts])
   np.testing.assert_array_equal(labels, records_of(out)["label"])
@@ -203,6 +206,26 @@ def test_unreadable_images_are_named_skipped_and_counted(vae, tmp_path, caplog):
   assert sorted(records_of(tmp_path / "out")["label"].tolist()) == [0, 0, 0, 1, 1, 2, 2]
 
 
+def test_the_summary_says_what_was_turned_and_left_out(vae, tmp_path, capsys, monkeypatch):
+  write_images(tmp_path / "photos", 6)
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  half = np.zeros((SIDE, SIDE, 3), np.uint8)
+  half[:, :8] = 255  # the scene is white above black
+  Image.fromarray(half).save(tmp_path / "photos" / "a" / "000.png", exif=exif)
+  (tmp_path / "photos" / "a" / "1.heic").touch()
+  monkeypatch.setattr(encode.autoencoder, "load", lambda path: load())
+  encode.encode(str(tmp_path / "photos"), vae, SIDE, 2, tmp_path / "out")
+  line = (
+    "6 images of 3 classes in .*, 0 skipped; 1 turned upright by their EXIF; no images, left out: "
+  )
+  assert re.search(line + "1 .heic\n", capsys.readouterr().out)
+  np.testing.assert_array_equal(
+    records_of(tmp_path / "out")["posterior"][0, 0, 0, :, 0, 0], [5, -5]
+  )
+  assert json.loads((tmp_path / "out" / "manifest.json").read_text())["turned"] == 1
+
+
 def test_another_job_in_the_same_directory_is_refused(photos, vae, whole, tmp_path):
   _, out = whole
   other = tmp_path / "other.safetensors"
@@ -211,6 +234,8 @@ def test_another_job_in_the_same_directory_is_refused(photos, vae, whole, tmp_pa
     "--vae": encode.make_job(photos, str(other), SIDE, 4),
     "--image_size": encode.make_job(photos, vae, 2 * SIDE, 4),
   }
+  job = encode.make_job(photos, vae, SIDE, 4)
+  jobs["cut of the images"] = dataclasses.replace(job, metadata={**job.metadata, "cut": "adm"})
   before = files_of(out)
   for words, job in jobs.items():
     with pytest.raises(UserError, match=rf"holds latents of another {words} \("):

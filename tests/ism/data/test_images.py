@@ -1,7 +1,11 @@
 """Images from folders, tars, ArrayRecord files and TFDS; ADM's crop."""
 
 import io
+import os
+import re
+import struct
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ism_jax.data import images, sources
+from ism_jax.data import decode, images, sources
 from ism_jax.evaluation import adm
 from tests.train.record_files import write_array_record, write_tfds
 from train_jax.errors import UserError
@@ -151,6 +155,148 @@ def test_tfds_is_a_source_of_pixels(tmp_path):
   assert np.abs(source.images(np.arange(7))).max() <= 1
 
 
+# --- what is data, and what is not ----------------------------------------------------------------
+
+SYSTEM = (
+  *(
+    ".ipynb_checkpoints/0.png",
+    "__MACOSX/._0.png",
+    "._0.png",
+    "@eaDir/0.png",
+    "$RECYCLE.BIN/0.png",
+  ),
+  *("cat/.ipynb_checkpoints/0.png", "cat/__MACOSX/0.png", "cat/._0.png", "cat/Thumbs.db"),
+  *("cat/deep/@eaDir/0.png", "cat/.DS_Store", "desktop.ini"),
+)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars", "records"])
+def test_hidden_files_and_those_of_systems_are_no_data(kind, tmp_path):
+  found = images.find(str(WRITERS[kind](tmp_path)))
+  names = [found.name(i) for i in range(found.size)]
+  for file in SYSTEM if kind == "folder" else (f"._{p.name}" for p in [*tmp_path.iterdir()]):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_bytes(b"not an image")
+  if kind == "tars":
+    with tarfile.open(tmp_path / "train-000.tar", "a") as tar:
+      for file in SYSTEM:
+        add(tar, file, b"not an image")
+  again = images.find(str(tmp_path))
+  assert [again.name(i) for i in range(again.size)] == names
+  assert again.names == found.names and again.left_out == found.left_out
+  if kind == "folder":
+    assert adm.folder_files(tmp_path) == [tmp_path / name for name in names]
+
+
+@pytest.mark.parametrize(
+  ("names", "words"),
+  [
+    (("train/cat", "val/cat"), r"has the folders 'train' and 'val', which are splits"),
+    (("train2017", "Test_2017", "meta"), r"has the folders 'Test_2017' and 'train2017'"),
+    (("train/cat", "train/dog"), r"one folder, 'train', .* one class; give --images='.*/train'"),
+    (("test/cat", "train/cat", "eel"), r"has the folders 'test' and 'train'"),
+    (("cat/Test", "cat/Train", "eel"), r"the folder '.*/cat' has the folders 'Test' and 'Train'"),
+  ],
+)
+def test_splits_of_a_data_set_are_no_classes(names, words, tmp_path):
+  for name in names:
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "0.png").write_bytes(encoded(0))
+  with pytest.raises(UserError, match=words):
+    images.find(str(tmp_path))
+  with pytest.raises(UserError, match=words.replace("--images", "data.path")):
+    sources.folder(str(tmp_path), image_size=4, channels=3)
+  if "one class" not in words:  # a reference has no classes
+    with pytest.raises(UserError, match=words):
+      adm.folder_files(tmp_path)
+
+
+def test_words_of_splits_may_name_classes(tmp_path):
+  for name in ("train", "car"):  # vehicles
+    (tmp_path / "a" / name).mkdir(parents=True)
+    (tmp_path / "a" / name / "0.png").write_bytes(encoded(0))
+  assert images.find(str(tmp_path / "a")).names == ("car", "train")
+  (tmp_path / "b" / "train").mkdir(parents=True)  # images without classes
+  (tmp_path / "b" / "train" / "0.png").write_bytes(encoded(0))
+  assert images.find(str(tmp_path / "b")).names == ("train",)
+
+
+def test_tars_and_records_of_several_splits_are_refused(tmp_path):
+  write_tars(tmp_path)
+  (tmp_path / "val-000.tar").write_bytes((tmp_path / "train-000.tar").read_bytes())
+  with pytest.raises(UserError, match=r"has the files 'train' and 'val', which are splits"):
+    images.find(str(tmp_path))
+  assert images.find(str(tmp_path / "train-*.tar")).size == 7
+  with tarfile.open(tmp_path / "all.tar", "w") as tar:
+    for name in ("train/1", "val/1"):
+      add(tar, f"{name}.cls", b"0")
+      add(tar, f"{name}.jpg", encoded(1))
+  with pytest.raises(UserError, match=r"all.tar has the folders 'train' and 'val'"):
+    images.find(str(tmp_path / "all.tar"))
+
+
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
+  top, away = tmp_path / "top", tmp_path / "away"
+  for file in (top / "cat" / "0.png", top / "dog" / "1.png", away / "in" / "2.png"):
+    file.parent.mkdir(parents=True)
+    file.write_bytes(encoded(0))
+  (top / "cat" / "more").symlink_to(away)
+  (top / "cat" / "one.png").symlink_to(away / "in" / "2.png")
+  for name, target in (("self", "."), ("top", ".."), ("above", "../.."), ("twice", away / "in")):
+    (top / "cat" / name).symlink_to(target)
+  (away / "back").symlink_to(top)
+  (top / "eel").symlink_to(away)  # a class that is a link
+  found = images.find(str(top))
+  wanted = ["cat/0.png", "cat/more/in/2.png", "cat/one.png", "dog/1.png", "eel/in/2.png"]
+  assert [found.name(i) for i in range(found.size)] == wanted
+  reference = ["cat/0.png", "cat/more/in/2.png", "cat/one.png", "dog/1.png"]
+  assert adm.folder_files(top) == [top / name for name in reference]
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+  def walk(top, onerror, followlinks):
+    onerror(PermissionError(13, "Permission denied", "cat/secret"))
+
+  monkeypatch.setattr(images.os, "walk", walk)
+  with pytest.raises(UserError, match=r"'cat/secret' cannot be read \(Permission denied\)"):
+    images.scan(tmp_path)
+
+
+def test_all_that_pillow_reads_is_data_and_the_rest_is_counted(tmp_path):
+  kinds = {"jfif": "jpeg", "jpe": "jpeg", "pgm": "ppm", "jp2": "jpeg2000", "TIF": "tiff", "avif": 0}
+  (tmp_path / "c").mkdir()
+  for suffix, kind in kinds.items():
+    if f".{suffix}".lower() in decode.SUFFIXES:  # AVIF may be missing from a build of Pillow
+      (tmp_path / "c" / f"0.{suffix}").write_bytes(encoded(0, kind or "avif"))
+  size = len([*(tmp_path / "c").iterdir()])
+  for name in ("c/a.heic", "c/b.HEIC", "c/none", "list.txt", "c/plot.eps", "c/set.h5"):
+    (tmp_path / name).write_bytes(encoded(0))
+  source = sources.folder(str(tmp_path), image_size=16, channels=3)
+  assert len(source.labels) == size >= 5
+  assert source.notes == ("no images, left out: 2 .heic, 1 without suffix, 1 .eps, 1 .h5, 1 .txt")
+  with tarfile.open(tmp_path / "1.tar", "w") as tar:
+    for name in ("0.cls", "0.jpg", "0.json", "0.seg.png", "README"):
+      add(tar, name, b"0")
+  found = images.find(str(tmp_path / "1.tar"))
+  assert found.size == 1 and found.left_out == {".json": 1, ".seg.png": 1, "": 1}
+
+
+def test_a_key_has_one_image_and_a_hard_link_is_the_image_it_stands_for(tmp_path):
+  with tarfile.open(tmp_path / "links.tar", "w") as tar:
+    for key in "01":
+      add(tar, f"{key}.cls", key.encode())
+    add(tar, "0.png", encoded(0))
+    link = tarfile.TarInfo("1.png")
+    link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+    tar.addfile(link)
+  found = images.find(str(tmp_path / "links.tar"))
+  assert [found.read(i) for i in range(2)] == [(encoded(0), 0), (encoded(0), 1)]
+  with tarfile.open(tmp_path / "links.tar", "a") as tar:
+    add(tar, "0.jpg", encoded(0, "jpeg"))
+  with pytest.raises(UserError, match=r"has two images of the key '0', which can have one"):
+    images.find(str(tmp_path / "links.tar"))
+
+
 # --- the crop -------------------------------------------------------------------------------------
 
 
@@ -172,7 +318,7 @@ def center_crop_arr(pil_image, image_size):
 def test_the_crop_is_adms(shape):
   pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
   image = Image.fromarray(pixels)
-  ours = images.center_crop(image, 32)
+  ours = decode.center_crop(image, 32)
   assert ours.shape == (32, 32, 3) and ours.dtype == np.uint8
   np.testing.assert_array_equal(ours, center_crop_arr(image, 32))
 
@@ -183,7 +329,7 @@ def test_grey_palette_and_alpha_become_rgb():
     colour.convert(mode).save(file, "jpeg" if mode == "CMYK" else "png")
     content = [file.getvalue()]
     one = images.EncodedImages(1, (), lambda i, content=content: (content[i], 5), str)
-    pixels, label = images.read_image(one, 0, 32)
+    pixels, label, *_ = images.read_image(one, 0, 32)
     assert pixels.shape == (32, 32, 3) and label == 5
 
 
@@ -198,8 +344,159 @@ def test_what_is_transparent_is_white(mode):
   wanted = np.full((32, 32, 3), 255)
   wanted[8:24, 8:24] = 0
   np.testing.assert_array_equal(images.read_image(one, 0, 32)[0], wanted)
-  grey = images.area_square(Image.open(file), 32, 1)
+  grey, _ = decode.square(file.getvalue(), 32, 1)
   np.testing.assert_array_equal(grey, wanted[..., :1])
+
+
+@pytest.mark.parametrize(
+  ("values", "kind", "wanted"),
+  [
+    (np.int32([0, 100, 255]), "tiff", [0, 100, 255]),
+    (np.int32([0, 25600, 65535]), "tiff", [0, 100, 255]),
+    (np.float32([0, 0.2, 1]), "tiff", [0, 51, 255]),
+    (np.float32([0, 51, 255]), "tiff", [0, 51, 255]),
+    (np.uint16([0, 0, 0]), "png", [0, 0, 0]),  # black, whatever white is
+    (np.int32([0, 0, 0]), "tiff", [0, 0, 0]),
+    (np.uint16([0, 100, 255]), "png", "16-bit values are up to 255, which is black if white is"),
+    (np.uint16([0, 100, 4095]), "tiff", "16-bit values are up to 4095"),
+    (np.int32([0, 1, 1]), "tiff", "32-bit values go from 0 to 1, which does not say the value of"),
+    (np.int32([0, 100, 4095]), "tiff", "32-bit values go from 0 to 4095"),
+    (np.int32([0, 100, 1 << 20]), "tiff", "32-bit values go from 0 to 1048576"),
+    (np.int32([-1, 100, 255]), "tiff", "32-bit values go from -1 to 255"),
+    (np.float32([0, 51.5, 255]), "tiff", r"floats go from 0 to 255, and must be in \[0, 1\]"),
+    (np.float32([-1, 0, 1]), "tiff", "floats go from -1 to 1"),
+    (np.float32([0, 1, np.nan]), "tiff", "floats go from nan to nan"),
+    (b"P5 3 1 4095\n" + np.array([0, 1606, 4095], ">u2").tobytes(), "", [0, 100, 255]),
+    (b"P5 3 1 65535\n" + np.array([0, 100, 255], ">u2").tobytes(), "", [0, 0, 0]),  # it says so
+  ],
+)
+def test_values_of_many_bits_are_scaled_by_what_the_file_says(values, kind, wanted):
+  content = values
+  if kind:
+    file = io.BytesIO()
+    Image.fromarray(np.tile(values, (3, 1))).save(file, kind)
+    content = file.getvalue()
+  if isinstance(wanted, str):
+    with pytest.raises(decode.Fault, match=wanted):
+      decode.square(content, 3, 1)
+  else:
+    with Image.open(io.BytesIO(content)) as image:
+      image, _ = decode._upright(image, "L")
+    np.testing.assert_array_equal(np.asarray(image)[0], wanted)
+
+
+@pytest.mark.parametrize("value", [200, 40000])
+def test_colours_of_sixteen_bits(value):
+  """A PNG of 3 x 3 pixels, which Pillow can read and not write."""
+
+  def chunk(kind, content):
+    checked = kind + content
+    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+  rows = 3 * (b"\0" + 3 * struct.pack(">3H", value, 0, 0))
+  header = chunk(b"IHDR", struct.pack(">2I5B", 3, 3, 16, 2, 0, 0, 0))
+  content = (
+    b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+  )
+  if value < decode.DARK:
+    with pytest.raises(decode.Fault, match="16-bit values are all below 4096"):
+      decode.square(content, 3)
+  else:
+    np.testing.assert_array_equal(decode.square(content, 3)[0][0, 0], [value >> 8, 0, 0])
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_photos_are_upright_in_every_crop(orientation, kind):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  stored = np.zeros((16, 16, 3), np.uint8)
+  stored[:8] = 255  # white above black
+  file, lossless = io.BytesIO(), {"lossless": True} if kind == "webp" else {}
+  Image.fromarray(stored).save(file, kind, exif=exif, **lossless)
+  wanted = np.rot90(stored, {1: 0, 3: 2, 6: -1, 8: 1}[orientation])
+  for channels in (None, 3):
+    pixels, turned = decode.square(file.getvalue(), 16, channels)
+    np.testing.assert_allclose(pixels, wanted, atol=2)
+    assert turned == (orientation != 1)
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "is_turned"),
+  [
+    (b"\x01\x0e\x00\x02", b"\x01\x23\x00\x02", True),  # the description in the place of numbers
+    (b"Exif\0\0MM\0*", b"Exif\0\0no\0*", False),
+  ],
+)
+def test_damaged_exif_does_not_cost_the_image(old, new, is_turned):
+  exif, file = Image.Exif(), io.BytesIO()
+  exif[0x0112], exif[0x010E] = 6, "a picture"
+  Image.new("RGB", (8, 8), "red").save(file, "jpeg", exif=exif)
+  content = file.getvalue()
+  assert old in content
+  pixels, turned = decode.square(content.replace(old, new), 8, 3)
+  np.testing.assert_allclose(pixels, np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=2)
+  assert turned == is_turned
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+@pytest.mark.parametrize("size", [(2, 4000), (4000, 2), (1, 51)])
+def test_strips_are_faults(size, channels):
+  file = io.BytesIO()
+  Image.new("L", size).save(file, "png")
+  with pytest.raises(
+    decode.Fault, match="{} x {} pixels, and the longer side may be 50 ti".format(*size)
+  ):
+    decode.square(file.getvalue(), 256, channels)
+  file = io.BytesIO()
+  Image.new("L", (1, 50)).save(file, "png")
+  assert decode.square(file.getvalue(), 256, channels)[0].shape == (256, 256, 3)
+
+
+def _large() -> bytes:
+  file = io.BytesIO()
+  Image.new("1", (20000, 20000)).save(file, "png")
+  return file.getvalue()
+
+
+@pytest.mark.parametrize(
+  ("content", "why"),
+  [
+    (lambda: b"", "it is empty"),
+    (lambda: b"text", "it is no image that Pillow knows"),
+    (lambda: b"version https://git-lfs.github.com/spec/v1\n", "git-LFS; run `git lfs pull`"),
+    (lambda: b"/annex/objects/MD5E-s1--x.png\n", "git-annex; run `git annex get`"),
+    (
+      lambda: b"\n<!doctype html><html>",
+      "it is text, such as SVG or the page of a failed download",
+    ),
+    (lambda: b"\0\0\0\x18ftypheic\0\0\0\0", "it is HEIC, .* convert it to JPEG"),
+    (lambda: encoded(0, "jpeg", (64, 64))[:900], "it is damaged: .*truncated"),
+    (_large, "more than 178 million pixels, Pillow's limit; make it smaller"),
+  ],
+)
+def test_what_is_no_image_is_called_by_its_name(content, why, tmp_path):
+  (tmp_path / "0.png").write_bytes(content())
+  assert re.search(why, images.read_image(images.find(str(tmp_path)), 0, 16).why)
+  with pytest.raises(UserError, match=rf"0.png' cannot be read: .*{why}"):
+    adm.read_square(tmp_path / "0.png", 16)
+
+
+def test_files_that_are_not_there_are_called_by_their_name(tmp_path):
+  (tmp_path / "c" / "z.png").mkdir(parents=True)  # a folder, and its image is one
+  (tmp_path / "c" / "z.png" / "in.png").write_bytes(encoded(0))
+  (tmp_path / "c" / "dead.png").symlink_to("/no/such/file.png")
+  os.mkfifo(tmp_path / "c" / "pipe.png")
+  found = images.find(str(tmp_path))
+  read = {found.name(i): images.read_image(found, i, 16).why for i in range(found.size)}
+  dead = "it is a link to /no/such/file.png, which is not there; restore that or remove it"
+  assert read == {
+    "c/dead.png": dead,
+    "c/pipe.png": "it is no regular file",
+    "c/z.png/in.png": "",
+  }
+  (tmp_path / "c" / "z.png" / "in.png").unlink()
+  assert images.read_image(found, 2, 16).why == "it is gone"
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
@@ -217,7 +514,7 @@ def test_what_cannot_be_read_is_none_and_order_is_kept():
   source = images.EncodedImages(5, (), lambda i: (contents[i], i), str)
   with ThreadPoolExecutor(2) as pool:
     batches = list(images.read_batches(source, range(5), 2, 16, pool))
-  assert [[i for i, *_ in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
-  flat = [item for batch in batches for item in batch]
-  assert [pixels is None for _, pixels, _ in flat] == [False, True, True, False, True]
-  assert [label for *_, label in flat] == [0, 1, 2, 3, 4]
+  assert [[i for i, _ in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
+  flat = [image for batch in batches for _, image in batch]
+  assert [image.pixels is None for image in flat] == [False, True, True, False, True]
+  assert [image.label for image in flat] == [0, 1, 2, 3, 4]

@@ -43,6 +43,35 @@ def test_rows_are_named_in_english():
   assert pictures.row_name(4, 0.25) == "4 steps, w=0.25"
 
 
+@pytest.mark.parametrize(
+  ("name", "shown"),
+  [
+    ("cat", "cat"),
+    ("$x", "$x"),
+    (r"$_$\y^{", r"$_$\y^{"),
+    ("_a", "_a"),
+    ("naïve", "naïve"),
+    ("猫", "class 7"),
+    ("🐈cat", "class 7"),
+    ("a\nb", "class 7"),
+    (" ", "class 7"),
+    ("n01440764", "n0144076\n4"),
+    ("german_shepherd_a", "german_s\n…pherd_a"),
+    ("a class of many more words, number 12", "a class of\n…ber 12"),
+    ("W" * 30, "WWWWW\n…WWWW"),
+  ],
+)
+def test_names_of_classes_are_drawn_literally_and_fit(name, shown):
+  assert pictures.column_name(name, 7) == shown
+  picture = pictures.grid(np.zeros((1, 2, 8, 8, 1), np.uint8), ["1 step"], [shown, shown])
+  assert picture.shape[1] == 234  # of two columns; tight_layout warns if they do not fit
+
+
+def test_names_that_end_differently_are_told_apart():
+  names = [f"the_same_long_beginning_{i}" for i in range(3)]
+  assert len({pictures.column_name(name, 0) for name in names}) == 3
+
+
 def test_written_samples(model, asked, tmp_path, capsys):
   labels = np.array([3, 1, 2, 3, 1], np.int32)
   settings = [(1, 0.0), (2, 0.0), (4, 0.5)]

@@ -123,7 +123,9 @@ def test_a_folder_of_images_is_cropped_as_adm_does(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_folder_is_cut_as_what_a_model_of_pixels_is_trained_on(channels, network, tmp_path):
+def test_a_folder_is_cut_as_what_a_model_of_pixels_is_trained_on(
+  channels, network, tmp_path, caplog
+):
   exif, rng = Image.Exif(), np.random.default_rng(0)
   exif[0x0112] = 6  # the camera was turned
   (tmp_path / "photos").mkdir()
@@ -135,6 +137,7 @@ def test_a_folder_is_cut_as_what_a_model_of_pixels_is_trained_on(channels, netwo
   found, as_adm = reference.open_reference(*asked, channels), reference.open_reference(*asked)
   (pixels,) = found.images.batches(4, ALL)
   np.testing.assert_array_equal(pixels, np.broadcast_to(trained, (4, 8, 8, 3)))
+  assert "reference: 4 turned upright by their EXIF" in caplog.text
   for each in (found, as_adm):  # what is kept of one is not taken for the other
     real = reference.read(each, ["pool"], [network], mesh_lib.make_mesh(), per_device=2)
     (pixels,) = each.images.batches(4, ALL)
@@ -186,6 +189,16 @@ def test_another_network_or_reference_is_computed_anew(images, network, calls, t
   np.savez(tmp_path / "val.npz", arr_0=images[::-1])
   open_and_read(tmp_path / "val.npz", ["pool"], network)
   assert len(calls) == 15
+
+
+def test_a_folder_whose_files_were_replaced_is_computed_anew(network, calls, tmp_path):
+  (tmp_path / "val").mkdir()
+  for value in (10, 20, 10):
+    for i in range(4):
+      Image.new("RGB", (8, 8), (value + i,) * 3).save(tmp_path / "val" / f"{i}.bmp")
+    real = open_and_read(tmp_path / "val", ["pool"], network)
+    np.testing.assert_allclose(real.moments["pool"][0], [value + 1.5] * 3)
+  assert len(calls) == 2  # the first images came back
 
 
 def test_a_folder_is_what_its_images_are_as_an_npz(images, network, tmp_path):
@@ -268,7 +281,7 @@ def test_a_path_that_is_no_reference_is_refused(images, tmp_path):
 
   with pytest.raises(UserError, match=r"gone.npz' is not there"):
     look(tmp_path / "gone.npz")
-  with pytest.raises(UserError, match=r"has no images; expected files ending in .bmp"):
+  with pytest.raises(UserError, match=r"has no images; expected files such as a.png"):
     look(tmp_path)
   (tmp_path / "text.npz").write_text("not an archive")
   with pytest.raises(UserError, match=r"text.npz' is not a whole .npz file"):
@@ -289,5 +302,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, network):
   (tmp_path / "bad.png").write_text("no image")
   for i in range(4):
     Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-  with pytest.raises(UserError, match=r"bad.png' cannot be read; repair or remove it"):
+  with pytest.raises(
+    UserError, match=r"bad.png' cannot be read: it is no image that Pillow knows; repair"
+  ):
     open_and_read(tmp_path, ["pool"], network)

@@ -31,9 +31,9 @@ def test_json_lines(tmp_path):
   rows = [{"text": "a\nb", "id": 1}, {"text": "ü"}]
   (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
   assert read_all(tmp_path / "x.jsonl") == (["a\nb", "ü"], ["x.jsonl:1", "x.jsonl:3"])
-  for line in ("{", "[]", '{"txt": "a"}', '{"text": 3}'):
+  for line in ("{", "[]", "null", '{"txt": "a"}', '{"text": 3}', '{"text": null}'):
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(UserError, match=r"x.jsonl:2 is not a JSON object"):
+    with pytest.raises(ValueError, match=r"^it is not a JSON object"):
       read_all(tmp_path / "x.jsonl")
 
 

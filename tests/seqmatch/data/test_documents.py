@@ -11,6 +11,7 @@ from seqmatch_jax.data import corpus, documents, encode
 from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.tokens import Vocab
 from train_jax.errors import UserError
+from train_jax.storage.faults import Faults
 
 TEXTS = [f"text {i} " + "ab" * (i % 7) for i in range(200)]
 
@@ -47,13 +48,50 @@ def tokenizer(tmp_path):
   return str(top)
 
 
+FAULTS = ("null", "[]", "{", '{"content": "hello"}', '{"text": 3}', '{"text": "a \\b b"}')
+FAULTS += ('{"text": "\\ud800"}', '{"text": "<backspace>"}')
+
+
+def test_a_line_without_text_costs_only_itself(tmp_path, capsys, caplog):
+  """In memory as in `--mode=encode`."""
+  file = tmp_path / "a.jsonl"
+  file.write_text("\n".join([*FAULTS, '{"text": "abc"}']))
+  run(str(file), tmp_path / "out", shards=2)
+  assert f"1 documents in {tmp_path}" in (said := capsys.readouterr().out)
+  assert f"{len(FAULTS)} texts skipped" in said
+  stored, vocab = documents.open_set(str(tmp_path / "out"))
+  caplog.clear()
+  texts, faults = corpus.find(str(file), "--texts"), Faults(len(FAULTS), "data.path='a'")
+  found = [documents.encode_texts(texts, vocab, faults) for _ in range(2)]
+  assert texts_of(stored, vocab) == texts_of(found[0], vocab) == ["abc"]
+  named = [text for text in caplog.messages if text.startswith("skipped: cannot read a.jsonl:")]
+  assert len(named) == len(FAULTS) == len(caplog.messages)  # each once
+  with pytest.raises(UserError, match=r"more than data.max_faults=7 records of data.path='a' .*"):
+    documents.encode_texts(texts, vocab, Faults(7, "data.path='a'"))
+
+
 def test_lines_of_another_form_end_it(source, tmp_path):
-  """They are a mistake about the whole corpus; a text that cannot be read is skipped."""
-  (tmp_path / "texts" / "a.jsonl").write_text('{"content": "hello"}\n')
+  """They are a mistake about the whole corpus."""
+  (tmp_path / "texts" / "a.jsonl").write_text('{"content": "hello"}\n' * 120)
   with pytest.raises(
-    UserError, match=r"a.jsonl.* is not a JSON object .*; mend or remove the line"
+    UserError, match=r"first 100 texts .* a.jsonl:100 \(it is not a JSON object .*; mend the data"
   ):
     run(source, tmp_path / "out", shards=1)
+
+
+def test_texts_that_were_replaced_by_others_as_long_are_not_taken_for_them(tmp_path):
+  file, contents = tmp_path / "a.txt", []
+  for text in ("abc", "abb"):
+    file.write_text(text)
+    texts = corpus.find(str(file), "--texts")
+    contents.append(documents.encode_texts(texts, Vocab.from_texts(["abc"])).content)
+    if text == "abc":
+      run(str(file), tmp_path / "out", shards=1)
+      stored = documents.open_set(str(tmp_path / "out"))[0].split(1)
+      assert [x.content for x in stored] == contents * 2
+  assert contents[0] != contents[1]
+  with pytest.raises(UserError, match=r"holds tokens of another content of the texts"):
+    run(str(file), tmp_path / "out", shards=1)
 
 
 def test_characters_there_and_back(source, tmp_path, capsys):
@@ -82,7 +120,7 @@ def test_what_is_done_is_kept_and_what_is_missing_is_made(source, tmp_path, monk
   run(source, tmp_path / "out")
   files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
   part = json.loads(files["part-00001-of-00003.json"])
-  assert {*part["job"]} == {"version", "texts", "tokenizer", "size", "shards"}
+  assert {*part["job"]} == {"version", "texts", "content", "tokenizer", "size", "shards"}
   for name in ("part-00001-of-00003.json", "tokens-00002-of-00003.npy", "manifest.json"):
     (tmp_path / "out" / name).unlink()
   made = []
@@ -106,7 +144,10 @@ def test_other_texts_or_tokens_are_refused(source, tokenizer, tmp_path):
 def test_characters_of_a_job_that_was_broken_off_are_not_those_of_another(source, tmp_path):
   other, out = tmp_path / "other.txt", tmp_path / "out"
   other.write_text("XYZ")
-  texts, job = corpus.find(str(other), "--texts"), SimpleNamespace(metadata={"texts": "others"})
+  texts, job = (
+    corpus.find(str(other), "--texts"),
+    SimpleNamespace(metadata=dict.fromkeys(("texts", "content"), "others")),
+  )
   out.mkdir()
   assert encode.find_symbols(texts, job, out).symbols == ("X", "Y", "Z")
   run(source, out)
@@ -174,6 +215,8 @@ def test_of_a_single_document_the_end_is_held_out():
   for tests in (1, 500):
     train, test = documents.encode_texts(corpus.from_list([text], "text"), vocab).split(tests)
     assert (texts_of(train, vocab), texts_of(test, vocab)) == ([text[:270]], [text[270:]])
+  with pytest.raises(UserError, match=r"one document of one token, of which no part can be held"):
+    documents.encode_texts(corpus.from_list(["0"], "text"), vocab).split(1)
 
 
 def test_texts_without_tokens_and_too_many_characters(monkeypatch):

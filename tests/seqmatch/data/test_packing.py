@@ -185,7 +185,9 @@ def test_pieces_may_all_be_shorter_than_a_prompt():
   for batch in take(packed, 2 * packed.rows, rows=[0]):
     for prompt, actions, weight in trees_of(batch):
       assert len(prompt) + np.sum(weight * (actions > BACKSPACE)) - 1 in (3, 2, 3, 18)
-  with pytest.raises(UserError, match=r"data.prompt=18 leaves nothing to learn.* less than 18"):
+  with pytest.raises(
+    UserError, match=r"longest of 4 texts .* has 18 tokens.* less than 18, or give"
+  ):
     packing.pack(found, VOCAB, CONTEXT, ERRORS, 18)
 
 

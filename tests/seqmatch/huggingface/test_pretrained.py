@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from seqmatch_jax import transformer
 from seqmatch_jax.huggingface import export, pretrained
@@ -147,6 +148,36 @@ def test_padded_rows_of_weights_are_left_out(family, tmp_path):
   np.testing.assert_allclose(params["erase"]["kernel"].max(), 0, atol=1)
 
 
+@BOTH
+@pytest.mark.parametrize("special", [True, False])
+def test_added_special_tokens_without_rows_begin_at_the_mean(family, special, tmp_path, caplog):
+  folder = hf_folder.write(tmp_path / "m", family)
+  rows = TextVocab.from_file(folder).hf_size
+  made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+  made.add_special_tokens(["<user>", "<end>"])
+  (made.add_special_tokens if special else made.add_tokens)(["<mine>"])
+  made.save(str(folder / "tokenizer.json"))
+  ends = {**hf_folder.ENDS[family], "eos_token": "<end>"}  # as chat models end a turn
+  (folder / "tokenizer_config.json").write_text(json.dumps(ends))
+  if not special:  # texts may hold it
+    with pytest.raises(UserError, match=rf"has {rows + 3} tokens and .* embeds {rows}; give"):
+      load(folder)
+    return
+  network, params, vocab, _ = load(folder)
+  assert vocab.hf_size == rows + 3 and "such as '<mine>', begin at the mean" in caplog.text
+  oracle = hf_folder.oracle(family)
+  found = logits_of(network, params, vocab, oracle["tokens"])
+  old = (vocab.hf_ids >= 0) & (vocab.hf_ids < rows)
+  expected = oracle["logits"]
+  np.testing.assert_allclose(found[..., old], expected[..., vocab.hf_ids[old]], rtol=0, atol=2e-5)
+  for token, below in ((EOS, 0), (vocab.size - 1, 0), (BACKSPACE, 3)):
+    np.testing.assert_allclose(found[..., token], expected.mean(-1) - below, rtol=0, atol=2e-5)
+  embedding = np.asarray(params["embed"]["embedding"])
+  name = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+  mean = hf_folder.tensors(family)[name].mean(0)
+  np.testing.assert_allclose(embedding[[EOS, -1]], [mean] * 2, rtol=0, atol=1e-6)
+
+
 # --- rotary positions of Llama 3 ------------------------------------------------------------------
 
 
@@ -247,6 +278,32 @@ K = "model.layers.2.self_attn.k_proj.weight"
     ("llama", {"hidden_act": "gelu"}, {}, r"hidden_act='gelu', a variant of llama that"),
     ("llama", {"rope_scaling": {"rope_type": "yarn"}}, {}, r"rope positions of the type 'yarn'"),
     ("llama", {"head_dim": 32}, {}, r"head_dim=32, a variant"),
+    ("llama", {"partial_rotary_factor": 0.5}, {}, r"partial_rotary_factor=0.5, a variant of llama"),
+    ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, {}, r"partial_rotary_factor=0"),
+    (
+      "llama",
+      {"rope_parameters": {"full": {"rope_theta": 5.0}}},
+      {},
+      r"must be one set of numbers",
+    ),
+    (
+      "llama",
+      {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"rope_theta": 6.0}},
+      {},
+      r"rope_parameters and rope_scaling that differ",
+    ),
+    ("llama", {"rope_theta": "1e4"}, {}, r"rope_theta='1e4', which must be a number above 0"),
+    ("llama", {"hidden_size": None}, {}, r"config.json does not say 'hidden_size'"),
+    ("llama", {"num_attention_heads": 0}, {}, r"num_attention_heads=0, which must be a number"),
+    ("llama", {"num_hidden_layers": 2.5}, {}, r"num_hidden_layers=2.5, which must be a whole"),
+    ("gpt2", {"scale_attn_weights": None}, {}, r"scale_attn_weights=False, a variant of gpt2"),
+    (
+      "llama",
+      {"quantization_config": {"quant_method": "fp8"}},
+      {},
+      r"quantization_config \(fp8\), and quantised weights are not read; give .* float32, float16",
+    ),
+    ("gpt2", {"quantization": {"bits": 4}}, {}, r"config.json has quantization \({'bits': 4}\)"),
     ("gpt2", {"activation_function": "relu"}, {}, r"activation_function='relu', a variant of gpt2"),
   ],
 )
@@ -256,6 +313,65 @@ def test_folders_that_do_not_fit_are_refused(family, config, tensors, message, t
   folder = hf_folder.write(tmp_path / "m", family, config, parameters)
   with pytest.raises(UserError, match=message):
     load(folder)
+
+
+@pytest.mark.parametrize(
+  ("family", "config"),
+  [
+    ("llama", {"rope_theta": None}),
+    ("llama", {"rms_norm_eps": None, "tie_word_embeddings": None, "head_dim": None}),
+    ("llama", {"rope_scaling": {"rope_type": None}, "partial_rotary_factor": 1.0}),
+    ("gpt2", {"layer_norm_epsilon": None, "n_inner": None, "quantization_config": None}),
+  ],
+)
+def test_null_is_the_default(family, config, tmp_path):
+  folder, plain = tmp_path / "m", hf_folder.config_of(family)
+  hf_folder.write(folder, family, {name: None for name in config if name not in plain})
+  expected = pretrained.read_sizes(folder)
+  hf_folder.write(folder, family, config)
+  found = pretrained.read_sizes(folder)
+  assert found | {"theta": 0, "epsilon": 0} == expected | {"theta": 0, "epsilon": 0}
+  assert found["theta"] == 10_000 or config.get("rope_theta", 0) is not None
+  assert 0 < found["epsilon"] < 1e-4
+
+
+def test_tensors_that_have_no_place_are_named(tmp_path, caplog):
+  parameters = hf_folder.tensors("llama")
+  parameters |= {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+  load(hf_folder.write(tmp_path / "m", "llama", parameters=parameters))
+  assert "not read" not in caplog.text
+  parameters |= {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)}
+  load(hf_folder.write(tmp_path / "m", "llama", parameters=parameters))
+  assert "no place for them: 1 of its" in caplog.text and "self_attn.q_proj.bias" in caplog.text
+
+
+@BOTH
+@pytest.mark.parametrize("own", [False, True])
+def test_an_output_of_its_own_is_used_although_the_config_ties_it(family, own, tmp_path, caplog):
+  """As transformers does from version 5 on; older ones tie."""
+  parameters, oracle = hf_folder.tensors(family), hf_folder.oracle(family)
+  name = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}[family]
+  head = parameters.get("lm_head.weight", -2 * parameters[name]) if own else parameters[name]
+  parameters["lm_head.weight"] = head
+  config = {"tie_word_embeddings": True}
+  folder = hf_folder.write(tmp_path / "m", family, config, parameters)
+  network, params, vocab, sizes = load(folder)
+  assert sizes.tied is not own and ("lm_head.weight is not its embedding" in caplog.text) is own
+  if own:
+    scale = {"gpt2": -2, "llama": 1}[family]
+    check(network, params, vocab, {**oracle, "logits": scale * oracle["logits"]}, 5e-5)
+    export.write(tmp_path / "out", params, sizes, vocab, folder, {"method": "seqmatch"})
+    assert pretrained.read_config(tmp_path / "out")["tie_word_embeddings"] is False
+    assert not pretrained.read_sizes(tmp_path / "out")["tied"]
+
+
+def test_an_adapter_or_a_pointer_is_no_model(tmp_path):
+  (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+  with pytest.raises(UserError, match=r"config.json is git-LFS's pointer"):
+    pretrained.read_sizes(tmp_path)
+  (tmp_path / "adapter_config.json").write_text("{}")
+  with pytest.raises(UserError, match=r"PEFT adapter and not a whole model; give .*merge_and_unl"):
+    pretrained.read_sizes(tmp_path)
 
 
 def test_folders_that_are_not_whole_are_refused(tmp_path):

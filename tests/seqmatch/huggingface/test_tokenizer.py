@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from seqmatch_jax.display import show
 from seqmatch_jax.huggingface.tokenizer import TextVocab, from_metadata, to_metadata
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD
 from train_jax.errors import UserError
@@ -60,6 +61,9 @@ def sentence_pieces(folder):
   return folder
 
 
+BOTH = pytest.mark.parametrize("make", [lambda p: byte_level(p, eos_token="<s>"), sentence_pieces])
+
+
 def test_a_tokenizers_tokens_follow_the_special_ones_in_its_own_order(tmp_path):
   vocab = TextVocab.from_file(byte_level(tmp_path, bos_token="<s>", eos_token="<|endoftext|>"))
   assert (vocab.bos, vocab.eos) == (0, 1)
@@ -84,13 +88,23 @@ def test_numbers_of_tokens_may_be_added_or_left_out(words, size, tmp_path):
   assert [vocab.decode(vocab.encode(word)) for word in words] == list(words)
 
 
+@pytest.mark.parametrize("token", ["<|endoftext|>", {"content": "<|endoftext|>"}])
+def test_special_tokens_map_names_what_tokenizer_config_does_not(token, tmp_path):
+  byte_level(tmp_path, bos_token="<s>")
+  (tmp_path / "config.json").write_text('{"eos_token_id": 0}')  # transformers' tokenizers ignore it
+  names = {"bos_token": "<|endoftext|>", "eos_token": token}
+  (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+  vocab = TextVocab.from_file(tmp_path)
+  assert (vocab.bos, vocab.eos) == (0, 1)
+
+
 def test_one_token_that_begins_and_ends_texts_becomes_two(tmp_path):
   vocab = TextVocab.from_file(byte_level(tmp_path, eos_token={"content": "<|endoftext|>"}))
   assert vocab.bos == vocab.eos == 1 and vocab.size == 4 + vocab.hf_size - 1
   assert vocab.hf_ids.tolist() == [-1, 1, 1, -1, 0, *range(2, vocab.hf_size)]
 
 
-@pytest.mark.parametrize("make", [lambda p: byte_level(p, eos_token="<s>"), sentence_pieces])
+@BOTH
 def test_a_tokenizers_text_comes_back_and_erasures_are_shown(make, tmp_path):
   vocab = TextVocab.from_file(make(tmp_path))
   for text in (*TEXT, "", "an </s> <|endoftext|> <s> in a text is a text"):
@@ -116,7 +130,28 @@ def test_bytes_that_are_no_character_are_shown_and_end_nothing(tmp_path):
   assert pieces[:3] == ["th", "\n", ""] and pieces[3].endswith("� th") and pieces[4] == " th"
 
 
-@pytest.mark.parametrize("make", [lambda p: byte_level(p, eos_token="<s>"), sentence_pieces])
+@BOTH
+def test_half_a_character_is_erased_by_token(make, tmp_path):
+  """What is left is decoded as if it had never been typed: in pieces, keys and streams."""
+  vocab, rng = TextVocab.from_file(make(tmp_path)), np.random.default_rng(0)
+  first, *_ = half = vocab.encode("€")[-2:]
+  the = vocab.encode("the")
+  assert "\ufffd" not in vocab.decode([first, BACKSPACE, *the]) and len(half) == 2
+  some = [*vocab.encode("日本語 € é a b the"), *vocab.encode("\n the")]
+  for _ in range(200):
+    actions, alive = [], [BOS]
+    for token in rng.choice(some, 15).tolist():
+      erases = len(alive) > 1 and rng.random() < 0.4
+      actions.append(BACKSPACE if erases else token)
+      alive[:] = alive[:-1] if erases else [*alive, token]
+    left, typist = vocab.decode(alive), show.Typist(vocab, [BOS])
+    pieces = vocab.pieces([BOS, *actions])
+    assert show.answer(["\b" if piece == "⌫" else piece for piece in pieces]) == left
+    assert show.answer(show.Typist(vocab, [BOS]).keys(actions)) == left
+    assert show.answer([key for action in actions for key in typist.keys([action])]) == left
+
+
+@BOTH
 def test_half_a_character_is_refused(make, tmp_path):
   with pytest.raises(UserError, match="is not text in UTF-8"):
     TextVocab.from_file(make(tmp_path)).encode("a\ud800")
@@ -144,6 +179,19 @@ def test_a_vocabulary_is_made_again_from_its_metadata_and_from_no_other_file(tmp
     ({}, {"eos_token": "</s>"}, r"names '</s>' as eos token, which its tokenizer does not"),
     ({}, {"eos_token": "<s>"}, "a backspace, which only the model may type"),
     ({"tokenizer_config.json": "[]"}, {}, r"tokenizer_config.json cannot be read as JSON: "),
+    ({"config.json": '{"eos_token_id": "2"}'}, {}, r"eos_token_id='2', which must be a token's"),
+    ({"config.json": '{"eos_token_id": []}'}, {}, r"eos_token_id=\[\], which must be a token's"),
+    ({}, {"eos_token": 7}, r"names 7 as eos token; give the token as a string"),
+    (
+      {"tokenizer.model": ""},
+      None,
+      r"and tokenizer.model beside it is not read; write it once with",
+    ),
+    (
+      {"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"},
+      {},
+      r"tokenizer.json is git-LFS's pointer",
+    ),
     ({"tokenizer.json": "{}"}, {"eos_token": "<s>"}, r"is no tokenizer \(.*give a tokenizer.json"),
   ],
 )

@@ -142,6 +142,33 @@ def test_what_is_held_out_must_be_what_the_run_held_out(test, config, one_device
     text.make_prompts(own, metadata, [], 2)
 
 
+def test_a_line_without_text_is_a_fault_of_the_data(config, one_device, tmp_path, caplog):
+  own, file = config.copy_and_resolve_references(), tmp_path / "a.jsonl"
+  rows = [json.dumps({"text": f"text {i}"}) for i in range(12)]
+  file.write_text("\n".join([*rows, "null"]))
+  own.data.path, own.data.tests, own.data.max_faults = str(file), 2, 1
+  assert text.make_task(own, one_device).metadata["documents"] == 10
+  assert "skipped: cannot read a.jsonl:13 (it is not a JSON object" in caplog.text
+  own.data.max_faults = 0
+  with pytest.raises(
+    UserError, match=r"more than data.max_faults=0 records of data.path='.*a.json"
+  ):
+    text.make_task(own, one_device)
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_texts_replaced_by_others_as_long_are_noticed(kind, config, one_device, tmp_path):
+  own = config.copy_and_resolve_references()
+  own.data.path, own.data.test = (str(tmp_path / f"{name}.txt") for name in ("train", "test"))
+  for name in ("train", "test"):
+    (tmp_path / f"{name}.txt").write_text("abcabcabcb")
+  metadata = text.make_task(own, one_device).metadata
+  text.make_prompts(own, metadata, [], 1)
+  (tmp_path / f"{kind}.txt").write_text("abcabcabca")
+  with pytest.raises(UserError, match="others or in another order; put the texts"):
+    text.make_prompts(own, metadata, [], 1)
+
+
 @pytest.mark.parametrize(("prompt", "share", "warned"), [(2, "75%", 0), (6, "25%", 1)])
 def test_how_much_there_is_to_learn_is_told(
   prompt, share, warned, one_device, tmp_path, capsys, caplog
@@ -209,7 +236,8 @@ def test_configs_of_pretrained_decoders_build_without_weights(source, one_device
     ({"data.prompt": 60}, r"data.prompt=60 must be at least 0"),
     ({"data.tokenizer": "nowhere"}, "nowhere"),
     ({"eval.samples": 0}, r"eval.samples=0 must be at least 1\."),
-    ({"eval.samples": 7, "eval.features": "x"}, r"eval.samples=7 must be at least 8 for MAUVE"),
+    ({"eval.samples": 99, "eval.features": "x"}, r"eval.samples=99 must be at least 100 for MAUVE"),
+    ({"eval.samples": 100, "eval.features": "x"}, r"\d+ pieces of text are held out, and MAUVE"),
     ({"noise.source": "prompt"}, r"noise.source='prompt' is for questions"),
   ],
 )

@@ -54,14 +54,15 @@ def test_a_builder_is_read_by_its_directory_without_tensorflow(prepared):
 @pytest.mark.parametrize(
   "example", [{"word": b"one"}, {"word": b"one", "kind": b"1"}, {"word": 1, "kind": 1}, {}]
 )
-def test_examples_of_something_else_are_refused(example, tmp_path):
+def test_examples_of_something_else_are_faults_or_refused_if_they_are_the_first(example, tmp_path):
   write_array_record(tmp_path / "a", [EXAMPLES[0], example])
   found = open_files(tmp_path / "a")
-  message = r"record 1 from a on is not a tf.train.Example with a 'word' and a 'kind'; write"
-  with pytest.raises(UserError, match=message):
+  content = "a tf.train.Example with a 'word' and a 'kind'"
+  with pytest.raises(ValueError, match=f"^it is not {content}$") as error:
     found.read(1)
+  assert not isinstance(error.value, UserError)  # so it is counted
   write_array_record(tmp_path / "a", [example])
-  with pytest.raises(UserError, match="record 0 from a on is not"):
+  with pytest.raises(UserError, match=f"record 0 from a on is not {content}; write"):
     open_files(tmp_path / "a")
 
 
