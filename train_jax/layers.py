@@ -144,21 +144,13 @@ def output(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 @output.defjvp
 def _output_rule(inputs, tangents):
-  # Two linear maps, each with its own transpose: one rule for forward mode and for reverse mode.
   (x, matrix), (x_dot, matrix_dot) = inputs, tangents
-  flat = x.reshape(-1, x.shape[-1])
 
-  def backward_to_x(matrix, gradient):
-    gradient = gradient.reshape(-1, gradient.shape[-1]).astype(x.dtype)
-    return (gradient @ matrix.astype(x.dtype).T).reshape(x.shape)
+  def product(x, matrix):  # its transposes are products in the inputs' dtype
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), matrix).astype(jnp.float32)
 
-  def backward_to_matrix(flat, gradient):
-    return (flat.T @ gradient.astype(flat.dtype)).astype(matrix.dtype)
-
-  linear = jax.custom_derivatives.linear_call
-  of_x = linear(lambda matrix, x_dot: output(x_dot, matrix), backward_to_x, matrix, x_dot)
-  of_matrix = linear(output, backward_to_matrix, flat, matrix_dot)
-  return output(x, matrix), of_x + of_matrix.reshape(of_x.shape)
+  y = output(x, matrix)
+  return y, (product(x_dot, matrix) + product(x, matrix_dot)).reshape(y.shape)
 
 
 class Embed(nnx.Embed):

@@ -36,6 +36,8 @@ def held(workdir: Path) -> Iterator[None]:
   path, free = Path(workdir) / NAME, True
   with ExitStack() as stack:
     if jax.process_index() == 0:
+      if not path.parent.exists():
+        stack.callback(_remove_if_unused, path)
       free = _take(path, stack)
     if not all_agree(free):
       holder = "another process"
@@ -53,6 +55,14 @@ def check_free(workdir: Path) -> None:
   if not all_agree(not (Path(workdir) / NAME).exists()):
     with held(workdir):
       pass
+
+
+def _remove_if_unused(path: Path) -> None:
+  """Removes the lock and its directory where a run has left nothing else."""
+  with suppress(OSError):
+    if os.listdir(path.parent) == [NAME]:
+      path.unlink()
+      path.parent.rmdir()
 
 
 def _take(path: Path, stack: ExitStack) -> bool:
