@@ -21,6 +21,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   config.steps = 7000
   config.batch = 32  # better than 64 in the same time (docs/RESULTS.md)
   config.optim.name = "muon"
+  config.optim.muon_lr = 0.01
   config.optim.lr = 3e-3
   config.ema = ml_collections.ConfigDict({"target": 0.95, "sample": 0.999})
 

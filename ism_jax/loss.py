@@ -40,8 +40,6 @@ class LossConfig:
 
   Attributes:
     split: number of each term's examples in every group of sum(split) neighbours; 0 by default.
-    target: of a consistency example: 'two_steps' (the paper), or the derivative of the network
-      along its path, 'meanflow' or 'improved_meanflow' (see `derivative_examples`).
     weighting: 'by_example', one mean over all examples; or 'by_term', the sum of each term's mean
       (the paper).
     class_dropout: probability that a velocity example loses its class.
@@ -51,10 +49,11 @@ class LossConfig:
     bootstrap_guidance: the original shortcut model's fixed guidance; 0 for iSM.
     wavelet_levels, level_decay: the wavelet distance, see `wavelet.level_weights`.
     norm: of a wavelet coefficient, 'l2' or 'charbonnier'.
+    target: of a consistency example: 'two_steps' (the paper), or the derivative of the network
+      along its path, 'meanflow' or 'improved_meanflow' (see `derivative_examples`).
   """
 
   split: Mapping[str, int]
-  target: str
   weighting: str
   class_dropout: float
   w_max: float
@@ -65,6 +64,7 @@ class LossConfig:
   wavelet_levels: int
   level_decay: float
   norm: str
+  target: str = "two_steps"
 
   def __post_init__(self):
     if unknown := [name for name in self.split if name not in TERMS]:
