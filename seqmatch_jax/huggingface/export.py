@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from seqmatch_jax.huggingface import pretrained
+from seqmatch_jax.huggingface import config_json, pretrained
 from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, NAME
 from seqmatch_jax.transformer import TransformerConfig
@@ -61,7 +61,7 @@ def write(
 
 
 def _write(folder, params, blocks, sizes, vocab, source, record) -> None:
-  config = pretrained.read_config(source)
+  config = config_json.read_config(source)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").unlink(missing_ok=True)
   twins = vocab.bos == vocab.eos and not np.array_equal(*params["embed"]["embedding"][[BOS, EOS]])

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from seqmatch_jax import transformer
-from seqmatch_jax.huggingface import export, pretrained
+from seqmatch_jax.huggingface import config_json, export, pretrained
 from seqmatch_jax.huggingface.tokenizer import TextVocab
 from seqmatch_jax.tokens import BACKSPACE, BOS, EOS, PAD
 from seqmatch_jax.transformer import TransformerConfig
@@ -243,7 +243,7 @@ def test_an_export_computes_the_same(loaded, base, tmp_path, perturb, monkeypatc
   params = map_named(lambda name, a: perturb(a) if name in learned else a, params)
   monkeypatch.setattr(export, "LIMIT", 300_000)
   export.write(tmp_path / "out", params, sizes, vocab, folder, {"method": "seqmatch", "step": 7})
-  assert pretrained.read_config(tmp_path / "out")["seqmatch"]["step"] == 7
+  assert config_json.read_config(tmp_path / "out")["seqmatch"]["step"] == 7
   assert (tmp_path / "out" / INDEX).is_file()
   again, stored, known, _ = load(tmp_path / "out", bias=77.0)
   assert known.hf_size == vocab.hf_size + 1 + (family == "gpt2" and not base)
@@ -361,7 +361,7 @@ def test_an_output_of_its_own_is_used_although_the_config_ties_it(family, own, t
     scale = {"gpt2": -2, "llama": 1}[family]
     check(network, params, vocab, {**oracle, "logits": scale * oracle["logits"]}, 5e-5)
     export.write(tmp_path / "out", params, sizes, vocab, folder, {"method": "seqmatch"})
-    assert pretrained.read_config(tmp_path / "out")["tie_word_embeddings"] is False
+    assert config_json.read_config(tmp_path / "out")["tie_word_embeddings"] is False
     assert not pretrained.read_sizes(tmp_path / "out")["tied"]
 
 
