@@ -262,11 +262,12 @@ def _consistency(config: LossConfig, net: Networks, x0, x1, label, keys) -> Exam
     scales = (config.w_max, config.w_step, config.zero_w_prob)
     w = path.sample_guidance(keys[1], len(label), *scales)
   if config.target != "two_steps":
-    how = {"own_tangent": config.target == "improved_meanflow", "null": net.null}
     t, d = path.sample_intervals(keys[0], len(label))
-    interval = config.interval_start
     return derivative_examples(
-      net.apply, net.params, x0, x1, t, d, label, w, interval_start=interval, **how
+      *(net.apply, net.params, x0, x1, t, d, label, w),
+      own_tangent=config.target == "improved_meanflow",
+      interval_start=config.interval_start,
+      null=net.null,
     )
   t, step = path.sample_steps(keys[0], len(label))
   target = (config.bootstrap_guidance, net.null)
